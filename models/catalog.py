@@ -1,0 +1,101 @@
+"""What there is to build: names, builders and input shapes, and random weights that behave like trained ones.
+
+A fresh network is a poor test: its BatchNorms are the identity, so folding them or dropping a bias goes
+unnoticed, and its activations grow or die with depth. `build` therefore draws the affine part of every
+BatchNorm and measures its statistics on noise, layer by layer, with an error put on them on purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from models.efficientnet import efficientnet_b0
+from models.mobilenet import mobilenet_v1, mobilenet_v2
+from models.resnet import cifar_resnet, resnet18, resnet50, resnet101, shapes_resnet
+
+__all__ = ["CATALOG", "Architecture", "build"]
+
+_IMAGENET = (3, 224, 224)
+_NARROW = (8, 16, 16, 24)
+_CALIBRATION_IMAGES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A builder without arguments and the shape [channels, height, width] of one input image."""
+
+    builder: Callable[[], nn.Module]
+    input_shape: tuple[int, int, int]
+
+
+# A small variant has every node of the full one, few channels and less than 1 MB of weights.
+CATALOG: dict[str, Architecture] = {
+    "resnet18": Architecture(resnet18, _IMAGENET),
+    "resnet50": Architecture(resnet50, _IMAGENET),
+    "resnet101": Architecture(resnet101, _IMAGENET),
+    "mobilenet_v1": Architecture(mobilenet_v1, _IMAGENET),
+    "mobilenet_v2": Architecture(mobilenet_v2, _IMAGENET),
+    "efficientnet_b0": Architecture(efficientnet_b0, _IMAGENET),
+    "cifar_resnet20": Architecture(partial(cifar_resnet, 20), (3, 32, 32)),
+    "cifar_resnet56": Architecture(partial(cifar_resnet, 56), (3, 32, 32)),
+    "shapes_resnet": Architecture(shapes_resnet, (3, 64, 64)),
+    "resnet18_small": Architecture(partial(resnet18, _NARROW, 10), (3, 64, 64)),
+    "resnet50_small": Architecture(partial(resnet50, _NARROW, 10), (3, 64, 64)),
+    "resnet101_small": Architecture(partial(resnet101, (8, 8, 8, 16), 10), (3, 64, 64)),
+    "mobilenet_v1_small": Architecture(partial(mobilenet_v1, 0.125, 10), (3, 64, 64)),
+    "mobilenet_v2_small": Architecture(partial(mobilenet_v2, 0.25, 160, 10), (3, 64, 64)),
+    "efficientnet_b0_small": Architecture(partial(efficientnet_b0, 0.125, 10), (3, 64, 64)),
+    "cifar_resnet8_small": Architecture(partial(cifar_resnet, 8, "projection"), (3, 32, 32)),
+    "cifar_resnet8_pad_small": Architecture(partial(cifar_resnet, 8, "pad"), (3, 32, 32)),
+}
+
+
+def build(name: str, seed: int = 0) -> nn.Module:
+    """Return a network in evaluation mode whose weights and BatchNorm statistics follow from ``seed``.
+
+    Every activation has a magnitude of order one and every output depends on the input.
+    A ``KeyError`` lists the names where ``name`` is none of them.
+    """
+    if name not in CATALOG:
+        raise KeyError(f"There is no model {name!r} in the catalog: take one of {', '.join(CATALOG)}.")
+    architecture = CATALOG[name]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        module = architecture.builder().eval()
+        for layer in module.modules():
+            _randomise(layer)
+        _calibrate(module, torch.randn(_CALIBRATION_IMAGES, *architecture.input_shape))
+    return module
+
+
+def _randomise(layer: nn.Module) -> None:
+    """Draw He-normal weights, small biases, and BatchNorm scales in [0.5, 1.5]."""
+    if isinstance(layer, nn.Conv2d | nn.Linear):
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        if layer.bias is not None:
+            layer.bias.normal_(0, 0.2)
+    elif isinstance(layer, nn.BatchNorm2d):
+        layer.weight.uniform_(0.5, 1.5)
+        layer.bias.normal_(0, 0.2)
+
+
+def _calibrate(module: nn.Module, images: Tensor) -> None:
+    """Set the statistics of every BatchNorm from what reaches it, the ones before it being set already."""
+
+    def measure(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        if isinstance(layer, nn.BatchNorm2d):
+            variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3))
+            # A channel that is nearly constant over four noise images must not be blown up on real ones.
+            variance = variance.clamp(min=0.1 * float(variance.mean()))
+            layer.running_mean = mean + 0.2 * variance.sqrt() * torch.randn_like(mean)
+            layer.running_var = variance * torch.empty_like(variance).uniform_(0.7, 1.4)
+
+    hooks = [layer.register_forward_pre_hook(measure) for layer in module.modules()]
+    module(images)
+    for hook in hooks:
+        hook.remove()

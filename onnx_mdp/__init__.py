@@ -1,0 +1,1 @@
+"""Prune ONNX vision models to a latency, with proof."""

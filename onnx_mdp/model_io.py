@@ -1,0 +1,243 @@
+"""ONNX models in and out: loading with safety checks, hashing, and atomic saving."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from onnx_mdp.errors import OutputError, UnreadableModelError, UnsupportedModelError, UsageError
+
+if TYPE_CHECKING:
+    from onnx_graphsurgeon import Graph as SurgeonGraph
+
+__all__ = [
+    "ModelLike",
+    "check_output",
+    "clone",
+    "content_hash",
+    "load_model",
+    "model_bytes",
+    "parameter_count",
+    "save_model",
+    "topology_hash",
+    "write_text",
+]
+
+ModelLike: TypeAlias = "str | Path | onnx.ModelProto | ir.Model | SurgeonGraph"
+
+_PROTOBUF_LIMIT = 2**31 - 1
+
+
+def load_model(source: ModelLike) -> ir.Model:
+    """Load an ONNX model from a path, a ``ModelProto``, an ``onnx_ir.Model`` or a ``gs.Graph``.
+
+    Raises:
+        UnreadableModelError: the file is missing, is not ONNX, is truncated, or points at
+            external data outside its own folder.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return _load_file(Path(source))
+    if isinstance(source, ir.Model):
+        return clone(source)
+    if isinstance(source, onnx.ModelProto):
+        return ir.from_proto(source)
+    surgeon = sys.modules.get("onnx_graphsurgeon")
+    if surgeon is not None and isinstance(source, surgeon.Graph):
+        return ir.from_proto(surgeon.export_onnx(source))
+    raise UsageError(
+        f"a model must be a path, ModelProto, onnx_ir.Model or graphsurgeon Graph, not {type(source).__name__}"
+    )
+
+
+def _load_file(path: Path) -> ir.Model:
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise UnreadableModelError(f"{path} {kind}; give the path of an .onnx file")
+    try:
+        proto = onnx.load_model(path, load_external_data=False)
+        _check_external_paths(proto, path)
+        model = ir.load(path)
+    except UnreadableModelError:
+        raise
+    except PermissionError as error:
+        raise UnreadableModelError(f"{path} cannot be read ({error.strerror})") from error
+    except Exception as error:  # protobuf and onnx-ir raise many kinds for malformed bytes
+        raise UnreadableModelError(
+            f"{path} is not a readable ONNX model: it is truncated, corrupt or another kind of file"
+        ) from error
+    if not proto.opset_import or not len(model.graph):
+        raise UnreadableModelError(f"{path} is not an ONNX model: it holds no graph; export the model again")
+    return model
+
+
+def _check_external_paths(proto: onnx.ModelProto, path: Path) -> None:
+    folder = path.resolve().parent
+    for tensor in _external_tensors(proto):
+        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
+        target = folder / location
+        outside = (
+            not location
+            or os.path.isabs(location)
+            or folder not in target.resolve().parents
+            or any(part == ".." for part in Path(location).parts)
+        )
+        if outside or target.is_symlink():
+            raise UnreadableModelError(
+                f"{path} stores tensor {tensor.name!r} outside its own folder; "
+                "external data must be a plain file beside the model"
+            )
+        if not target.is_file():
+            raise UnreadableModelError(
+                f"{path} needs the external data file {location!r}, which is not beside it"
+            )
+
+
+def _external_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    return (tensor for tensor in _tensors(proto) if tensor.data_location == onnx.TensorProto.EXTERNAL)
+
+
+def _tensors(message: Any) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a model, those in attributes, subgraphs and functions included."""
+    stack: list[Any] = [message.graph, *message.functions]
+    while stack:
+        holder = stack.pop()
+        yield from getattr(holder, "initializer", ())
+        for sparse in getattr(holder, "sparse_initializer", ()):
+            yield from (sparse.values, sparse.indices)
+        for attribute in (a for node in holder.node for a in node.attribute):
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            if attribute.HasField("g"):
+                stack.append(attribute.g)
+            stack.extend(attribute.graphs)
+
+
+def clone(model: ir.Model) -> ir.Model:
+    """An independent copy whose tensors may share memory with the original."""
+    return model.clone()
+
+
+def model_bytes(model: ir.Model) -> bytes:
+    """Serialise to one protobuf, as ONNX Runtime takes it.
+
+    Raises:
+        UnsupportedModelError: the weights exceed protobuf's limit of 2 GB.
+    """
+    if _weight_bytes(model) > _PROTOBUF_LIMIT - 2**20:
+        raise UnsupportedModelError("the model holds more than 2 GB of weights, which is not supported yet")
+    return ir.to_proto(model).SerializeToString()
+
+
+def _weight_bytes(model: ir.Model) -> int:
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+def parameter_count(model: ir.Model) -> int:
+    """Number of float elements in the initializers (and in Constant nodes) of the main graph."""
+    floats = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
+    tensors = [v.const_value for v in model.graph.initializers.values()]
+    tensors += [
+        n.attributes["value"].as_tensor()
+        for n in model.graph
+        if n.op_type == "Constant" and "value" in n.attributes
+    ]
+    return sum(t.size for t in tensors if t is not None and t.dtype in floats)
+
+
+def topology_hash(model: ir.Model) -> str:
+    """Sha256 (16 hex digits) of the graph and the shapes of its weights, but not of their values."""
+    digest = hashlib.sha256()
+    for line in _description(model):
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def content_hash(model: ir.Model) -> str:
+    """Sha256 (16 hex digits) of the graph and of every weight; independent of the file layout."""
+    digest = hashlib.sha256()
+    for line in _description(model):
+        digest.update(line.encode() + b"\n")
+    for name in sorted(model.graph.initializers):
+        tensor = model.graph.initializers[name].const_value
+        if tensor is not None:
+            digest.update(tensor.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _description(model: ir.Model) -> Iterator[str]:
+    yield f"opset {sorted(model.opset_imports.items())}"
+    yield from (f"input {v.name} {v.dtype} {v.shape}" for v in model.graph.inputs)
+    yield from (f"output {v.name}" for v in model.graph.outputs)
+    for name in sorted(model.graph.initializers):
+        tensor = model.graph.initializers[name].const_value
+        if tensor is not None:
+            yield f"weight {name} {tensor.dtype} {tuple(tensor.shape)}"
+    for node in model.graph:
+        attributes = [f"{k}={_attribute_text(a)}" for k, a in sorted(node.attributes.items())]
+        inputs = [v.name if v is not None else "" for v in node.inputs]
+        yield f"{node.domain}.{node.op_type} {inputs} {[v.name for v in node.outputs]} {attributes}"
+
+
+def _attribute_text(attribute: Any) -> str:
+    if attribute.type == ir.AttributeType.TENSOR:
+        tensor = attribute.as_tensor()
+        digest = hashlib.sha256(np.ascontiguousarray(tensor.numpy()).tobytes()).hexdigest()[:16]
+        return f"{tensor.dtype}{tuple(tensor.shape)}{digest}"
+    return str(attribute.value)
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Refuse early an output that exists or cannot be written.
+
+    Raises:
+        OutputError: with the remedy.
+    """
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists; choose another output or pass --overwrite")
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; give a file name")
+    folder = path.parent if str(path.parent) else Path(".")
+    if not folder.is_dir():
+        raise OutputError(f"cannot write {path}: the folder {folder} does not exist; create it first")
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise OutputError(f"cannot write {path}: permission denied; choose a writable folder")
+
+
+def save_model(model: ir.Model, path: Path, *, overwrite: bool = False) -> None:
+    """Write the model to ``path`` in one step: a reader never sees half a file."""
+    check_output(path, overwrite=overwrite)
+    _write_atomically(path, model_bytes(model))
+
+
+def write_text(text: str, path: Path, *, overwrite: bool = False) -> None:
+    """Write UTF-8 text to ``path`` in one step."""
+    check_output(path, overwrite=overwrite)
+    _write_atomically(path, text.encode())
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        Path(name).unlink(missing_ok=True)

@@ -1,0 +1,198 @@
+"""The pruning plan: which units stay and which blocks go, as a value and as reviewable JSON."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from onnx_mdp.errors import UsageError
+from onnx_mdp.model_io import content_hash
+from onnx_mdp.structure import Structure
+
+__all__ = [
+    "PruningPlan",
+    "check_plan",
+    "from_ranges",
+    "kept_units",
+    "load_plan",
+    "plan_json",
+    "removed_classes",
+    "to_ranges",
+]
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PruningPlan:
+    """What to keep of a model.
+
+    ``keep`` maps each dimension that loses units to the kept unit indices, ascending; dimensions that
+    are not named keep all. ``removed_blocks`` are names of residual blocks. The other fields say how the
+    plan was found: milliseconds are those of the device in ``provenance``, importance is the kept share
+    of the total (0 to 1), ``bound`` is the solver's proven upper limit of it and ``gap`` the relative
+    distance to it.
+    """
+
+    keep: Mapping[str, tuple[int, ...]]
+    removed_blocks: tuple[str, ...] = ()
+    predicted_ms: float | None = None
+    importance_share: float | None = None
+    status: Literal["optimal", "feasible", "infeasible", "manual"] = "manual"
+    bound: float | None = None
+    gap: float | None = None
+    solver: str | None = None
+    seconds: float | None = None
+    fastest_ms: float | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def empty(self) -> bool:
+        """Whether the plan changes nothing."""
+        return not self.keep and not self.removed_blocks
+
+
+class _Document(BaseModel):
+    """The JSON form; an unknown key is an error, so that a misspelt plan is never half applied."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int
+    keep: dict[str, str]
+    removed_blocks: list[str] = []
+    predicted_ms: float | None = None
+    importance_share: float | None = None
+    status: Literal["optimal", "feasible", "infeasible", "manual"] = "manual"
+    bound: float | None = None
+    gap: float | None = None
+    solver: str | None = None
+    seconds: float | None = None
+    fastest_ms: float | None = None
+    provenance: dict[str, Any] = {}
+
+
+def to_ranges(indices: Iterable[int]) -> str:
+    """Write ascending indices as ranges.
+
+    >>> to_ranges([0, 1, 2, 7, 9, 10])
+    '0-2,7,9-10'
+    """
+    parts = []
+    for _, run in itertools.groupby(enumerate(indices), lambda pair: pair[1] - pair[0]):
+        numbers = [number for _, number in run]
+        parts.append(str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}")
+    return ",".join(parts)
+
+
+def from_ranges(text: str, limit: int = 2**24) -> tuple[int, ...]:
+    """Read what `to_ranges` wrote.
+
+    >>> from_ranges("0-2,7")
+    (0, 1, 2, 7)
+
+    Raises:
+        UsageError: not ascending ranges below ``limit``.
+    """
+    indices: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UsageError(f"the plan holds {part!r} where a range of units such as 0-31 is expected")
+        start, stop = int(first), int(last or first)
+        if stop >= limit or start > stop or (indices and start <= indices[-1]):
+            raise UsageError(f"the plan's range {part!r} is out of order or too large")
+        indices.extend(range(start, stop + 1))
+    return tuple(indices)
+
+
+def plan_json(plan: PruningPlan) -> str:
+    """The plan as JSON with sorted keys, ready for review in a diff."""
+    return json.dumps(plan_document(plan), indent=2, sort_keys=True) + "\n"
+
+
+def plan_document(plan: PruningPlan) -> dict[str, Any]:
+    """The plan as a JSON-ready dictionary."""
+    document = _Document(
+        schema_version=SCHEMA_VERSION,
+        keep={name: to_ranges(units) for name, units in plan.keep.items()},
+        removed_blocks=list(plan.removed_blocks),
+        predicted_ms=plan.predicted_ms,
+        importance_share=plan.importance_share,
+        status=plan.status,
+        bound=plan.bound,
+        gap=plan.gap,
+        solver=plan.solver,
+        seconds=plan.seconds,
+        fastest_ms=plan.fastest_ms,
+        provenance=dict(plan.provenance),
+    )
+    return document.model_dump()
+
+
+def load_plan(path: Path) -> PruningPlan:
+    """Read a plan file.
+
+    Raises:
+        UsageError: missing, not a plan, or of a newer schema.
+    """
+    try:
+        raw = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the plan {path} cannot be read; give the JSON file that `prune` wrote") from error
+    try:
+        document = _Document.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise UsageError(f"{path} is not a pruning plan: {place}: {first['msg']}") from error
+    if document.schema_version > SCHEMA_VERSION:
+        raise UsageError(f"{path} was written by a newer onnx-mdp (schema {document.schema_version}); upgrade")
+    values = document.model_dump(exclude={"schema_version", "keep", "removed_blocks"})
+    keep = {name: from_ranges(text) for name, text in document.keep.items()}
+    return PruningPlan(keep=keep, removed_blocks=tuple(document.removed_blocks), **values)
+
+
+def check_plan(plan: PruningPlan, structure: Structure) -> None:
+    """Refuse a plan that does not fit the model.
+
+    Raises:
+        UsageError: it was made for another model, or names an unknown or frozen dimension or block.
+    """
+    made_for = plan.provenance.get("model")
+    if made_for is not None and made_for != content_hash(structure.shadow.model):
+        raise UsageError("the plan was made for another model: the content hash in its provenance differs")
+    dimensions = {d.name: d for d in structure.dimensions}
+    for name, units in plan.keep.items():
+        if name not in dimensions:
+            raise UsageError(f"the plan prunes dimension {name!r}, which the model does not have")
+        if dimensions[name].frozen is not None:
+            raise UsageError(f"the plan prunes {name!r}, which is frozen: {dimensions[name].frozen}")
+        if not units or units[-1] >= len(dimensions[name].units):
+            raise UsageError(f"the plan keeps units of {name!r} that do not exist; it has {len(dimensions[name].units)}")
+    unknown = set(plan.removed_blocks) - {b.name for b in structure.blocks}
+    if unknown:
+        raise UsageError(f"the plan removes block {sorted(unknown)[0]!r}, which the model does not have")
+
+
+def kept_units(plan: PruningPlan, structure: Structure, index: int) -> tuple[int, ...]:
+    """The kept unit indices of a dimension."""
+    dimension = structure.dimensions[index]
+    return plan.keep.get(dimension.name, tuple(range(len(dimension.units))))
+
+
+def removed_classes(plan: PruningPlan, structure: Structure) -> npt.NDArray[np.bool_]:
+    """``bool[classes]``: the index classes that the plan removes."""
+    removed = np.zeros(structure.graph.classes, np.bool_)
+    for index, dimension in enumerate(structure.dimensions):
+        if dimension.name in plan.keep:
+            removed[list(dimension.units)] = True
+            removed[[dimension.units[unit] for unit in kept_units(plan, structure, index)]] = False
+    return removed

@@ -1,0 +1,292 @@
+"""Model and plan in, slimmer model out: slice weights, patch shape operands, bypass blocks.
+
+Names, opset, metadata, input and output signatures and symbolic dimensions stay as they are. Only these
+things change: initializer data along the cut axes, entries of shape operands that equal a changed extent,
+``group`` and ``split`` attributes, and the wiring around removed blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnx_mdp.labels import keep_vector
+from onnx_mdp.model_io import clone
+from onnx_mdp.plan import PruningPlan, check_plan, removed_classes
+from onnx_mdp.rules import Labelling, Site, varying
+from onnx_mdp.rules.movement import normalised_axes, slice_ranges
+from onnx_mdp.shadow import Operation, drop_unread
+from onnx_mdp.structure import Structure
+
+__all__ = ["rewrite"]
+
+Mask = npt.NDArray[np.bool_]
+
+
+def rewrite(structure: Structure, plan: PruningPlan) -> ir.Model:
+    """A new model without what the plan removes; an empty plan keeps every weight bit for bit.
+
+    Raises:
+        UsageError: the plan does not fit the model.
+    """
+    check_plan(plan, structure)
+    model = clone(structure.shadow.model)
+    edit = _Edit(structure, removed_classes(plan, structure), model, tuple(model.graph))
+    _slice_initializers(edit)
+    for operation in structure.shadow.operations:
+        patch = _PATCHES.get(operation.op_type)
+        if patch is not None and not operation.domain:
+            patch(edit, operation)
+    _bypass_blocks(edit, plan)
+    drop_unread(model)
+    _forget_shapes(model)
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class _Edit:
+    """The model under edit, its nodes by operation index, and the classes that go."""
+
+    structure: Structure
+    removed: Mask
+    model: ir.Model
+    nodes: tuple[ir.Node, ...]
+
+    def keep(self, name: str, axis: int) -> Mask:
+        """``bool[extent]``: which indices of an activation's axis stay."""
+        labels = self.structure.graph.tensors.get(name)
+        if labels is None or axis not in varying(labels):
+            return np.ones(self.structure.shadow.shapes[name][axis], np.bool_)
+        return keep_vector(self.structure.graph.vector(name, axis), self.removed)
+
+    def cuts(self, name: str, axis: int) -> bool:
+        """Whether an activation's axis becomes shorter."""
+        return not bool(self.keep(name, axis).all())
+
+    def constant(self, operation: Operation, slot: int) -> npt.NDArray[Any] | None:
+        name = operation.inputs[slot] if slot < len(operation.inputs) else ""
+        return self.structure.shadow.constants.get(name)
+
+
+def _slice_initializers(edit: _Edit) -> None:
+    """Cut each weight for each reader; readers that keep the same indices go on sharing it."""
+    cuts: dict[tuple[int, int], list[Site]] = {}
+    for site in edit.structure.graph.sites:
+        cuts.setdefault((site.operation, site.slot), []).append(site)
+    versions: dict[tuple[str, bytes], ir.Value] = {}
+    for (index, slot), sites in cuts.items():
+        masks = {site.axis: keep_vector(site.labels, edit.removed) for site in sites}
+        if all(mask.all() for mask in masks.values()):
+            continue
+        name = edit.structure.shadow.operations[index].inputs[slot]
+        key = (name, b"".join(bytes([axis]) + np.packbits(masks[axis]).tobytes() for axis in sorted(masks)))
+        if key not in versions:
+            versions[key] = _sliced(edit, name, masks)
+        edit.nodes[index].replace_input_with(slot, versions[key])
+    _restore_names(edit.model, versions)
+
+
+def _sliced(edit: _Edit, name: str, masks: Mapping[int, Mask]) -> ir.Value:
+    array = edit.structure.shadow.constants[name]
+    for axis, mask in masks.items():
+        array = np.compress(mask, array, axis)
+    return _add_initializer(edit.model, f"{name}__pruned", np.ascontiguousarray(array))
+
+
+def _restore_names(model: ir.Model, versions: Mapping[tuple[str, bytes], ir.Value]) -> None:
+    """The first pruned version of a weight takes the name of an original that nobody reads any more."""
+    for (name, _), value in versions.items():
+        original = model.graph.initializers.get(name)
+        if original is not None and not list(original.uses()) and not original.is_graph_output():
+            del model.graph.initializers[name]
+            del model.graph.initializers[str(value.name)]
+            value.name = name
+            model.graph.initializers[name] = value
+
+
+def _add_initializer(model: ir.Model, stem: str, array: npt.NDArray[Any]) -> ir.Value:
+    taken = model.graph.initializers
+    name, number = stem, 2
+    while name in taken:
+        name, number = f"{stem}{number}", number + 1
+    value = ir.Value(
+        name=name,
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+        const_value=ir.tensor(array, name=name),
+    )
+    model.graph.register_initializer(value)
+    return value
+
+
+def _bypass_blocks(edit: _Edit, plan: PruningPlan) -> None:
+    values = {str(v.name): v for n in edit.nodes for v in n.outputs if v.name}
+    values |= {str(v.name): v for v in edit.model.graph.inputs}
+    # Last first: the shortcut of a removed block may be the output of a removed block before it.
+    for block in reversed(edit.structure.blocks):
+        if block.name not in plan.removed_blocks:
+            continue
+        joint = edit.nodes[block.joint]
+        shortcut = values[block.shortcut]
+        if joint.outputs[0].is_graph_output():
+            branch_slot = 1 - list(joint.inputs).index(shortcut)
+            zero = _add_initializer(edit.model, f"{block.branch}__removed", _zero_like(shortcut))
+            joint.replace_input_with(branch_slot, zero)
+        else:
+            joint.outputs[0].replace_all_uses_with(shortcut)
+
+
+def _zero_like(value: ir.Value) -> npt.NDArray[Any]:
+    dtype = value.dtype if value.dtype is not None else ir.DataType.FLOAT
+    return np.zeros((), dtype.numpy())
+
+
+def _forget_shapes(model: ir.Model) -> None:
+    """Shapes of inner tensors are stale now; runtimes infer them again."""
+    for node in model.graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None
+
+
+def _set_operand(edit: _Edit, operation: Operation, slot: int, values: npt.NDArray[Any]) -> None:
+    """Replace the entries of a shape operand that differ, and leave those that a run computes."""
+    old = edit.constant(operation, slot)
+    if old is None or (old.shape == values.shape and bool((old == values).all())):
+        return
+    node = edit.nodes[operation.index]
+    name = operation.inputs[slot]
+    fixed = _add_initializer(edit.model, f"{name}__pruned", values.astype(old.dtype))
+    if name not in edit.structure.shadow.dynamic:
+        node.replace_input_with(slot, fixed)
+        return
+    mask = _add_initializer(edit.model, f"{name}__changed", np.asarray(old != values))
+    choice = ir.Node("", "Where", [mask, fixed, node.inputs[slot]], name=f"{operation.name}/pruned_{slot}")
+    choice.outputs[0].name = f"{name}__patched_{operation.index}_{slot}"
+    edit.model.graph.insert_before(node, choice)
+    node.replace_input_with(slot, choice.outputs[0])
+
+
+def _set_ints(edit: _Edit, operation: Operation, name: str, value: int | tuple[int, ...]) -> None:
+    attribute = ir.AttrInt64(name, value) if isinstance(value, int) else ir.AttrInt64s(name, value)
+    edit.nodes[operation.index].attributes[name] = attribute
+
+
+def _patch_target_shape(edit: _Edit, operation: Operation) -> None:
+    """Reshape and Expand: entries that name the old extent name the new one."""
+    old = edit.constant(operation, 1)
+    if old is None:
+        return
+    output = operation.outputs[0]
+    offset = len(edit.structure.shadow.shapes[output]) - len(old)
+    new = old.copy()
+    special = (-1, 0) if operation.op_type == "Reshape" else (1,)
+    for place, entry in enumerate(old.tolist()):
+        if entry not in special and edit.cuts(output, place + offset):
+            new[place] = int(edit.keep(output, place + offset).sum())
+    _set_operand(edit, operation, 1, new)
+
+
+def _patch_resize(edit: _Edit, operation: Operation) -> None:
+    old = edit.constant(operation, 3)
+    if old is None or not old.size:
+        return
+    rank = len(edit.structure.shadow.shapes[operation.outputs[0]])
+    axes = [axis % rank for axis in operation.attributes.get("axes", range(rank))]
+    kept = [int(edit.keep(operation.outputs[0], axis).sum()) for axis in axes]
+    _set_operand(edit, operation, 3, np.asarray(kept, old.dtype))
+
+
+def _patch_split(edit: _Edit, operation: Operation) -> None:
+    axis = operation.attributes.get("axis", 0) % len(edit.structure.shadow.shapes[operation.inputs[0]])
+    if not edit.cuts(operation.inputs[0], axis):
+        return
+    sizes = tuple(int(edit.keep(output, axis).sum()) for output in operation.outputs)
+    node = edit.nodes[operation.index]
+    if operation.version < 13:
+        _set_ints(edit, operation, "split", sizes)
+        return
+    node.attributes.pop("num_outputs", None)
+    fixed = _add_initializer(edit.model, f"{operation.outputs[0]}__split", np.asarray(sizes, np.int64))
+    node.resize_inputs(2)
+    node.replace_input_with(1, fixed)
+
+
+def _patch_slice(edit: _Edit, operation: Operation) -> None:
+    state = Labelling(edit.structure.shadow)
+    ranges = slice_ranges(state, operation)
+    source = operation.inputs[0]
+    if ranges is None or not any(edit.cuts(source, axis) for axis in ranges):
+        return
+    bounds = [
+        np.asarray(edit.constant(operation, slot) if len(operation.inputs) > 1 else operation.attributes[key]).copy()
+        for slot, key in ((1, "starts"), (2, "ends"))
+    ]
+    for place, (axis, (start, stop, _)) in enumerate(ranges.items()):
+        if edit.cuts(source, axis):
+            keep = edit.keep(source, axis)
+            bounds[0][place], bounds[1][place] = int(keep[:start].sum()), int(keep[:stop].sum())
+    if len(operation.inputs) > 1:
+        _set_operand(edit, operation, 1, bounds[0])
+        _set_operand(edit, operation, 2, bounds[1])
+    else:
+        _set_ints(edit, operation, "starts", tuple(bounds[0].tolist()))
+        _set_ints(edit, operation, "ends", tuple(bounds[1].tolist()))
+
+
+def _patch_gather(edit: _Edit, operation: Operation) -> None:
+    source = operation.inputs[0]
+    axis = operation.attributes.get("axis", 0) % max(len(edit.structure.shadow.shapes[source]), 1)
+    indices = edit.constant(operation, 1)
+    if indices is None or not edit.cuts(source, axis):
+        return
+    keep = edit.keep(source, axis)
+    wrapped = np.where(indices < 0, indices + len(keep), indices)
+    places = np.cumsum(keep) - 1
+    _set_operand(edit, operation, 1, places[wrapped[keep[wrapped]]] if indices.ndim else places[wrapped])
+
+
+def _patch_pad(edit: _Edit, operation: Operation) -> None:
+    output, source = operation.outputs[0], operation.inputs[0]
+    as_input = len(operation.inputs) > 1
+    old = edit.constant(operation, 1) if as_input else operation.attributes["pads"]
+    if old is None:
+        return
+    new = np.asarray(old).copy()
+    shape = edit.structure.shadow.shapes[source]
+    axes = normalised_axes(Labelling(edit.structure.shadow), operation, 3, len(shape), len(new) // 2) or ()
+    for place, axis in enumerate(axes):
+        if edit.cuts(output, axis):
+            keep = edit.keep(output, axis)
+            before, after = int(new[place]), int(new[place + len(axes)])
+            new[place] = int(keep[:before].sum())
+            new[place + len(axes)] = int(keep[len(keep) - after :].sum())
+    if as_input:
+        _set_operand(edit, operation, 1, new)
+    else:
+        _set_ints(edit, operation, "pads", tuple(new.tolist()))
+
+
+def _patch_groups(edit: _Edit, operation: Operation) -> None:
+    """A depthwise convolution has as many groups as input channels are left."""
+    groups = operation.attributes.get("group", 1)
+    if groups > 1 and groups == edit.structure.shadow.shapes[operation.inputs[0]][1]:
+        _set_ints(edit, operation, "group", int(edit.keep(operation.inputs[0], 1).sum()))
+
+
+_PATCHES: Mapping[str, Callable[[_Edit, Operation], None]] = {
+    "Conv": _patch_groups,
+    "ConvTranspose": _patch_groups,
+    "Expand": _patch_target_shape,
+    "Gather": _patch_gather,
+    "Pad": _patch_pad,
+    "Reshape": _patch_target_shape,
+    "Resize": _patch_resize,
+    "Slice": _patch_slice,
+    "Split": _patch_split,
+}

@@ -1,0 +1,20 @@
+"""What each operator does to index labels: one decorated function of a few lines per family."""
+
+from __future__ import annotations
+
+from onnx_mdp.rules import contraction, elementwise, movement
+from onnx_mdp.rules.labelling import RULES, Labelling, Labels, Rule, Site, rule, squash, varying
+
+__all__ = [
+    "RULES",
+    "Labelling",
+    "Labels",
+    "Rule",
+    "Site",
+    "contraction",
+    "elementwise",
+    "movement",
+    "rule",
+    "squash",
+    "varying",
+]

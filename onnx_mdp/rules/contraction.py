@@ -1,0 +1,159 @@
+"""Rules for operators that sum over an axis: the label ends there, and weights make new ones."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnx_mdp.rules.labelling import Labelling, Labels, couple, rule, varying
+from onnx_mdp.shadow import Operation
+
+__all__: list[str] = []
+
+
+@rule("Conv")
+def conv(state: Labelling, operation: Operation) -> None:
+    """``y[o] = sum_i w[o, i] * x[i]``, in ``group`` independent parts; weight ``[O, I/group, ...]``."""
+    weight = state.constant(operation, 1)
+    groups = operation.attributes.get("group", 1)
+    if weight is None:
+        state.freeze_inputs(operation, f"{operation} computes its weight at run time")
+        return
+    out_channels, group_inputs = weight.shape[:2]
+    channels = _channels(state, operation, group_inputs * groups)
+    if groups == 1:
+        state.site(operation, 1, 1, channels, "in")
+        made = state.fresh(out_channels)
+    elif group_inputs == 1:
+        made = np.repeat(channels, out_channels // groups)
+    else:
+        channels = _couple_groups(state, operation, channels, groups)
+        state.site(operation, 1, 1, channels[:group_inputs], "in")
+        made = np.tile(state.fresh(out_channels // groups), groups)
+    state.site(operation, 1, 0, made, "each" if group_inputs == 1 and groups > 1 else "out")
+    state.site(operation, 2, 0, made)
+    state.reduces(operation, 0)
+    state.emit(operation, made.reshape((1, -1) + (1,) * (weight.ndim - 2)))
+
+
+@rule("ConvTranspose")
+def conv_transpose(state: Labelling, operation: Operation) -> None:
+    """As Conv, with the weight laid out ``[I, O/group, ...]``."""
+    weight = state.constant(operation, 1)
+    groups = operation.attributes.get("group", 1)
+    if weight is None:
+        state.freeze_inputs(operation, f"{operation} computes its weight at run time")
+        return
+    inputs, group_outputs = weight.shape[:2]
+    channels = _channels(state, operation, inputs)
+    if groups == inputs:
+        made = np.repeat(channels, group_outputs)
+    else:
+        if groups > 1:
+            channels = _couple_groups(state, operation, channels, groups)
+        single = state.fresh(group_outputs)
+        state.site(operation, 1, 1, single, "out")
+        made = np.tile(single, groups)
+    state.site(operation, 1, 0, channels, "each" if groups == inputs else "in")
+    state.site(operation, 2, 0, made)
+    state.reduces(operation, 0)
+    state.emit(operation, made.reshape((1, -1) + (1,) * (weight.ndim - 2)))
+
+
+def _channels(state: Labelling, operation: Operation, count: int) -> Labels:
+    labels = state.labels(operation.inputs[0])
+    return state.vector(labels, 1, count, f"{operation} reads spatially varying channels")
+
+
+def _couple_groups(state: Labelling, operation: Operation, channels: Labels, groups: int) -> Labels:
+    """The j-th channels of all groups leave together, so that the groups stay equally wide."""
+    joint = couple(state, channels.reshape(groups, -1), 0, f"{operation} has groups with fixed channels")
+    return np.tile(joint.reshape(-1), groups)
+
+
+@rule("Gemm")
+def gemm(state: Labelling, operation: Operation) -> None:
+    """``y = alpha * A B + beta * C`` with a constant ``B``."""
+    weight = state.constant(operation, 1)
+    if weight is None or operation.attributes.get("transA", 0):
+        state.freeze_inputs(operation, f"{operation} has no constant weight, or transposes its input")
+        return
+    in_axis = 1 if operation.attributes.get("transB", 0) else 0
+    channels = state.vector(
+        state.labels(operation.inputs[0]), 1, weight.shape[in_axis], f"{operation} reads two prunable axes"
+    )
+    made = state.fresh(weight.shape[1 - in_axis])
+    state.site(operation, 1, in_axis, channels, "in")
+    state.site(operation, 1, 1 - in_axis, made, "out")
+    bias = state.shape(operation.inputs[2]) if len(operation.inputs) > 2 and operation.inputs[2] else ()
+    if bias and bias[-1] > 1:
+        state.site(operation, 2, len(bias) - 1, made)
+    state.reduces(operation, 0)
+    state.emit(operation, made.reshape(1, -1))
+
+
+@rule("MatMul")
+def matmul(state: Labelling, operation: Operation) -> None:
+    """``x W`` or ``W x`` with a constant matrix ``W``; two activations are frozen."""
+    left, right = (state.constant(operation, slot) for slot in (0, 1))
+    if right is not None and right.ndim == 2 and left is None:
+        _matmul_by_weight(state, operation, data=0, weight=1)
+    elif left is not None and left.ndim == 2 and right is None and len(state.shape(operation.inputs[1])) > 1:
+        _matmul_by_weight(state, operation, data=1, weight=0)
+    else:
+        state.freeze_inputs(operation, f"{operation} multiplies two activations")
+
+
+def _matmul_by_weight(state: Labelling, operation: Operation, *, data: int, weight: int) -> None:
+    matrix = state.shape(operation.inputs[weight])
+    in_axis, data_axis = (0, -1) if weight else (1, -2)
+    labels = state.labels(operation.inputs[data])
+    channels = state.vector(labels, data_axis, matrix[in_axis], f"{operation} reads two prunable axes")
+    made = state.fresh(matrix[1 - in_axis])
+    state.site(operation, weight, in_axis, channels, "in")
+    state.site(operation, weight, 1 - in_axis, made, "out")
+    state.reduces(operation, data)
+    rank = len(state.shape(operation.outputs[0]))
+    state.emit(operation, made.reshape((1,) * (rank - 1) + (-1,) if weight else (1,) * (rank - 2) + (-1, 1)))
+
+
+@rule("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare")
+def reduces_axes(state: Labelling, operation: Operation) -> None:
+    """The label ends where it is reduced over; elsewhere it passes."""
+    labels = state.labels(operation.inputs[0])
+    axes = _reduced_axes(state, operation, labels.ndim)
+    if axes is None:
+        state.freeze_inputs(operation, f"{operation} computes its axes at run time")
+        return
+    inside = [axis for axis in varying(labels) if axis in axes]
+    if inside and len(inside) < len(varying(labels)):
+        state.freeze(labels, f"{operation} reduces over one of two prunable axes")
+        labels = np.zeros((1,) * labels.ndim, np.int32)
+    elif inside:
+        state.reduces(operation, 0)
+        labels = np.zeros((1,) * labels.ndim, np.int32)
+    if not operation.attributes.get("keepdims", 1):
+        labels = labels.reshape([extent for axis, extent in enumerate(labels.shape) if axis not in axes])
+    state.emit(operation, labels)
+
+
+def _reduced_axes(state: Labelling, operation: Operation, rank: int) -> tuple[int, ...] | None:
+    listed = operation.attributes.get("axes")
+    if len(operation.inputs) > 1 and operation.inputs[1]:
+        given = state.constant(operation, 1)
+        if given is None:
+            return None
+        listed = given.reshape(-1).tolist()
+    if not listed:
+        return () if operation.attributes.get("noop_with_empty_axes", 0) else tuple(range(rank))
+    return tuple(int(axis) % rank for axis in listed)
+
+
+@rule("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool", "MaxPool", "AveragePool", "LpPool")
+def pools(state: Labelling, operation: Operation) -> None:
+    """Channels are pooled one by one; labels may not vary over the pooled positions."""
+    labels = state.labels(operation.inputs[0])
+    spatial = [axis for axis in varying(labels) if axis > 1]
+    if spatial or len(operation.outputs) > 1:
+        state.freeze(labels, f"{operation} pools over a prunable axis")
+        labels = np.zeros((1,) * labels.ndim, np.int32)
+    state.emit(operation, labels)

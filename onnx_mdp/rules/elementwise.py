@@ -1,0 +1,119 @@
+"""Rules for operators that treat every element alike: labels pass, or meet under broadcasting."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnx_mdp.rules.labelling import Labelling, Labels, couple, rule, varying
+from onnx_mdp.shadow import Operation
+
+__all__: list[str] = []
+
+
+@rule(
+    *"Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Clip Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid "
+    "HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin "
+    "Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu CastLike".split()
+)
+def passes(state: Labelling, operation: Operation) -> None:
+    """Each output element depends on the input element at the same place."""
+    state.emit(operation, state.labels(operation.inputs[0]))
+
+
+@rule("Dropout")
+def dropout(state: Labelling, operation: Operation) -> None:
+    """At inference the identity, with an optional mask of the same shape."""
+    for output in range(len(operation.outputs)):
+        state.emit(operation, state.labels(operation.inputs[0]), output)
+
+
+@rule("Shape", "Size")
+def shape(state: Labelling, operation: Operation) -> None:
+    """Reads no element: a computed shape is checked where it is used."""
+
+
+@rule(
+    *"Add Sub Mul Div Pow Min Max Sum Mean Mod PRelu Where Equal Greater GreaterOrEqual Less LessOrEqual And Or "
+    "Xor BitShift BitwiseAnd BitwiseOr BitwiseXor".split()
+)
+def meets(state: Labelling, operation: Operation) -> None:
+    """Operands meet position by position under broadcasting; constants are cut as the others are."""
+    shape = state.shape(operation.outputs[0])
+    operands = [(slot, name) for slot, name in enumerate(operation.inputs) if name]
+    activations = [(slot, name) for slot, name in operands if not state.is_constant(name)]
+    aligned = {slot: _align(state.labels(name), len(shape)) for slot, name in activations}
+    extents = {slot: (1,) * (len(shape) - len(state.shape(n))) + state.shape(n) for slot, n in operands}
+    joint = np.zeros((1,) * len(shape), np.int32)
+    for slot in sorted(aligned, key=lambda s: -int((aligned[s] > 0).any())):
+        joint = _meet(state, operation, joint, aligned[slot])
+    for slot, name in activations:
+        _check_broadcast(state, operation, name, aligned[slot], extents[slot], joint)
+    for slot, _name in operands:
+        if slot not in aligned:
+            _cut_constant(state, operation, slot, extents[slot], joint)
+    state.emit(operation, joint)
+
+
+def _align(labels: Labels, rank: int) -> Labels:
+    return labels.reshape((1,) * (rank - labels.ndim) + labels.shape)
+
+
+def _meet(state: Labelling, operation: Operation, joint: Labels, labels: Labels) -> Labels:
+    axes = set(varying(joint)) | set(varying(labels))
+    if len(axes) > 1 and varying(joint) and varying(labels) and varying(joint) != varying(labels):
+        why = f"{operation} combines two prunable axes"
+        state.freeze(joint, why)
+        state.freeze(labels, why)
+        return np.zeros((1,) * joint.ndim, np.int32)
+    state.union(joint, labels)
+    return np.asarray(np.where(joint > 0, joint, labels), np.int32)
+
+
+def _check_broadcast(
+    state: Labelling, operation: Operation, name: str, labels: Labels, extents: tuple[int, ...], joint: Labels
+) -> None:
+    """An operand may leave a labelled axis out (extent 1), but may not be fixed or single along it."""
+    for axis in varying(joint):
+        if extents[axis] == 1:
+            state.freeze(labels, f"{operation} broadcasts {name!r} over a prunable axis")
+        else:
+            fixed = (labels == 0) & (joint > 0)
+            state.freeze(np.where(fixed, joint, 0), f"{operation} meets {name!r}, which cannot be pruned")
+
+
+def _cut_constant(
+    state: Labelling, operation: Operation, slot: int, extents: tuple[int, ...], joint: Labels
+) -> None:
+    axes = [axis for axis in varying(joint) if extents[axis] > 1]
+    for axis in axes:
+        vector = state.vector(joint, axis, extents[axis], f"{operation} has a constant over two prunable axes")
+        offset = len(extents) - len(state.shape(operation.inputs[slot]))
+        state.site(operation, slot, axis - offset, vector)
+
+
+@rule("Softmax", "LogSoftmax", "Hardmax")
+def normalises(state: Labelling, operation: Operation) -> None:
+    """Labels along the normalised axis would change the sum: frozen."""
+    labels = state.labels(operation.inputs[0])
+    flattens = operation.version < 13
+    axis = operation.attributes.get("axis", 1 if flattens else -1) % max(labels.ndim, 1)
+    if any(a == axis or (flattens and a > axis) for a in varying(labels)):
+        state.freeze(labels, f"{operation} normalises over a prunable axis")
+        labels = np.zeros_like(labels)
+    state.emit(operation, labels)
+
+
+@rule("BatchNormalization", "InstanceNormalization")
+def normalises_each_channel(state: Labelling, operation: Operation) -> None:
+    """Statistics and affine parameters belong to one channel each."""
+    labels = state.labels(operation.inputs[0])
+    why = f"{operation} normalises over a prunable axis"
+    for axis in varying(labels):
+        if axis != 1:
+            labels = couple(state, labels, axis, why)
+            if operation.op_type == "InstanceNormalization":
+                state.freeze(labels, why)
+    vector = state.vector(labels, 1, state.shape(operation.inputs[0])[1], why)
+    for slot in range(1, len(operation.inputs)):
+        state.site(operation, slot, 0, vector)
+    state.emit(operation, labels)

@@ -1,0 +1,198 @@
+"""The algebra of index labels that the operator rules speak.
+
+Every tensor carries an ``int32`` array of its own rank that says to which *atom* (removable unit) each
+index belongs; 0 means that the index cannot be removed. Arrays are **squashed**: an axis along which the
+labels do not vary has extent 1, so that a ``[1, 64, 112, 112]`` activation costs 64 numbers. Rules create
+atoms (`fresh`), say which atoms live and die together (`union`), which never die (`freeze`), which
+initializer axes they cut (`site`), and which inputs they reduce over (`reduces`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from onnx_mdp.shadow import Operation, Shadow
+
+__all__ = ["RULES", "Labelling", "Labels", "Role", "Rule", "Site", "couple", "expand", "rule", "squash", "varying"]
+
+Labels = npt.NDArray[np.int32]
+Role = Literal["in", "out", "each"]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Operation ``operation`` reads, in input ``slot``, an initializer whose ``axis`` has these atoms.
+
+    ``role`` says what the axis is to the operation: ``out`` makes the indices (rows of a weight),
+    ``in`` sums over them (columns), ``each`` holds one parameter for each (bias, scale, depthwise filter).
+    """
+
+    operation: int
+    slot: int
+    axis: int
+    labels: Labels
+    role: Role = "each"
+
+
+Rule = Callable[["Labelling", Operation], None]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*op_types: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operators of the ONNX domain, or ``domain::Operator`` of another one."""
+
+    def register(function: Rule) -> Rule:
+        for op_type in op_types:
+            if op_type in RULES:
+                raise ValueError(f"two rules for {op_type}")
+            RULES[op_type] = function
+        return function
+
+    return register
+
+
+def varying(labels: Labels) -> tuple[int, ...]:
+    """The axes along which squashed labels vary."""
+    return tuple(axis for axis, extent in enumerate(labels.shape) if extent > 1)
+
+
+def squash(labels: npt.ArrayLike) -> Labels:
+    """Reduce every axis along which the labels do not vary to extent 1."""
+    array = np.asarray(labels, np.int32)
+    for axis in range(array.ndim):
+        first = array.take([0], axis) if array.shape[axis] else array
+        if array.shape[axis] > 1 and bool((array == first).all()):
+            array = first
+    return array
+
+
+def expand(labels: Labels, axis: int, extent: int) -> Labels:
+    """Give one axis its full extent."""
+    shape = list(labels.shape)
+    shape[axis] = extent
+    return np.broadcast_to(labels, shape)
+
+
+def couple(state: Labelling, labels: Labels, axis: int, why: str) -> Labels:
+    """Make all labels along ``axis`` live and die together; return them with that axis squashed."""
+    joint = labels.max(axis, keepdims=True)
+    mixed = (labels == 0).any(axis, keepdims=True) & (joint > 0)
+    state.freeze(np.where(mixed, labels, 0), why)
+    state.union(labels, joint)
+    return joint
+
+
+class Labelling:
+    """The labels of one model while the rules run over it, operation by operation."""
+
+    def __init__(self, shadow: Shadow) -> None:
+        """Start with unlabelled graph inputs and no atoms."""
+        self.shadow = shadow
+        self.tensors: dict[str, Labels] = {}
+        self.atoms = 1
+        self.edges: list[npt.NDArray[np.int32]] = []
+        self.frozen: list[tuple[npt.NDArray[np.int32], str]] = []
+        self.sites: list[Site] = []
+        self.reductions: list[tuple[int, int]] = []
+        self.unsupported: dict[str, str] = {}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The concrete shape of a tensor."""
+        return self.shadow.shapes[name]
+
+    def labels(self, name: str) -> Labels:
+        """Squashed labels of a tensor; constants and inputs have none."""
+        known = self.tensors.get(name)
+        return np.zeros((1,) * len(self.shadow.shapes.get(name, ())), np.int32) if known is None else known
+
+    def constant(self, operation: Operation, slot: int) -> npt.NDArray[Any] | None:
+        """The value of an input if it depends on no input value, else None."""
+        if slot >= len(operation.inputs) or not operation.inputs[slot]:
+            return None
+        return self.shadow.constants.get(operation.inputs[slot])
+
+    def entry_moves(self, operation: Operation, slot: int, place: int) -> bool:
+        """Whether entry ``place`` of a shape operand changes with a symbolic dimension."""
+        name = operation.inputs[slot] if slot < len(operation.inputs) else ""
+        moving = self.shadow.dynamic.get(name)
+        return moving is not None and bool(moving.reshape(-1)[place])
+
+    def is_constant(self, name: str) -> bool:
+        """Whether a tensor depends on no input value."""
+        return name in self.shadow.constants
+
+    def fresh(self, count: int) -> Labels:
+        """New atoms, one for each of ``count`` indices."""
+        first, self.atoms = self.atoms, self.atoms + count
+        return np.arange(first, self.atoms, dtype=np.int32)
+
+    def union(self, a: Labels, b: Labels) -> None:
+        """Labels that meet at the same position live and die together; 0 meets nothing."""
+        a, b = np.broadcast_arrays(a, b)
+        met = (a > 0) & (b > 0) & (a != b)
+        if met.any():
+            self.edges.append(np.unique(np.stack([a[met], b[met]]), axis=1))
+
+    def freeze(self, labels: Labels, why: str) -> None:
+        """These labels never die; ``why`` is shown to the user."""
+        atoms = np.unique(labels[labels > 0])
+        if len(atoms):
+            self.frozen.append((atoms, why))
+
+    def freeze_inputs(self, operation: Operation, why: str) -> None:
+        """Freeze whatever the operation reads and leave its outputs unlabelled."""
+        for name in (*operation.inputs, *operation.captured):
+            if name:
+                self.freeze(self.labels(name), why)
+
+    def emit(self, operation: Operation, labels: Labels, output: int = 0) -> None:
+        """Set the labels of an output."""
+        if output < len(operation.outputs) and operation.outputs[output]:
+            self.tensors[operation.outputs[output]] = squash(labels)
+
+    def vector(self, labels: Labels, axis: int, extent: int, why: str) -> Labels:
+        """The labels along one axis, ``int32[extent]``; variation along others is coupled away."""
+        axis %= labels.ndim
+        for other in varying(labels):
+            if other != axis:
+                labels = couple(self, labels, other, why)
+        return expand(labels, axis, extent).reshape(-1).copy()
+
+    def site(
+        self, operation: Operation, slot: int, axis: int, labels: Labels, role: Role = "each"
+    ) -> None:
+        """The operation reads an initializer that is cut along ``axis`` with these labels."""
+        if slot < len(operation.inputs) and operation.inputs[slot] and bool((labels > 0).any()):
+            if self.is_constant(operation.inputs[slot]):
+                self.sites.append(Site(operation.index, slot, axis, labels, role))
+            else:
+                self.freeze(labels, f"{operation} computes its parameters at run time")
+
+    def reduces(self, operation: Operation, slot: int) -> None:
+        """The operation sums (or takes statistics) over a labelled axis of this input."""
+        self.reductions.append((operation.index, slot))
+
+    def run(self) -> None:
+        """Apply the rule of every operation; those without one freeze what they touch."""
+        for operation in self.shadow.operations:
+            names = [n for n in (*operation.inputs, *operation.captured) if n]
+            key = f"{operation.domain}::{operation.op_type}" if operation.domain else operation.op_type
+            if all(self.is_constant(o) or not o for o in operation.outputs):
+                continue
+            if key in RULES:
+                RULES[key](self, operation)
+            else:
+                self._refuse(operation, key, names)
+        for name in self.shadow.outputs:
+            self.freeze(self.labels(name), f"graph output {name}")
+
+    def _refuse(self, operation: Operation, key: str, names: Sequence[str]) -> None:
+        touched = any(bool((self.labels(n) > 0).any()) for n in names)
+        if touched:
+            self.unsupported.setdefault(key, f"no rule for operator {key}")
+        self.freeze_inputs(operation, f"no rule for operator {key}, which {operation} is")

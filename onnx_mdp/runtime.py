@@ -1,0 +1,248 @@
+"""ONNX Runtime sessions that run where they were asked to run, or not at all.
+
+ONNX Runtime lists providers that cannot start and then falls back to the CPU with a log line
+at most, so a session counts only after it has named the wanted provider itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import onnx
+
+from onnx_mdp.errors import MeasurementError, MissingBackendError, UsageError
+
+__all__ = [
+    "SHORT_NAMES",
+    "InferenceSession",
+    "Runtime",
+    "context",
+    "device_name",
+    "import_onnxruntime",
+    "one_line",
+    "open_session",
+    "runtime",
+]
+
+SHORT_NAMES = {
+    "coreml": "CoreMLExecutionProvider",
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "directml": "DmlExecutionProvider",
+    "migraphx": "MIGraphXExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+    "qnn": "QNNExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "xnnpack": "XnnpackExecutionProvider",
+}
+
+_EXTRAS = {
+    "CPUExecutionProvider": "cpu",
+    "CUDAExecutionProvider": "gpu",
+    "OpenVINOExecutionProvider": "openvino",
+    "TensorrtExecutionProvider": "gpu",
+}
+
+_ERROR_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+_SOURCE_LOCATION = re.compile(r"\S+\.(?:cc|cpp|cu|cuh|h):\d+\s*")
+_SIGNATURE = re.compile(r"^[^()]*\bonnxruntime::[^()]*\([^()]*\)(?: const)?\s*")
+_FATAL = 4
+
+
+class NodeArg(Protocol):
+    """An input or output of a session, as ONNX Runtime describes it."""
+
+    name: str
+    type: str
+    shape: list[int | str | None]
+
+
+class InferenceSession(Protocol):
+    """The part of ``onnxruntime.InferenceSession`` that onnx-mdp uses (it ships no type stubs)."""
+
+    def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any]) -> list[Any]:
+        """Compute the outputs."""
+
+    def get_inputs(self) -> list[NodeArg]:
+        """Describe the inputs that a feed must hold."""
+
+    def get_outputs(self) -> list[NodeArg]:
+        """Describe the outputs in the order of ``run``."""
+
+    def get_providers(self) -> list[str]:
+        """Name the providers that really run the session, the preferred one first."""
+
+    def end_profiling(self) -> str:
+        """Write the profile and return its file name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """Where models run: a provider by its full name, its options sorted by key, its threads."""
+
+    provider: str = "CPUExecutionProvider"
+    options: tuple[tuple[str, str], ...] = ()
+    threads: int = 1
+
+
+def runtime(name: str = "cpu", threads: int = 1, options: Sequence[tuple[str, str]] = ()) -> Runtime:
+    """Make a ``Runtime`` from a short name such as ``cpu``, or a full provider name.
+
+    >>> runtime("cpu").provider
+    'CPUExecutionProvider'
+
+    Raises ``UsageError`` for an unknown name or fewer than one thread. Whether the provider is
+    installed is found out by ``open_session``.
+    """
+    provider = SHORT_NAMES.get(name.lower(), name)
+    if not provider.endswith("ExecutionProvider"):
+        raise UsageError(
+            f"Unknown provider '{name}': use one of {', '.join(SHORT_NAMES)} or a full name such as "
+            "CPUExecutionProvider."
+        )
+    if threads < 1:
+        raise UsageError(f"A model cannot run on {threads} threads: use at least 1.")
+    return Runtime(provider, tuple(sorted((str(key), str(value)) for key, value in options)), threads)
+
+
+def import_onnxruntime() -> Any:
+    """Return the ``onnxruntime`` module; ``MissingBackendError`` names the install command."""
+    try:
+        return importlib.import_module("onnxruntime")
+    except ModuleNotFoundError as error:
+        raise MissingBackendError(
+            "ONNX Runtime is not installed: run `pip install onnx-mdp[cpu]` "
+            "(or [gpu] or [openvino], exactly one of them)."
+        ) from error
+    except ImportError as error:
+        raise MissingBackendError(
+            f"ONNX Runtime is installed but cannot be imported ({one_line(error)}): "
+            "reinstall it with `pip install --force-reinstall onnx-mdp[cpu]`."
+        ) from error
+
+
+def open_session(
+    model: bytes | str | Path,
+    runtime: Runtime,
+    *,
+    optimize: bool = True,
+    profile_prefix: str | None = None,
+    optimized_model_path: Path | None = None,
+) -> InferenceSession:
+    """Open a silent session of `model` (serialised bytes or a file) that runs on `runtime`.
+
+    `optimize=False` disables every graph optimisation; `profile_prefix` switches the profiler on
+    and starts its file name; `optimized_model_path` receives the optimised model.
+    Raises ``MissingBackendError`` if the provider is absent or does not start, ``MeasurementError``
+    if the model cannot be loaded.
+    """
+    ort = import_onnxruntime()
+    if runtime.provider not in ort.get_available_providers():
+        raise _missing(runtime.provider, "is not part of this ONNX Runtime")
+    # Providers that fail to start complain through the process-wide logger, not the session's.
+    ort.set_default_logger_severity(_FATAL)
+    options = _session_options(ort, runtime, optimize, profile_prefix, optimized_model_path)
+    try:
+        session = _create(ort, model, runtime, options)
+    except Exception as error:
+        reason = one_line(error, model)
+        if not _starts(ort, runtime):
+            raise _missing(runtime.provider, f"does not start ({reason.rstrip('.')})") from error
+        name = "the model" if isinstance(model, bytes) else f"'{Path(model).name}'"
+        raise MeasurementError(f"ONNX Runtime cannot load {name} on {runtime.provider}: {reason}") from error
+    if runtime.provider not in session.get_providers():
+        raise _missing(runtime.provider, f"did not start and fell back to {session.get_providers()[0]}")
+    return session
+
+
+def _create(ort: Any, model: bytes | str | Path, runtime: Runtime, options: Any) -> InferenceSession:
+    session: InferenceSession = ort.InferenceSession(
+        model if isinstance(model, bytes) else str(model),
+        options,
+        providers=[(runtime.provider, dict(runtime.options))],
+        # On by default, it prints to stdout and retries on the CPU.
+        enable_fallback=0,
+    )
+    return session
+
+
+def _starts(ort: Any, runtime: Runtime) -> bool:
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "probe", [value], [result])
+    probe = onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 17)])
+    try:
+        _create(ort, probe.SerializeToString(), runtime, _session_options(ort, runtime, True, None, None))
+    except Exception:
+        return False
+    return True
+
+
+def _session_options(
+    ort: Any, runtime: Runtime, optimize: bool, profile_prefix: str | None, optimized_model_path: Path | None
+) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = runtime.threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _FATAL
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    if profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile_prefix
+    if optimized_model_path is not None:
+        options.optimized_model_filepath = str(optimized_model_path)
+    return options
+
+
+def _missing(provider: str, fact: str) -> MissingBackendError:
+    extra = _EXTRAS.get(provider)
+    remedy = (
+        f"install it with `pip install onnx-mdp[{extra}]` and its drivers"
+        if extra
+        else "install the ONNX Runtime build that contains it"
+    )
+    return MissingBackendError(f"{provider} {fact}: {remedy}, or choose another provider.")
+
+
+def one_line(error: BaseException, model: bytes | str | Path = b"") -> str:
+    """Return the reason in ONNX Runtime's message: its first line without codes and paths."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = _SIGNATURE.sub("", _SOURCE_LOCATION.sub("", _ERROR_PREFIX.sub("", lines[0])))
+    if not isinstance(model, bytes):
+        reason = reason.replace(str(model), Path(model).name)
+    return reason.rstrip(" .") + "."
+
+
+def device_name() -> str:
+    """Return the processor's model name and its number of logical CPUs."""
+    return f"{_cpu_model()} ({os.cpu_count()} cpus)"
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    # ARM kernels have no "model name" line, only codes; the platform names the architecture.
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def context(runtime: Runtime) -> dict[str, str | int]:
+    """Return everything that a latency depends on besides the model: the key of stored measurements."""
+    return {
+        "device": device_name(),
+        "options": ",".join(f"{key}={value}" for key, value in runtime.options),
+        "ort_version": str(import_onnxruntime().__version__),
+        "precision": "float32",
+        "provider": runtime.provider,
+        "threads": runtime.threads,
+    }

@@ -1,0 +1,382 @@
+"""A folded, shape-concrete copy of a model, on which the analysis runs.
+
+*Binding dims* gives every symbolic input dimension a number. *Observing* runs the model once, without
+optimisation, and reads the shape of every tensor and the value of every tensor that depends on no input
+value (shape arithmetic, weight-only data movement, Constant nodes). *Folding* turns those values into
+initializers of a **normalised** model, unless they change with a symbolic dimension: these stay computed
+at run time, so that dynamic batch and image sizes stay dynamic. MatMul, Gemm, Conv and normalisations of
+constants are never folded: a decoder whose first layer reads constants only would lose its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from onnx_mdp.errors import MeasurementError, UnsupportedModelError, UsageError
+from onnx_mdp.model_io import clone, model_bytes
+from onnx_mdp.runtime import Runtime, import_onnxruntime, open_session
+from onnx_mdp.timing import random_feeds
+
+__all__ = ["Operation", "Shadow", "bind_shapes", "doubled_shapes", "drop_unread", "graph_inputs", "prepare"]
+
+Array = npt.NDArray[Any]
+
+_NEVER_FOLDED = frozenset(
+    "MatMul Gemm Conv ConvTranspose LayerNormalization RMSNormalization GroupNormalization InstanceNormalization "
+    "BatchNormalization If Loop Scan RandomNormal RandomNormalLike RandomUniform RandomUniformLike Multinomial "
+    "Bernoulli".split()
+)
+_QUANTIZED = frozenset(
+    "QuantizeLinear DequantizeLinear DynamicQuantizeLinear QLinearConv QLinearMatMul ConvInteger "
+    "MatMulInteger QLinearAdd QGemm".split()
+)
+_FOLDED_BYTES = 2**20  # a folded value may be this large, or as large as what it was made from
+_OBSERVED_BYTES = 2**28  # activations held at once while shapes are read
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One node of the normalised model; ``index`` is its position there."""
+
+    index: int
+    name: str
+    op_type: str
+    domain: str
+    version: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any]
+    captured: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """The operator and its name, as error messages and reports show it."""
+        return f"{self.op_type} {self.name or self.outputs[0]!r}"
+
+
+@dataclass(frozen=True, slots=True)
+class Shadow:
+    """What the analysis knows: operations in order, concrete shapes, and constant values.
+
+    ``model`` is the normalised model, the one that the rewriter edits; ``shapes`` holds every tensor;
+    ``constants`` the values that depend on no input value; ``dynamic`` marks the entries of those that
+    change with a symbolic dimension (``bool`` of the value's shape); ``inputs`` maps each graph input to
+    its bound shape.
+    """
+
+    model: ir.Model
+    operations: tuple[Operation, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    constants: Mapping[str, Array]
+    dynamic: Mapping[str, npt.NDArray[np.bool_]]
+    inputs: Mapping[str, tuple[int, ...]]
+    outputs: tuple[str, ...]
+
+    def consumers(self) -> Mapping[str, tuple[tuple[int, int], ...]]:
+        """For every tensor, the (operation, input slot) pairs that read it."""
+        uses: dict[str, list[tuple[int, int]]] = {}
+        for operation in self.operations:
+            for slot, name in enumerate(operation.inputs):
+                uses.setdefault(name, []).append((operation.index, slot))
+        return {name: tuple(pairs) for name, pairs in uses.items()}
+
+
+def graph_inputs(model: ir.Model) -> tuple[ir.Value, ...]:
+    """The inputs that a caller must feed (old files list their weights as inputs too)."""
+    return tuple(v for v in model.graph.inputs if v.name not in model.graph.initializers)
+
+
+def bind_shapes(
+    model: ir.Model, input_shapes: Mapping[str, Sequence[int]], batch: int = 1
+) -> dict[str, tuple[int, ...]]:
+    """Concrete input shapes: what the user gave, and ``batch`` for a symbolic first dimension.
+
+    Raises:
+        UsageError: an unknown input, a shape that contradicts the file, or a symbolic dimension
+            other than the batch that was not given.
+    """
+    inputs = {str(v.name): v for v in graph_inputs(model)}
+    for name in input_shapes:
+        if name not in inputs:
+            raise UsageError(f"the model has no input {name!r}; its inputs are {', '.join(inputs)}")
+    return {
+        name: _bind_one(value, tuple(input_shapes.get(name, ())), batch) for name, value in inputs.items()
+    }
+
+
+def _bind_one(value: ir.Value, given: tuple[int, ...], batch: int) -> tuple[int, ...]:
+    if value.shape is None:
+        if given:
+            return given
+        raise UsageError(f"input {value.name!r} has no shape; give it with --input-shape {value.name}:1,3,224,224")
+    dims = [d if isinstance(d, int) and d > 0 else None for d in value.shape]
+    if given:
+        clash = len(given) != len(dims) or any(d not in (None, g) for d, g in zip(dims, given, strict=False))
+        if clash or min(given, default=1) < 1:
+            raise UsageError(f"--input-shape gives {given} for input {value.name!r}, whose shape is {value.shape}")
+        return given
+    bound = [batch if i == 0 and d is None else d for i, d in enumerate(dims)]
+    if any(d is None for d in bound):
+        example = ",".join(str(d or 224) for d in bound)
+        raise UsageError(
+            f"input {value.name!r} has the symbolic shape {value.shape}; "
+            f"say which size to prune for, such as --input-shape {value.name}:{example}"
+        )
+    return tuple(d for d in bound if d is not None)
+
+
+def prepare(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> Shadow:
+    """Normalise a copy of ``model`` for the input shapes ``shapes`` and describe it.
+
+    Raises:
+        UnsupportedModelError: the model is quantized or not float32.
+        MeasurementError: ONNX Runtime cannot run the model.
+    """
+    _refuse_unsupported(model)
+    model = clone(model)
+    _hide_weights_from_inputs(model)
+    pure = _independent_outputs(model)
+    observed, values = _observe(model, shapes, pure)
+    folded = _foldable(model, values)
+    dynamic = _dynamic(model, shapes, folded)
+    _fold(model, {name: value for name, value in folded.items() if name not in dynamic})
+    initial = {name: _initial_value(v) for name, v in model.graph.initializers.items()}
+    constants = {**folded, **{name: value for name, value in initial.items() if value is not None}}
+    return Shadow(
+        model=model,
+        operations=tuple(_operations(model)),
+        shapes={**observed, **{name: value.shape for name, value in constants.items()}, **shapes},
+        constants=constants,
+        dynamic=dynamic,
+        inputs=dict(shapes),
+        outputs=tuple(str(v.name) for v in model.graph.outputs),
+    )
+
+
+def _refuse_unsupported(model: ir.Model) -> None:
+    quantized = sorted({n.op_type for n in model.graph} & _QUANTIZED)
+    if quantized:
+        raise UnsupportedModelError(
+            f"the model is quantized ({', '.join(quantized)}), which is not supported; "
+            "prune the float model first and quantize the result"
+        )
+    weights = [v for v in model.graph.initializers.values() if v.const_value is not None]
+    halves = [
+        v for v in weights if v.const_value and v.const_value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    ]
+    if any(v.const_value is not None and v.const_value.size > 1 for v in halves):
+        raise UnsupportedModelError(
+            f"the model stores {halves[0].name!r} in half precision, which is not supported yet; "
+            "prune the float32 model and convert the result"
+        )
+
+
+def _hide_weights_from_inputs(model: ir.Model) -> None:
+    """Files before IR version 4 list their weights as inputs, with shapes that pruning would change."""
+    listed = [v for v in model.graph.inputs if v.name in model.graph.initializers]
+    for value in listed:
+        model.graph.inputs.remove(value)
+    if listed:
+        model.ir_version = max(model.ir_version, 4)
+
+
+def _initial_value(value: ir.Value) -> Array | None:
+    return None if value.const_value is None else value.const_value.numpy()
+
+
+def _independent_outputs(model: ir.Model) -> tuple[str, ...]:
+    """Names of node outputs that depend on no input value, in graph order."""
+    constant = set(model.graph.initializers)
+    names: list[str] = []
+    for node in model.graph:
+        if node.op_type in _NEVER_FOLDED or _subgraphs(node):
+            continue
+        inputs = [v.name for v in node.inputs if v is not None]
+        if node.op_type in ("Shape", "Size") or all(name in constant for name in inputs):
+            names += [str(v.name) for v in node.outputs if v.name]
+            constant.update(names[-len(node.outputs) :])
+    return tuple(names)
+
+
+def _subgraphs(node: ir.Node) -> list[ir.Graph]:
+    kinds = {ir.AttributeType.GRAPH: 1, ir.AttributeType.GRAPHS: 2}
+    held = [a for a in node.attributes.values() if isinstance(a, ir.Attr) and a.type in kinds]
+    return [g for a in held for g in (a.value if a.type == ir.AttributeType.GRAPHS else [a.value])]
+
+
+def _observe(
+    model: ir.Model, shapes: Mapping[str, tuple[int, ...]], pure: Sequence[str], *, all_shapes: bool = True
+) -> tuple[dict[str, tuple[int, ...]], dict[str, Array]]:
+    """Run the model as written; return the shapes of all tensors and the values of the pure ones."""
+    wanted = [str(v.name) for n in model.graph for v in n.outputs if v.name] if all_shapes else list(pure)
+    if not wanted:
+        return {}, {}
+    proto = onnx.ModelProto.FromString(model_bytes(model))
+    outputs = {o.name for o in proto.graph.output}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in outputs)
+    session = open_session(proto.SerializeToString(), Runtime(), optimize=False)
+    ort = import_onnxruntime()
+    feeds = random_feeds(session, shapes, seed=0)
+    ortvalues = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+    seen: dict[str, tuple[int, ...]] = {}
+    values: dict[str, Array] = {}
+    wished, keep = 16, frozenset(pure)
+    while wanted:
+        chunk, wanted = wanted[:wished], wanted[wished:]
+        size = 0
+        for name, result in zip(chunk, _run(session, chunk, ortvalues), strict=True):
+            if result is None or not result.is_tensor():
+                continue
+            seen[name] = tuple(result.shape())
+            size += int(np.prod(seen[name])) * 4
+            if name in keep:
+                values[name] = np.asarray(result.numpy())
+        wished = max(4, min(256, int(_OBSERVED_BYTES / max(size / len(chunk), 1))))
+    return seen, values
+
+
+def _run(session: Any, names: Sequence[str], feeds: Mapping[str, Any]) -> Sequence[Any]:
+    try:
+        return list(session.run_with_ort_values(list(names), dict(feeds)))
+    except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
+        raise MeasurementError(
+            f"ONNX Runtime cannot run the model at these input shapes: {str(error).splitlines()[0][:200]}"
+        ) from error
+
+
+def _foldable(model: ir.Model, values: Mapping[str, Array]) -> dict[str, Array]:
+    """The values to fold: not those that a small constant was expanded into."""
+    sizes = {
+        name: v.const_value.nbytes for name, v in model.graph.initializers.items() if v.const_value is not None
+    }
+    folded: dict[str, Array] = {}
+    for node in model.graph:
+        inputs = [str(v.name) for v in node.inputs if v is not None]
+        if not all(str(v.name) in values for v in node.outputs if v.name):
+            continue
+        if node.op_type not in ("Shape", "Size") and not all(name in sizes for name in inputs):
+            continue
+        limit = max(_FOLDED_BYTES, sum(sizes.get(name, 0) for name in inputs))
+        made = {str(v.name): values[str(v.name)] for v in node.outputs if v.name}
+        if node.op_type == "Constant" or sum(a.nbytes for a in made.values()) <= limit:
+            folded.update(made)
+            sizes.update({name: a.nbytes for name, a in made.items()})
+    return folded
+
+
+def _dynamic(
+    model: ir.Model, shapes: Mapping[str, tuple[int, ...]], folded: Mapping[str, Array]
+) -> dict[str, npt.NDArray[np.bool_]]:
+    """Which entries of which folded values change when every symbolic dimension is doubled."""
+    doubled = doubled_shapes(model, shapes)
+    if doubled == dict(shapes) or not any(n.op_type in ("Shape", "Size") for n in model.graph):
+        return {}
+    computed = _shape_derived(model) & set(folded)
+    try:
+        _, values = _observe(model, doubled, tuple(computed), all_shapes=False)
+    except MeasurementError:
+        # The file promises a symbolic size that it cannot run at: keep every run-time computation.
+        return {name: np.ones(folded[name].shape, np.bool_) for name in computed}
+    changed = {name: _changed(folded[name], values[name]) for name in computed}
+    return {name: mask for name, mask in changed.items() if mask.any()}
+
+
+def doubled_shapes(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The input shapes with every symbolic dimension twice as large."""
+    return {str(v.name): _doubled(v, shapes[str(v.name)]) for v in graph_inputs(model)}
+
+
+def _shape_derived(model: ir.Model) -> set[str]:
+    derived: set[str] = set()
+    for node in model.graph:
+        reads = any(v is not None and v.name in derived for v in node.inputs)
+        if reads or node.op_type in ("Shape", "Size"):
+            derived.update(str(v.name) for v in node.outputs if v.name)
+    return derived
+
+
+def _changed(a: Array, b: Array) -> npt.NDArray[np.bool_]:
+    if a.shape != b.shape:
+        return np.ones(a.shape, np.bool_)
+    same = (a == b) | ((a != a) & (b != b))  # NaN equals NaN here
+    return np.asarray(~same, np.bool_)
+
+
+def _doubled(value: ir.Value, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if value.shape is None:
+        return shape
+    return tuple(s if isinstance(d, int) and d > 0 else 2 * s for d, s in zip(value.shape, shape, strict=True))
+
+
+def _fold(model: ir.Model, values: Mapping[str, Array]) -> None:
+    """Replace folded values by initializers, in place, and drop the nodes that nobody reads any more."""
+    graph_outputs = {v.name for v in model.graph.outputs}
+    dead: list[ir.Node] = []
+    for node in model.graph:
+        names = [str(v.name) for v in node.outputs if v.name]
+        if not names or not all(n in values for n in names) or graph_outputs & set(names):
+            continue
+        for value in node.outputs:
+            if value.name and list(value.uses()):
+                _replace_by_initializer(model, value, np.asarray(values[str(value.name)]))
+        dead.append(node)
+    for node in reversed(dead):
+        model.graph.remove(node, safe=True)
+    drop_unread(model)
+
+
+def _replace_by_initializer(model: ir.Model, value: ir.Value, array: Array) -> None:
+    name = str(value.name)
+    constant = ir.Value(name=name, shape=ir.Shape(array.shape), type=value.type, const_value=ir.tensor(array, name=name))
+    constant.dtype = ir.DataType.from_numpy(array.dtype)
+    value.name = f"{name}__folded"
+    value.replace_all_uses_with(constant)
+    model.graph.register_initializer(constant)
+
+
+def drop_unread(model: ir.Model) -> None:
+    """Remove, in place, the nodes and initializers whose values nobody reads."""
+    outputs = {id(v) for v in model.graph.outputs}
+    for node in reversed(list(model.graph)):
+        if not any(id(v) in outputs or list(v.uses()) for v in node.outputs):
+            model.graph.remove(node, safe=True)
+    read = {id(v) for v in model.graph.outputs} | {id(v) for v in model.graph.inputs}
+    for name, value in list(model.graph.initializers.items()):
+        if not list(value.uses()) and id(value) not in read:
+            del model.graph.initializers[name]
+
+
+def _operations(model: ir.Model) -> Iterator[Operation]:
+    for index, node in enumerate(model.graph):
+        yield Operation(
+            index=index,
+            name=node.name or "",
+            op_type=node.op_type,
+            domain="" if node.domain == "ai.onnx" else node.domain,
+            version=model.opset_imports.get(node.domain, model.opset_imports.get("", 1)),
+            inputs=tuple("" if v is None else str(v.name) for v in node.inputs),
+            outputs=tuple(str(v.name or "") for v in node.outputs),
+            attributes={k: _plain(a) for k, a in node.attributes.items() if isinstance(a, ir.Attr)},
+            captured=tuple(sorted(_captured(node))),
+        )
+
+
+def _plain(attribute: ir.Attr) -> Any:
+    if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+        return None
+    if attribute.type == ir.AttributeType.TENSOR:
+        return attribute.as_tensor().numpy()
+    return attribute.value
+
+
+def _captured(node: ir.Node) -> set[str]:
+    """Outer tensors that the subgraphs of a node read."""
+    inner = [n for g in _subgraphs(node) for n in g.all_nodes()]
+    made = {v.name for n in inner for v in n.outputs}
+    return {str(v.name) for n in inner for v in n.inputs if v is not None and v.name not in made}

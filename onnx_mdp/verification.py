@@ -1,0 +1,268 @@
+"""The law of every prune: the pruned model equals the masked original.
+
+``run(pruned, x) = run(original, every consumer that sums over a pruned axis restricted to kept units, x)``
+
+The masked original is built here without slicing anything: the original file's graph, with a mask
+multiplied in front of each Conv, Gemm, MatMul and reduction that reads a pruned axis (−∞ before a maximum,
+kept-unit counts for a mean), and the branches of removed blocks multiplied by zero. "Zero the producer's
+weights" would be another, false statement: a bias or ``sigmoid(0)`` leaves a constant behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+from onnx import helper, numpy_helper
+
+from onnx_mdp.errors import MeasurementError, VerificationError
+from onnx_mdp.labels import keep_vector
+from onnx_mdp.model_io import model_bytes
+from onnx_mdp.plan import PruningPlan, removed_classes
+from onnx_mdp.runtime import InferenceSession, Runtime, open_session
+from onnx_mdp.shadow import doubled_shapes
+from onnx_mdp.structure import Structure
+from onnx_mdp.timing import random_feeds
+
+__all__ = ["TOLERANCE", "Drift", "Evidence", "masked_model", "require", "verify"]
+
+TOLERANCE = 1e-5  # of the largest absolute output, in float32
+
+Feeds = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How far one output moved from the unpruned model: cosine similarity and largest difference."""
+
+    cosine: float
+    max_abs: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """The outcome of a verification.
+
+    ``max_error`` is the largest absolute difference between pruned and masked outputs, ``scale`` the
+    largest absolute masked output; the law holds when ``max_error <= TOLERANCE * scale``. ``worst`` is
+    the largest ratio of the two over all inputs and outputs.
+    """
+
+    verified: bool
+    max_error: float
+    scale: float
+    worst: float
+    inputs_tried: int
+    drift: Mapping[str, Drift]
+    checker: str | None = None
+
+
+def masked_model(original: ir.Model, structure: Structure, plan: PruningPlan) -> onnx.ModelProto:
+    """The original graph with masks inserted and nothing sliced."""
+    proto = onnx.ModelProto.FromString(model_bytes(original))
+    removed = removed_classes(plan, structure)
+    masks = _Masks(proto, {n.output[0]: n for n in proto.graph.node if n.output})
+    for index, slot in structure.graph.reductions:
+        operation = structure.shadow.operations[index]
+        labels = structure.graph.tensors.get(operation.inputs[slot])
+        if labels is not None and removed[labels].any():
+            masks.restrict(operation.outputs[0], slot, keep_vector(labels, removed), structure)
+    for block in structure.blocks:
+        if block.name in plan.removed_blocks:
+            joint = structure.shadow.operations[block.joint]
+            masks.silence(joint.outputs[0], list(joint.inputs).index(block.branch))
+    masks.install()
+    return proto
+
+
+class _Masks:
+    """Collects the nodes to insert before (and after) nodes of a proto."""
+
+    def __init__(self, proto: onnx.ModelProto, makers: Mapping[str, onnx.NodeProto]) -> None:
+        self.proto = proto
+        self.makers = makers
+        self.before: dict[str, list[onnx.NodeProto]] = {}
+        self.after: dict[str, list[onnx.NodeProto]] = {}
+        self.count = 0
+
+    def restrict(
+        self, output: str, slot: int, keep: npt.NDArray[np.bool_], structure: Structure
+    ) -> None:
+        """Let the maker of ``output`` see only the kept indices of its input ``slot``."""
+        node = self.makers[output]
+        name = node.input[slot]
+        if node.op_type in ("ReduceMax", "ReduceMin"):
+            neutral = np.asarray(-np.inf if node.op_type == "ReduceMax" else np.inf, np.float32)
+            inputs = [self._constant(keep), name, self._constant(neutral)]
+            self._insert(node, slot, "Where", inputs)
+            return
+        self._insert(node, slot, "Mul", [name, self._constant(keep.astype(np.float32))])
+        if node.op_type == "ReduceMean":
+            ratio = np.asarray(keep.size / keep.sum(), np.float32)
+            inner = f"{output}__mean_over_all"
+            self.after.setdefault(output, []).append(
+                helper.make_node("Mul", [inner, self._constant(ratio)], [output])
+            )
+            node.output[0] = inner
+
+    def silence(self, output: str, slot: int) -> None:
+        """Multiply one input of the maker of ``output`` by zero."""
+        node = self.makers[output]
+        self._insert(node, slot, "Mul", [node.input[slot], self._constant(np.zeros((), np.float32))])
+
+    def install(self) -> None:
+        """Put the collected nodes in topological order."""
+        nodes: list[onnx.NodeProto] = []
+        makers = {id(node): output for output, node in self.makers.items()}
+        for node in self.proto.graph.node:
+            output = makers.get(id(node), "")
+            nodes += [*self.before.get(output, []), node, *self.after.get(output, [])]
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del self.proto.graph.node[:]
+        self.proto.graph.node.extend(copies)
+
+    def _insert(self, node: onnx.NodeProto, slot: int, op_type: str, inputs: Sequence[str]) -> None:
+        output = next(o for o, n in self.makers.items() if n is node)
+        name = f"mdp_mask_{self.count}"
+        self.count += 1
+        self.before.setdefault(output, []).append(helper.make_node(op_type, list(inputs), [name]))
+        node.input[slot] = name
+
+    def _constant(self, array: npt.NDArray[Any]) -> str:
+        name = f"mdp_mask_{self.count}_value"
+        self.count += 1
+        self.proto.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        return name
+
+
+def verify(
+    original: ir.Model,
+    structure: Structure,
+    pruned: ir.Model,
+    plan: PruningPlan,
+    *,
+    feeds: Sequence[Feeds] = (),
+    seeds: Sequence[int] = (0, 1, 2),
+) -> Evidence:
+    """Compare the pruned model with the masked original on random inputs and on ``feeds``.
+
+    Where the model has symbolic dimensions, one more random input has all of them doubled.
+
+    Raises:
+        VerificationError: the pruned model does not load or run, or its signature changed.
+    """
+    _check_signature(original, pruned)
+    masked = open_session(masked_model(original, structure, plan).SerializeToString(), Runtime(), optimize=False)
+    dense = open_session(model_bytes(original), Runtime(), optimize=False)
+    slim = _open_pruned(pruned)
+    shapes = dict(structure.shadow.inputs)
+    tried = [random_feeds(dense, shapes, seed) for seed in seeds] + [dict(f) for f in feeds]
+    doubled = doubled_shapes(original, shapes)
+    if doubled != shapes and _runs(dense, random_feeds(dense, doubled, 0)):
+        tried.append(random_feeds(dense, doubled, 0))
+    names = [o.name for o in dense.get_outputs()]
+    errors: list[tuple[float, float, float]] = []
+    for feed in tried:
+        reference, result = masked.run(names, feed), _run_pruned(slim, names, feed)
+        errors += [_error(a, b) for a, b in zip(reference, result, strict=True)]
+    drift = _drifts(names, dense.run(names, tried[0]), slim.run(names, tried[0]))
+    worst = max(ratio for _, _, ratio in errors)
+    top = max(errors, key=lambda e: e[2])
+    complaint = _checker_complaint(original, pruned)
+    return Evidence(
+        verified=worst <= TOLERANCE and complaint is None,
+        max_error=top[0],
+        scale=top[1],
+        worst=worst,
+        inputs_tried=len(tried),
+        drift=drift,
+        checker=complaint,
+    )
+
+
+def require(evidence: Evidence) -> None:
+    """Raise VerificationError unless the law holds: such a model must never be written."""
+    if evidence.checker is not None:
+        raise VerificationError(f"the pruned model fails the ONNX checker: {evidence.checker}")
+    if not evidence.verified:
+        raise VerificationError(
+            f"the pruned model differs from the masked original by {evidence.max_error:.3g} at scale "
+            f"{evidence.scale:.3g} (allowed: {TOLERANCE:g} of the scale); this is a bug in onnx-mdp or in "
+            "the runtime, nothing was written, please report it"
+        )
+
+
+def _check_signature(original: ir.Model, pruned: ir.Model) -> None:
+    def signature(model: ir.Model) -> list[tuple[str, str, str]]:
+        values = (*model.graph.inputs, *model.graph.outputs)
+        return [(str(v.name), str(v.dtype), str(v.shape)) for v in values if v.name not in model.graph.initializers]
+
+    if signature(original) != signature(pruned):
+        raise VerificationError("the pruned model has other inputs or outputs than the original")
+
+
+def _open_pruned(pruned: ir.Model) -> InferenceSession:
+    try:
+        return open_session(model_bytes(pruned), Runtime(), optimize=False)
+    except MeasurementError as error:
+        raise VerificationError(f"the pruned model does not load: {error}") from error
+
+
+def _run_pruned(session: InferenceSession, names: Sequence[str], feed: Feeds) -> list[Any]:
+    try:
+        return session.run(list(names), dict(feed))
+    except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
+        raise VerificationError(f"the pruned model does not run: {str(error).splitlines()[0][:200]}") from error
+
+
+def _runs(session: InferenceSession, feed: Feeds) -> bool:
+    try:
+        session.run(None, dict(feed))
+    except Exception:  # the file promises a symbolic size that it cannot run at
+        return False
+    return True
+
+
+def _error(reference: Any, result: Any) -> tuple[float, float, float]:
+    """Largest absolute difference, scale, and their ratio; non-finite values must agree in place."""
+    a, b = np.asarray(reference), np.asarray(result)
+    if a.shape != b.shape:
+        return float("inf"), 1.0, float("inf")
+    if a.dtype.kind != "f":
+        difference = float((a != b).sum())
+        return difference, 1.0, difference
+    finite = np.isfinite(a)
+    if not np.array_equal(finite, np.isfinite(b)):
+        return float("inf"), 1.0, float("inf")
+    error = float(np.abs(a - b, where=finite, out=np.zeros_like(a)).max(initial=0.0))
+    scale = float(np.abs(a, where=finite, out=np.zeros_like(a)).max(initial=0.0))
+    return error, scale, error / max(scale, 1e-30) if error else 0.0
+
+
+def _drifts(names: Sequence[str], dense: Sequence[Any], slim: Sequence[Any]) -> dict[str, Drift]:
+    drifts = {}
+    for name, before, after in zip(names, dense, slim, strict=True):
+        a, b = np.asarray(before, np.float64).ravel(), np.asarray(after, np.float64).ravel()
+        norm = float(np.linalg.norm(a) * np.linalg.norm(b))
+        cosine = float(a @ b) / norm if norm else float(np.array_equal(a, b))
+        drifts[name] = Drift(cosine, float(np.abs(a - b).max(initial=0.0)))
+    return drifts
+
+
+def _checker_complaint(original: ir.Model, pruned: ir.Model) -> str | None:
+    """What the ONNX checker says of the pruned model, unless it says so of the original too."""
+    complaint = _check(pruned)
+    return None if complaint is None or _check(original) is not None else complaint
+
+
+def _check(model: ir.Model) -> str | None:
+    try:
+        onnx.checker.check_model(model_bytes(model), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        return str(error).strip().splitlines()[0][:200]
+    return None
