@@ -22,7 +22,8 @@ __all__ = ["CATALOG", "Architecture", "build"]
 
 _IMAGENET = (3, 224, 224)
 _NARROW = (8, 16, 16, 24)
-_CALIBRATION_IMAGES = 4
+# As many noise images as make this many pixels: the smaller the maps, the more images a statistic needs.
+_CALIBRATION_PIXELS = 2**17
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,10 @@ def build(name: str, seed: int = 0) -> nn.Module:
         module = architecture.builder().eval()
         for layer in module.modules():
             _randomise(layer)
-        _calibrate(module, torch.randn(_CALIBRATION_IMAGES, *architecture.input_shape))
+        _shrink_branches(module)
+        channels, height, width = architecture.input_shape
+        count = _CALIBRATION_PIXELS // (height * width)
+        _calibrate(module, torch.randn(count, channels, height, width))
     return module
 
 
@@ -84,13 +88,21 @@ def _randomise(layer: nn.Module) -> None:
         layer.bias.normal_(0, 0.2)
 
 
+def _shrink_branches(module: nn.Module) -> None:
+    """Make every branch small beside its stream, or a deep network amplifies the rounding of each layer."""
+    for block in module.modules():
+        if isinstance(branch := getattr(block, "branch", None), nn.Module):
+            *_, last = (layer for layer in branch.modules() if isinstance(layer, nn.BatchNorm2d))
+            last.weight.mul_(0.3)
+
+
 def _calibrate(module: nn.Module, images: Tensor) -> None:
     """Set the statistics of every BatchNorm from what reaches it, the ones before it being set already."""
 
     def measure(layer: nn.Module, inputs: tuple[Tensor]) -> None:
         if isinstance(layer, nn.BatchNorm2d):
             variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3))
-            # A channel that is nearly constant over four noise images must not be blown up on real ones.
+            # A channel that is nearly constant over noise images must not be blown up on real ones.
             variance = variance.clamp(min=0.1 * float(variance.mean()))
             layer.running_mean = mean + 0.2 * variance.sqrt() * torch.randn_like(mean)
             layer.running_var = variance * torch.empty_like(variance).uniform_(0.7, 1.4)

@@ -120,7 +120,7 @@ def cifar_resnet(depth: int, shortcut: Shortcut = "pad", width: int = 16, classe
     return _resnet(conv_bn(3, width, 3), width, "basic", stages, classes, shortcut)
 
 
-def shapes_resnet(widths: Sequence[int] = (32, 64, 96), classes: int = 10) -> nn.Sequential:
-    """Return the demo's network: a strided stem and three stages of two basic blocks for 64x64 images."""
-    stages = tuple((2, width) for width in widths)
-    return _resnet(conv_bn(3, widths[0], 3, 2), widths[0], "basic", stages, classes)
+def shapes_resnet(widths: Sequence[int] = (48, 64, 80), classes: int = 10) -> nn.Sequential:
+    """Return the demo's network for 64x64 images: a pooled stem and three stages of two basic blocks."""
+    stem = chain(conv3=conv_bn(3, widths[0], 3, 2), pool=nn.MaxPool2d(3, 2, 1))
+    return _resnet(stem, widths[0], "basic", tuple((2, width) for width in widths), classes)

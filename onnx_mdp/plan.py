@@ -14,7 +14,6 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from onnx_mdp.errors import UsageError
-from onnx_mdp.model_io import content_hash
 from onnx_mdp.structure import Structure
 
 __all__ = [
@@ -167,7 +166,7 @@ def check_plan(plan: PruningPlan, structure: Structure) -> None:
         UsageError: it was made for another model, or names an unknown or frozen dimension or block.
     """
     made_for = plan.provenance.get("model")
-    if made_for is not None and made_for != content_hash(structure.shadow.model):
+    if made_for is not None and made_for != structure.shadow.source:
         raise UsageError("the plan was made for another model: the content hash in its provenance differs")
     dimensions = {d.name: d for d in structure.dimensions}
     for name, units in plan.keep.items():

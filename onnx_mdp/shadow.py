@@ -20,7 +20,7 @@ import onnx
 import onnx_ir as ir
 
 from onnx_mdp.errors import MeasurementError, UnsupportedModelError, UsageError
-from onnx_mdp.model_io import clone, model_bytes
+from onnx_mdp.model_io import clone, content_hash, model_bytes
 from onnx_mdp.runtime import Runtime, import_onnxruntime, open_session
 from onnx_mdp.timing import random_feeds
 
@@ -67,7 +67,7 @@ class Shadow:
     ``model`` is the normalised model, the one that the rewriter edits; ``shapes`` holds every tensor;
     ``constants`` the values that depend on no input value; ``dynamic`` marks the entries of those that
     change with a symbolic dimension (``bool`` of the value's shape); ``inputs`` maps each graph input to
-    its bound shape.
+    its bound shape; ``source`` is the content hash of the file that was prepared.
     """
 
     model: ir.Model
@@ -77,6 +77,7 @@ class Shadow:
     dynamic: Mapping[str, npt.NDArray[np.bool_]]
     inputs: Mapping[str, tuple[int, ...]]
     outputs: tuple[str, ...]
+    source: str
 
     def consumers(self) -> Mapping[str, tuple[tuple[int, int], ...]]:
         """For every tensor, the (operation, input slot) pairs that read it."""
@@ -139,6 +140,7 @@ def prepare(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> Shadow:
         MeasurementError: ONNX Runtime cannot run the model.
     """
     _refuse_unsupported(model)
+    source = content_hash(model)
     model = clone(model)
     _hide_weights_from_inputs(model)
     pure = _independent_outputs(model)
@@ -156,6 +158,7 @@ def prepare(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> Shadow:
         dynamic=dynamic,
         inputs=dict(shapes),
         outputs=tuple(str(v.name) for v in model.graph.outputs),
+        source=source,
     )
 
 

@@ -18,7 +18,7 @@ __all__ = ["CLASSES", "shapes"]
 Floats = NDArray[np.floating[Any]]
 _SIZE = 64
 _MEAN, _STD = 0.5, 0.25
-_STROKES_BEHIND, _STROKES_BEFORE = 4, 2
+_STROKES_BEHIND, _STROKES_BEFORE = 3, 1
 
 
 def _norm(u: Floats, v: Floats) -> Floats:
@@ -41,7 +41,8 @@ def _star(points: int, inner: float, u: Floats, v: Floats) -> Floats:
     radius = _norm(u, v)
     edge = np.array([inner * np.cos(wedge / 2) - 1, inner * np.sin(wedge / 2)])
     normal = (np.array([edge[1], -edge[0]]) / np.linalg.norm(edge)).astype(np.float32)
-    return (radius * np.cos(angle) - 1) * normal[0] + radius * np.sin(angle) * normal[1]
+    distance: Floats = (radius * np.cos(angle) - 1) * normal[0] + radius * np.sin(angle) * normal[1]
+    return distance
 
 
 def _polygon(corners: int, u: Floats, v: Floats) -> Floats:
@@ -105,7 +106,7 @@ def _draw_block(rng: np.random.Generator) -> tuple[Floats, NDArray[np.int64]]:
     _draw_strokes(rng, canvas, _STROKES_BEHIND)
     _blend(canvas, _texture(rng, shape_colour), _shape_masks(rng, labels))
     _draw_strokes(rng, canvas, _STROKES_BEFORE)
-    deviation = _uniform(rng, 0.02, 0.14, (len(CLASSES), 1, 1, 1))
+    deviation = _uniform(rng, 0.01, 0.07, (len(CLASSES), 1, 1, 1))
     canvas += deviation * rng.standard_normal(canvas.shape, np.float32)
     # Whole levels, as in a picture file, hide the last bits of sine and root, which differ between machines.
     return np.rint(canvas.clip(0, 1) * np.float32(255)), labels
@@ -122,11 +123,11 @@ def _grid() -> tuple[Floats, Floats]:
 
 
 def _two_colours(rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """Return float32[10, 3, 1, 1] of shape and of ground, at least 0.18 apart in the mean of the channels."""
+    """Return float32[10, 3, 1, 1] of shape and of ground, at least 0.25 apart in the mean of the channels."""
     ground = _uniform(rng, 0.1, 0.9, (len(CLASSES), 3, 1, 1))
     offset = _uniform(rng, -0.45, 0.45, (len(CLASSES), 3, 1, 1))
     contrast = np.abs(offset).mean(axis=1, keepdims=True)
-    offset *= np.maximum(1, np.float32(0.18) / contrast)
+    offset *= np.maximum(1, np.float32(0.25) / contrast)
     # Leaving the range would be clipped to no contrast at all, so such a channel goes the other way.
     outside = np.abs(ground + offset - 0.5) > 0.5
     return ground + np.where(outside, -offset, offset), ground
@@ -137,7 +138,7 @@ def _texture(rng: np.random.Generator, colour: Floats) -> Floats:
     x, y = _grid()
     per_image = (len(CLASSES), 1, 1)
     angle, phase = _uniform(rng, 0, 2 * np.pi, per_image), _uniform(rng, 0, 2 * np.pi, per_image)
-    frequency, depth = _uniform(rng, 4, 30, per_image), _uniform(rng, 0, 0.12, per_image)
+    frequency, depth = _uniform(rng, 4, 30, per_image), _uniform(rng, 0, 0.06, per_image)
     along = np.cos(angle) * x + np.sin(angle) * y
     light = depth * np.sin(frequency * along + phase) + _uniform(rng, -0.12, 0.12, per_image) * along
     return colour + light[:, None]
@@ -147,10 +148,10 @@ def _shape_masks(rng: np.random.Generator, labels: NDArray[np.int64]) -> Floats:
     """Return float32[10, 64, 64], the share of each pixel that the shape covers."""
     x, y = _grid()
     per_image = (len(CLASSES), 1, 1)
-    radius, angle = _uniform(rng, 0.26, 0.62, per_image), _uniform(rng, 0, 2 * np.pi, per_image)
+    radius, angle = _uniform(rng, 0.36, 0.75, per_image), _uniform(rng, 0, 2 * np.pi, per_image)
     stretch = np.exp(_uniform(rng, -0.22, 0.22, per_image))
-    dx = x - _uniform(rng, -1, 1, per_image) * (0.9 - radius)
-    dy = y - _uniform(rng, -1, 1, per_image) * (0.9 - radius)
+    dx = x - _uniform(rng, -1, 1, per_image) * np.maximum(0.9 - radius, 0.2)
+    dy = y - _uniform(rng, -1, 1, per_image) * np.maximum(0.9 - radius, 0.2)
     # Stretching after one rotation and before another also shears the shape.
     lean = _uniform(rng, 0, 2 * np.pi, per_image)
     u, v = _rotate(dx, dy, angle)

@@ -32,6 +32,8 @@ from onnx_mdp.timing import random_feeds
 __all__ = ["TOLERANCE", "Drift", "Evidence", "masked_model", "require", "verify"]
 
 TOLERANCE = 1e-5  # of the largest absolute output, in float32
+_NOISE_LIMIT = 1e-2  # of the scale; a runtime that is worse than this proves nothing
+_NOISE_FACTOR = 4.0
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 
@@ -49,8 +51,10 @@ class Evidence:
     """The outcome of a verification.
 
     ``max_error`` is the largest absolute difference between pruned and masked outputs, ``scale`` the
-    largest absolute masked output; the law holds when ``max_error <= TOLERANCE * scale``. ``worst`` is
-    the largest ratio of the two over all inputs and outputs.
+    largest absolute masked output, both where their ratio ``worst`` is largest. The law holds when
+    ``worst <= TOLERANCE``, or when it stays within four times ``runtime_noise``: the ratio by which the
+    masked model differs from *itself* when ONNX Runtime optimises it (measured only where needed; a
+    sigmoid that saturates near zero has such noise, and no slicing error is that small).
     """
 
     verified: bool
@@ -59,7 +63,20 @@ class Evidence:
     worst: float
     inputs_tried: int
     drift: Mapping[str, Drift]
+    runtime_noise: float | None = None
     checker: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Error:
+    """Largest absolute difference between two outputs, and the largest absolute reference."""
+
+    difference: float
+    scale: float
+
+    @property
+    def ratio(self) -> float:
+        return self.difference / max(self.scale, 1e-30)
 
 
 def masked_model(original: ir.Model, structure: Structure, plan: PruningPlan) -> onnx.ModelProto:
@@ -157,7 +174,8 @@ def verify(
         VerificationError: the pruned model does not load or run, or its signature changed.
     """
     _check_signature(original, pruned)
-    masked = open_session(masked_model(original, structure, plan).SerializeToString(), Runtime(), optimize=False)
+    reference = masked_model(original, structure, plan).SerializeToString()
+    masked = open_session(reference, Runtime(), optimize=False)
     dense = open_session(model_bytes(original), Runtime(), optimize=False)
     slim = _open_pruned(pruned)
     shapes = dict(structure.shadow.inputs)
@@ -166,23 +184,44 @@ def verify(
     if doubled != shapes and _runs(dense, random_feeds(dense, doubled, 0)):
         tried.append(random_feeds(dense, doubled, 0))
     names = [o.name for o in dense.get_outputs()]
-    errors: list[tuple[float, float, float]] = []
-    for feed in tried:
-        reference, result = masked.run(names, feed), _run_pruned(slim, names, feed)
-        errors += [_error(a, b) for a, b in zip(reference, result, strict=True)]
-    drift = _drifts(names, dense.run(names, tried[0]), slim.run(names, tried[0]))
-    worst = max(ratio for _, _, ratio in errors)
-    top = max(errors, key=lambda e: e[2])
+    expected = [masked.run(names, feed) for feed in tried]
+    errors = [_errors(e, _run_pruned(slim, names, feed)) for e, feed in zip(expected, tried, strict=True)]
+    worst = max(e.ratio for found in errors for e in found)
+    noise = None
+    if worst > TOLERANCE:
+        noise, holds = _within_noise(reference, names, tried, expected, errors)
+    else:
+        holds = True
+    top = max((e for found in errors for e in found), key=lambda e: e.ratio)
     complaint = _checker_complaint(original, pruned)
     return Evidence(
-        verified=worst <= TOLERANCE and complaint is None,
-        max_error=top[0],
-        scale=top[1],
+        verified=holds and complaint is None,
+        max_error=top.difference,
+        scale=top.scale,
         worst=worst,
         inputs_tried=len(tried),
-        drift=drift,
+        drift=_drifts(names, dense.run(names, tried[0]), slim.run(names, tried[0])),
+        runtime_noise=noise,
         checker=complaint,
     )
+
+
+def _within_noise(
+    reference: bytes,
+    names: Sequence[str],
+    tried: Sequence[Feeds],
+    expected: Sequence[Sequence[Any]],
+    errors: Sequence[Sequence[_Error]],
+) -> tuple[float, bool]:
+    """Whether every error too large for the tolerance is explained by the runtime's own noise."""
+    optimised = open_session(reference, Runtime())
+    worst, holds = 0.0, True
+    for feed, outputs, found in zip(tried, expected, errors, strict=True):
+        for own, error in zip(_errors(outputs, optimised.run(list(names), dict(feed))), found, strict=True):
+            if error.ratio > TOLERANCE:
+                worst = max(worst, own.ratio)
+                holds &= own.ratio <= _NOISE_LIMIT and error.ratio <= TOLERANCE + _NOISE_FACTOR * own.ratio
+    return worst, holds
 
 
 def require(evidence: Evidence) -> None:
@@ -228,20 +267,21 @@ def _runs(session: InferenceSession, feed: Feeds) -> bool:
     return True
 
 
-def _error(reference: Any, result: Any) -> tuple[float, float, float]:
-    """Largest absolute difference, scale, and their ratio; non-finite values must agree in place."""
-    a, b = np.asarray(reference), np.asarray(result)
+def _errors(reference: Sequence[Any], result: Sequence[Any]) -> tuple[_Error, ...]:
+    return tuple(_error(np.asarray(a), np.asarray(b)) for a, b in zip(reference, result, strict=True))
+
+
+def _error(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> _Error:
+    """Largest absolute difference and scale; non-finite values must agree in place."""
     if a.shape != b.shape:
-        return float("inf"), 1.0, float("inf")
+        return _Error(float("inf"), 1.0)
     if a.dtype.kind != "f":
-        difference = float((a != b).sum())
-        return difference, 1.0, difference
+        return _Error(float((a != b).sum()), 1.0)
     finite = np.isfinite(a)
     if not np.array_equal(finite, np.isfinite(b)):
-        return float("inf"), 1.0, float("inf")
-    error = float(np.abs(a - b, where=finite, out=np.zeros_like(a)).max(initial=0.0))
-    scale = float(np.abs(a, where=finite, out=np.zeros_like(a)).max(initial=0.0))
-    return error, scale, error / max(scale, 1e-30) if error else 0.0
+        return _Error(float("inf"), 1.0)
+    difference = np.abs(a - b, where=finite, out=np.zeros_like(a)).max(initial=0.0)
+    return _Error(float(difference), float(np.abs(a, where=finite, out=np.zeros_like(a)).max(initial=0.0)))
 
 
 def _drifts(names: Sequence[str], dense: Sequence[Any], slim: Sequence[Any]) -> dict[str, Drift]:

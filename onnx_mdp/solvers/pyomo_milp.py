@@ -40,8 +40,10 @@ __all__ = ["solve_milp"]
 _NAME = "highs"
 # The tolerances of HiGHS are absolute: this range of the objective turns them into about 1e-9 of it.
 _OBJECTIVE_RANGE = 1e3
-# Relative to the budget: one nanosecond is seen up to budgets of a second, and a cut catches the rest.
-_TOLERANCE = 1e-9
+_TOLERANCE = 1e-6
+# The budget row gets as much room again, relative to it: without, presolve loses exact fits (HiGHS 1.16).
+# What then comes back over the budget, by the integers, is cut off, and the bound stays valid.
+_ROOM = 1e-6
 _MAX_CUTS = 20
 _PATIENCE_SECONDS = 30.0
 # Dearer than any sum of costs that a problem may hold.
@@ -113,6 +115,7 @@ def solve_milp(problem: PruningProblem, budget_ns: int, limits: SolveLimits) -> 
     if not problem.variables:
         return _answer(problem, (), bound, "optimal", started)
     model, solver = _model(program), _highs(limits.gap)
+    paying = {index for factor in problem.factors if factor.cost_ns is not None for index in factor.scope}
     for _ in range(_MAX_CUTS):
         solver.config.time_limit = max(limits.seconds - (time.perf_counter() - started), 0.01)
         result = solver.solve(model)
@@ -127,10 +130,9 @@ def solve_milp(problem: PruningProblem, budget_ns: int, limits: SolveLimits) -> 
             return _fall_back(problem, budget_ns, limits, started, bound)
         taken = _largest(program, model, result)
         choice = tuple(program.options[column] for column in taken)
-        if problem.is_consistent(choice) and problem.evaluate(choice)[1] <= budget_ns:
+        if problem.evaluate(choice)[1] <= budget_ns:
             return _answer(problem, choice, bound, status, started)
-        # One that slipped through the tolerances: cut it off, so that the bound stays valid.
-        model.cuts.add(sum(model.w[column] for column in taken) <= len(taken) - 1)
+        model.cuts.add(sum(model.w[taken[index]] for index in paying) <= len(paying) - 1)
     raise SolverError(f"HiGHS returned {_MAX_CUTS} choices just over the budget; lower the budget slightly")
 
 
@@ -280,7 +282,7 @@ def _formulate(problem: PruningProblem, budget_ns: int) -> _Program | None:
 
 def _program(problem: PruningProblem, options: list[_Ints], tables: list[_Table], slack: int) -> _Program:
     first = np.cumsum([0, *(len(kept) for kept in options)])
-    values, costs = [np.zeros(first[-1])], [np.zeros(first[-1])]
+    values, costs = [np.zeros(first[-1])], [np.zeros(first[-1], np.int64)]
     banned = np.zeros(first[-1], dtype=bool)
     rows = [_Row(np.arange(a, b), np.ones(b - a), 1.0, 1.0) for a, b in itertools.pairwise(first)]
     columns, offset, extent = int(first[-1]), 0.0, 0.0
@@ -298,17 +300,20 @@ def _program(problem: PruningProblem, options: list[_Ints], tables: list[_Table]
         elif value[used].any() or cost[used].any() or not used.all():
             rows += _marginal_rows(table.scope, used, columns, first)
             values.append(value[used])
-            costs.append(cost[used].astype(np.float64))
+            costs.append(cost[used])
             columns += len(values[-1])
-    # Without slack every column that costs anything is out already, so the divisor does not matter.
-    relative = np.concatenate(costs) / max(slack, 1)
-    paid = np.flatnonzero(relative)
-    rows.append(_Row(paid, relative[paid], -np.inf, 1.0))
+    rows.append(_budget_row(np.concatenate(costs), slack))
     rows += [_Row(np.array([column]), np.ones(1), 0.0, 0.0) for column in np.flatnonzero(banned)]
     rows += [row for law in problem.sums for row in _sum_rows(problem, law, options, first)]
     rows += [row for block in problem.blocks for row in _block_rows(block.members, options, first)]
     flat = tuple(int(option) for kept in options for option in kept)
     return _Program(flat, first, np.concatenate(values), offset, extent, tuple(rows))
+
+
+def _budget_row(costs: _Ints, slack: int) -> _Row:
+    """Costs fit the slack, relative to it; with no slack every column that costs is out already."""
+    paid = np.flatnonzero(costs) if slack else np.zeros(0, np.int64)
+    return _Row(paid, costs[paid] / max(slack, 1), -np.inf, 1.0 + _ROOM)
 
 
 def _marginal_rows(scope: tuple[int, ...], used: _Mask, start: int, first: _Ints) -> Iterator[_Row]:

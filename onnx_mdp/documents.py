@@ -1,0 +1,213 @@
+"""The numbers of a report: what each dimension cuts, what a plan leaves, and the analysis as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onnx_mdp.blocks import Block
+from onnx_mdp.labels import keep_vector
+from onnx_mdp.model_io import parameter_count
+from onnx_mdp.plan import PruningPlan, removed_classes
+from onnx_mdp.rules import varying
+from onnx_mdp.shadow import Operation, Shadow
+from onnx_mdp.structure import Dimension, Structure, macs, operation_macs
+
+__all__ = ["Shares", "Totals", "analyze_document", "plan_totals", "shares"]
+
+_SCHEMA_VERSION = 1
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Parts of the whole model, from 0 to 1.
+
+    ``params[i]`` is the share of all float parameters that lie in an initializer which dimension ``i``
+    cuts, ``macs[i]`` that of the multiply-accumulates of operations that read one. A weight between two
+    dimensions counts for both, so these do not add up to 1; the ``prunable`` shares count it once.
+    """
+
+    params: tuple[float, ...]
+    macs: tuple[float, ...]
+    prunable_params: float
+    prunable_macs: float
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Float parameters and multiply-accumulates at the bound shapes, each before and after a plan."""
+
+    params: tuple[int, int]
+    macs: tuple[int, int]
+
+
+def shares(structure: Structure) -> Shares:
+    """How much of the model each dimension, and all prunable ones together, can make smaller."""
+    shadow = structure.shadow
+    sizes = _float_sizes(shadow)
+    costs = [operation_macs(operation, shadow.shapes) for operation in shadow.operations]
+    whole_params, whole_macs = parameter_count(shadow.model), sum(costs)
+
+    def params_of(dimensions: Iterable[Dimension]) -> float:
+        tensors = {member.tensor for dimension in dimensions for member in dimension.members}
+        return _part(sum(sizes.get(name, 0) for name in tensors), whole_params)
+
+    def macs_of(dimensions: Iterable[Dimension]) -> float:
+        operations = {member.operation for dimension in dimensions for member in dimension.members}
+        return _part(sum(costs[index] for index in operations), whole_macs)
+
+    prunable = [structure.dimensions[index] for index in structure.prunable]
+    return Shares(
+        params=tuple(params_of([dimension]) for dimension in structure.dimensions),
+        macs=tuple(macs_of([dimension]) for dimension in structure.dimensions),
+        prunable_params=params_of(prunable),
+        prunable_macs=macs_of(prunable),
+    )
+
+
+def analyze_document(structure: Structure) -> dict[str, Any]:
+    """The analysis as plain JSON types, in graph order: what ``analyze --json`` prints.
+
+    ``step`` is the number of channels that one unit spans, ``nodes`` the names of the operations that go
+    with a block; ``frozen_ops`` maps each operator without a rule to the dimensions that it freezes.
+    """
+    part = shares(structure)
+    return {
+        "schema_version": _SCHEMA_VERSION,
+        "inputs": {name: list(shape) for name, shape in structure.shadow.inputs.items()},
+        "params": parameter_count(structure.shadow.model),
+        "macs": macs(structure.shadow),
+        "dimensions": [
+            _dimension_entry(dimension, part.params[index], part.macs[index])
+            for index, dimension in enumerate(structure.dimensions)
+        ],
+        "blocks": [_block_entry(block, structure.shadow) for block in structure.blocks],
+        "frozen_ops": {key: _touched(structure, key) for key in sorted(structure.graph.unsupported)},
+        "prunable_params_share": part.prunable_params,
+        "prunable_macs_share": part.prunable_macs,
+    }
+
+
+def plan_totals(structure: Structure, plan: PruningPlan) -> Totals:
+    """The size of the model before and after a plan, without rewriting it."""
+    shadow = structure.shadow
+    removed = removed_classes(plan, structure)
+    gone = {
+        index
+        for block in structure.blocks
+        if block.name in plan.removed_blocks
+        for index in (*block.operations, block.joint)
+    }
+    left = [operation for operation in shadow.operations if operation.index not in gone]
+    masks = _weight_masks(structure, removed)
+    return Totals(
+        params=(parameter_count(shadow.model), _kept_params(shadow, left, masks)),
+        macs=(
+            macs(shadow),
+            sum(operation_macs(op, _kept_shapes(structure, op, masks, removed)) for op in left),
+        ),
+    )
+
+
+def _part(amount: int, whole: int) -> float:
+    return amount / whole if whole else 0.0
+
+
+def _float_sizes(shadow: Shadow) -> dict[str, int]:
+    """Elements of each float initializer."""
+    initializers = shadow.model.graph.initializers
+    return {
+        name: array.size
+        for name, array in shadow.constants.items()
+        if name in initializers and array.dtype.kind == "f"
+    }
+
+
+def _dimension_entry(dimension: Dimension, share_params: float, share_macs: float) -> dict[str, Any]:
+    return {
+        "name": dimension.name,
+        "kind": dimension.kind,
+        "size": dimension.size,
+        "step": dimension.channels,
+        "frozen": dimension.frozen,
+        "members": [{"tensor": member.tensor, "axis": member.axis} for member in dimension.members],
+        "share_params": share_params,
+        "share_macs": share_macs,
+    }
+
+
+def _block_entry(block: Block, shadow: Shadow) -> dict[str, Any]:
+    operations = [shadow.operations[index] for index in block.operations]
+    return {
+        "name": block.name,
+        "kind": block.kind,
+        "nodes": [operation.name or operation.outputs[0] for operation in operations],
+        # Branches that cannot be bypassed never become blocks; the key is part of the contract.
+        "removable": True,
+    }
+
+
+def _touched(structure: Structure, key: str) -> list[str]:
+    """Names of the dimensions that operations of the type ``key`` read."""
+    domain, _, op_type = key.rpartition("::")
+    owners: set[int] = set()
+    for operation in structure.shadow.operations:
+        if (operation.domain, operation.op_type) == (domain, op_type):
+            for name in (*operation.inputs, *operation.captured):
+                labels = structure.graph.tensors.get(name)
+                if labels is not None:
+                    owners.update(structure.dimension_of[labels[labels > 0]].tolist())
+    return [structure.dimensions[index].name for index in sorted(owners - {-1})]
+
+
+_WeightMasks = Mapping[tuple[int, int], Mapping[int, Mask]]
+
+
+def _weight_masks(structure: Structure, removed: Mask) -> _WeightMasks:
+    """By operation and input slot: which indices of each cut axis of a weight stay."""
+    masks: dict[tuple[int, int], dict[int, Mask]] = {}
+    for site in structure.graph.sites:
+        masks.setdefault((site.operation, site.slot), {})[site.axis] = keep_vector(site.labels, removed)
+    return masks
+
+
+def _kept_params(shadow: Shadow, left: Iterable[Operation], masks: _WeightMasks) -> int:
+    """Readers that keep other indices of a shared weight get a copy each, as the rewriter makes them."""
+    sizes = _float_sizes(shadow)
+    versions = {(name, b""): sizes[name] for name in shadow.outputs if name in sizes}
+    for operation in left:
+        for name in operation.captured:
+            versions[name, b""] = sizes.get(name, 0)
+        for slot, name in enumerate(operation.inputs):
+            cut = {a: m for a, m in masks.get((operation.index, slot), {}).items() if not m.all()}
+            key = b"".join(bytes([axis]) + np.packbits(cut[axis]).tobytes() for axis in sorted(cut))
+            kept = [int(cut[a].sum()) if a in cut else n for a, n in enumerate(shadow.shapes.get(name, ()))]
+            versions[name, key] = math.prod(kept) if name in sizes else 0
+    return sum(versions.values())
+
+
+def _kept_shapes(
+    structure: Structure, operation: Operation, masks: _WeightMasks, removed: Mask
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of what one operation reads and makes, after the cut."""
+    shapes = {name: _kept_shape(structure, name, removed) for name in (*operation.inputs, *operation.outputs) if name}
+    for slot, name in enumerate(operation.inputs):
+        for axis, mask in masks.get((operation.index, slot), {}).items():
+            shape = shapes[name]
+            shapes[name] = (*shape[:axis], int(mask.sum()), *shape[axis + 1 :])
+    return shapes
+
+
+def _kept_shape(structure: Structure, name: str, removed: Mask) -> tuple[int, ...]:
+    shape = list(structure.shadow.shapes.get(name, ()))
+    labels = structure.graph.tensors.get(name)
+    for axis in () if labels is None else varying(labels):
+        shape[axis] = int(keep_vector(structure.graph.vector(name, axis), removed).sum())
+    return tuple(shape)

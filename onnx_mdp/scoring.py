@@ -1,0 +1,182 @@
+"""How much each unit matters: importance criteria, by name or as the user's own function.
+
+``magnitude`` (no data) is the share of squared weights that a unit owns, summed over the tensors that it
+cuts. ``activation`` (needs inputs) is the share of a layer's input energy that is lost with the unit,
+
+    I(u) = Σ_consumers ω · E[x_u²]·‖W_u‖² / Σ_v E[x_v²]·‖W_v‖²
+
+where ``ω`` is what the consumer's residual branch adds to the energy of its stream (1 outside of blocks).
+Both are relative, so that units of different layers compare. Gradient criteria plug in as another function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from onnx_mdp.errors import UsageError
+from onnx_mdp.model_io import model_bytes
+from onnx_mdp.rules import Site, varying
+from onnx_mdp.runtime import Runtime, open_session
+from onnx_mdp.structure import Structure
+
+__all__ = ["CRITERIA", "Criterion", "Importance", "activation", "magnitude", "ranking", "score"]
+
+Vector = npt.NDArray[np.float64]
+Feeds = Sequence[Mapping[str, npt.NDArray[Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Importance:
+    """Scores by dimension index, ``float64[units]`` each, higher keeps; not negative."""
+
+    criterion: str
+    units: Mapping[int, Vector]
+
+    @property
+    def total(self) -> float:
+        """The importance of the unpruned model."""
+        return float(sum(vector.sum() for vector in self.units.values()))
+
+
+Criterion = Callable[[Structure, Feeds], Vector]
+"""A function of the structure and calibration feeds that returns ``float64[classes]``."""
+
+
+def score(structure: Structure, criterion: str | Criterion, feeds: Feeds = ()) -> Importance:
+    """Score every prunable unit.
+
+    Raises:
+        UsageError: an unknown criterion, or one that needs data without data.
+    """
+    if isinstance(criterion, str):
+        if criterion not in CRITERIA:
+            raise UsageError(f"unknown criterion {criterion!r}; choose one of {', '.join(sorted(CRITERIA))}")
+        function, name = CRITERIA[criterion], criterion
+    else:
+        function, name = criterion, getattr(criterion, "__name__", "custom")
+    classes = function(structure, feeds)
+    if classes.shape != (structure.graph.classes,) or not np.isfinite(classes).all():
+        raise UsageError(f"criterion {name!r} must return one finite number for each index class")
+    units = {i: np.maximum(classes[list(structure.dimensions[i].units)], 0.0) for i in structure.prunable}
+    return Importance(name, units)
+
+
+def ranking(importance: Importance, index: int) -> npt.NDArray[np.int64]:
+    """Units of a dimension from the most to the least important; ties keep the earlier unit."""
+    return np.argsort(-importance.units[index], kind="stable")
+
+
+def magnitude(structure: Structure, feeds: Feeds = ()) -> Vector:
+    """Share of the squared weights, with a following BatchNormalization multiplied in."""
+    scores = np.zeros(structure.graph.classes)
+    for site in structure.graph.sites:
+        energy = _energy(structure, site)
+        if energy is not None:
+            if site.role != "in":
+                energy = energy * _batchnorm_gain(structure, site)
+            scores += _share(structure, site, energy)
+    return scores
+
+
+def activation(structure: Structure, feeds: Feeds) -> Vector:
+    """Share of the energy that the consumers of a unit receive from it.
+
+    Raises:
+        UsageError: no calibration data.
+    """
+    if not feeds:
+        raise UsageError("criterion 'activation' needs calibration inputs; pass --data")
+    sites = [s for s in structure.graph.sites if s.role == "in"]
+    blocks = structure.blocks
+    operations = structure.shadow.operations
+    wanted = {_data_input(structure, s) for s in sites}
+    wanted |= {b.branch for b in blocks} | {operations[b.joint].outputs[0] for b in blocks}
+    energies = _mean_squares(structure, sorted(wanted), feeds)
+    weight = np.ones(len(operations))
+    for block in blocks:
+        branch = float(energies[block.branch].sum())
+        stream = float(energies[operations[block.joint].outputs[0]].sum())
+        weight[list(block.operations)] = min(1.0, branch / max(stream, 1e-30))
+    scores = np.zeros(structure.graph.classes)
+    for site in sites:
+        norms = _energy(structure, site)
+        if norms is not None:
+            received = _by_index(energies[_data_input(structure, site)], len(site.labels))
+            scores += weight[site.operation] * _share(structure, site, norms * received)
+    return scores
+
+
+CRITERIA: dict[str, Criterion] = {"activation": activation, "magnitude": magnitude}
+
+
+def _data_input(structure: Structure, site: Site) -> str:
+    """The activation that a weight is multiplied with."""
+    return structure.shadow.operations[site.operation].inputs[1 - site.slot if site.slot < 2 else 0]
+
+
+def _energy(structure: Structure, site: Site) -> Vector | None:
+    """Squared norm of a weight at each index of the site's axis; None for vectors such as a bias."""
+    operation = structure.shadow.operations[site.operation]
+    weight = structure.shadow.constants[operation.inputs[site.slot]]
+    if weight.ndim < 2 or operation.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        return None
+    squares = weight.astype(np.float64) ** 2
+    return np.asarray(squares.sum(axis=tuple(a for a in range(weight.ndim) if a != site.axis)))
+
+
+def _share(structure: Structure, site: Site, energy: Vector) -> Vector:
+    """Sum over the indices of each class, as a share of the total of the axis."""
+    total = float(energy.sum())
+    if total <= 0:
+        return np.zeros(structure.graph.classes)
+    shares = np.bincount(site.labels, energy / total, minlength=structure.graph.classes)
+    shares[0] = 0.0
+    return shares
+
+
+def _batchnorm_gain(structure: Structure, site: Site) -> Vector | float:
+    """``γ² / (σ² + ε)`` of a BatchNormalization that reads the operation's output alone."""
+    output = structure.shadow.operations[site.operation].outputs[0]
+    readers = [op for op in structure.shadow.operations if output in op.inputs]
+    if len(readers) != 1 or readers[0].op_type != "BatchNormalization":
+        return 1.0
+    values = [structure.shadow.constants.get(name) for name in readers[0].inputs]
+    if len(values) < 5 or values[1] is None or values[4] is None or len(values[1]) != len(site.labels):
+        return 1.0
+    epsilon = readers[0].attributes.get("epsilon", 1e-5)
+    return np.asarray(values[1].astype(np.float64) ** 2 / (values[4].astype(np.float64) + epsilon))
+
+
+def _by_index(energy: Vector, count: int) -> Vector:
+    """Channel energies laid along a weight axis (grouped weights see each group in turn)."""
+    if len(energy) == count:
+        return energy
+    return np.asarray(energy.reshape(-1, count).mean(0)) if len(energy) % count == 0 else np.ones(count)
+
+
+def _mean_squares(structure: Structure, names: Sequence[str], feeds: Feeds) -> dict[str, Vector]:
+    """``E[x²]`` of tensors, by index of their labelled axis, over all feeds."""
+    proto = onnx.ModelProto.FromString(model_bytes(structure.shadow.model))
+    outputs = {o.name for o in proto.graph.output}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in outputs)
+    session = open_session(proto.SerializeToString(), Runtime())
+    sums = {name: np.zeros(1) for name in names}
+    for feed in feeds:
+        for name, value in zip(names, session.run(list(names), dict(feed)), strict=True):
+            axis = _axis(structure, name)
+            others = tuple(a for a in range(value.ndim) if a != axis)
+            sums[name] = sums[name] + np.square(value, dtype=np.float64).mean(axis=others)
+    return {name: total / len(feeds) for name, total in sums.items()}
+
+
+def _axis(structure: Structure, name: str) -> int:
+    labels = structure.graph.tensors.get(name)
+    if labels is not None and varying(labels):
+        return varying(labels)[0]
+    return min(1, len(structure.shadow.shapes[name]) - 1)
