@@ -7,8 +7,8 @@ checked before any value is read, and only the chosen samples are kept. *Preproc
     y[c] = (x[c] / 255 - mean[c]) / std[c]        x in 0..255, resized to the input's height and width
 
 The resize is plain or, with ``crop``, covers size/crop and keeps the centre, as torchvision's ``Resize(256);
-CenterCrop(224)``; one resize of a source box does both, so a long, thin image stays small. Transparency is
-dropped and EXIF rotation ignored, as the usual training pipelines do.
+CenterCrop(224)``; one resize of a source box does both, so a thin image stays small. As training pipelines
+do, it drops transparency and ignores EXIF rotation.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from onnx_mdp.errors import UsageError
 __all__ = ["PREPROCESSINGS", "CalibrationData", "Preprocessing", "load_data"]
 
 Array = npt.NDArray[Any]
+_Box = tuple[float, float, float, float]
 
 _MAX_BYTES = 4 * 10**9
 _SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
@@ -37,7 +38,6 @@ _FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
 # Pillow clips the other modes (16-bit, float) to white instead of scaling them.
 _EIGHT_BIT_MODES = frozenset({"1", "CMYK", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr"})
 _FORM = "mean=0.5,0.5,0.5;std=0.5,0.5,0.5;crop=0.875;order=rgb"
-_CROP = 224 / 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +64,10 @@ class Preprocessing:
     bicubic: bool = False
 
 
+_CROP = 224 / 256
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-_CAFFE_MEAN = (104 / 255, 117 / 255, 123 / 255)
-
+_CAFFE = ((104 / 255, 117 / 255, 123 / 255), (1 / 255,))
 PREPROCESSINGS: Mapping[str, Preprocessing] = {
     "imagenet": Preprocessing("centre crop, ImageNet mean and std (torchvision)", *_IMAGENET, _CROP),
     "imagenet-bicubic": Preprocessing("the same, bicubic (DeiT, timm)", *_IMAGENET, _CROP, bicubic=True),
@@ -76,14 +76,11 @@ PREPROCESSINGS: Mapping[str, Preprocessing] = {
     "unit": Preprocessing("plain resize, RGB in 0..1"),
     "raw": Preprocessing("plain resize, RGB in 0..255", std=(1 / 255,)),
     "bgr": Preprocessing("plain resize, BGR in 0..255 (OpenCV)", std=(1 / 255,), order="bgr"),
-    "caffe": Preprocessing("centre crop, BGR minus 104,117,123", _CAFFE_MEAN, (1 / 255,), _CROP, "bgr"),
+    "caffe": Preprocessing("centre crop, BGR minus 104,117,123", *_CAFFE, _CROP, "bgr"),
     "cifar": Preprocessing("plain resize, CIFAR mean and std", *_CIFAR),
 }
-_CHOICES = "".join(
-    ["use the one that the model was trained with:"]
-    + [f"\n  {name:<17} {choice.meaning}" for name, choice in PREPROCESSINGS.items()]
-    + [f"\n  or such as {_FORM!r}"]
-)
+_LIST = "\n".join(f"  {name:<17} {choice.meaning}" for name, choice in PREPROCESSINGS.items())
+_CHOICES = f"use the one that the model was trained with:\n{_LIST}\n  or such as {_FORM!r}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +96,19 @@ class _Request:
     def chosen(self, held: int) -> tuple[int, ...]:
         """Evenly spaced indices below ``held``, as many as whole batches take."""
         count = min(self.samples, held) // self.batch * self.batch
-        if not count:
-            raise UsageError(
-                f"{min(self.samples, held)} samples ({held} in {self.path}) do not fill a batch of {self.batch}; "
-                "give more"
-            )
-        one = sum(math.prod(shape[1:]) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
-        if count * one > _MAX_BYTES:
-            raise UsageError(f"{count} samples take {count * one / 1e9:.1f} GB (at most 4); lower --samples")
+        if count < 1:
+            given = f"--samples {self.samples} of the {held} in {self.path}"
+            raise UsageError(f"{given} do not fill a batch of {self.batch}; give more or bind a smaller one")
+        size = count * sum(math.prod(s[1:]) * self.dtypes[n].itemsize for n, s in self.shapes.items())
+        if size > _MAX_BYTES:
+            raise UsageError(f"{count} samples take {size / 1e9:.1f} GB (at most 4); lower --samples")
         return tuple((2 * i + 1) * held // (2 * count) for i in range(count))
+
+    def feeds(self, arrays: Mapping[str, Array]) -> tuple[dict[str, Array], ...]:
+        """The arrays cut into batches, each contiguous as ONNX Runtime wants it."""
+        count, size = len(next(iter(arrays.values()))), self.batch
+        cuts = (slice(start, start + size) for start in range(0, count, size))
+        return tuple({name: np.ascontiguousarray(a[cut]) for name, a in arrays.items()} for cut in cuts)
 
 
 def load_data(
@@ -122,9 +123,8 @@ def load_data(
 
     An ``.npz`` archive holds one array ``[n, ...]`` per model input (of any name if there is one input), with
     values as the model takes them. A folder holds images (.jpg, .jpeg, .png, .bmp, .webp) at any depth, for
-    a model with one float input ``[n, c, h, w]`` or ``[n, h, w, c]`` of 1 or 3 channels; ``preprocess`` is then
-    a name in ``PREPROCESSINGS`` or of the form ``mean=0.5,0.5,0.5;std=0.5,0.5,0.5;crop=0.875;order=rgb``, where
-    no ``crop`` means a plain resize and no ``order`` RGB.
+    a model with one float input ``[n, c, h, w]`` or ``[n, h, w, c]`` of 1 or 3 channels; ``preprocess`` then
+    is a name in ``PREPROCESSINGS`` or such as ``mean=0.5,0.5,0.5;std=0.5,0.5,0.5[;crop=0.875][;order=rgb]``.
 
     Raises:
         UsageError: the data is missing, unreadable, above 4 GB, or does not fit the model.
@@ -132,8 +132,6 @@ def load_data(
     batches = {shape[:1] for shape in shapes.values()}
     if len(batches) != 1 or () in batches:
         raise UsageError(f"--data needs inputs with a common batch size, but the model takes {dict(shapes)}")
-    if samples < 1:
-        raise UsageError(f"--samples {samples} asks for no data; give at least 1")
     request = _Request(path, shapes, dtypes, samples, batches.pop()[0])
     if path.is_dir():
         return _load_images(request, preprocess)
@@ -147,50 +145,38 @@ def load_data(
     except UsageError:
         raise
     except Exception as error:  # zipfile, its decompressors and NumPy raise many kinds for malformed bytes
-        raise UsageError(
-            f"{path} is not a readable .npz archive of numbers; write it with numpy.savez"
-        ) from error
+        raise UsageError(f"{path} is no readable .npz archive; write one with numpy.savez") from error
 
 
 def _load_npz(archive: zipfile.ZipFile, request: _Request) -> CalibrationData:
     members = _members(archive, request)
     held = {name: _row_count(archive, member, name, request) for name, member in members.items()}
-    if len(set(held.values())) > 1:
-        raise UsageError(
-            f"the arrays of {request.path} differ in their number of samples, {held}; make it equal"
-        )
-    total = next(iter(held.values()))
+    total, *others = set(held.values())
+    if others:
+        raise UsageError(f"the first dimensions in {request.path} differ, {held}; make them equal")
     rows = request.chosen(total)
     arrays = {n: _fit(_rows(archive, members[n], rows), n, request.dtypes[n]) for n in request.shapes}
-    feeds = tuple(
-        {name: array[start : start + request.batch] for name, array in arrays.items()}
-        for start in range(0, len(rows), request.batch)
-    )
-    return CalibrationData(feeds, f"{len(rows)} of {total} samples in {request.path}")
+    return CalibrationData(request.feeds(arrays), f"{len(rows)} of {total} samples in {request.path}")
 
 
 def _members(archive: zipfile.ZipFile, request: _Request) -> dict[str, zipfile.ZipInfo]:
-    """The archive's entry for every model input."""
     found = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
     if len(request.shapes) == len(found) == 1:
         found = dict(zip(request.shapes, found.values(), strict=True))
     if set(found) != set(request.shapes):
         names, wanted = (", ".join(sorted(some)) or "nothing" for some in (found, request.shapes))
-        raise UsageError(
-            f"{request.path} holds {names}, but the model's inputs are {wanted}; save exactly these"
-        )
+        raise UsageError(f"{request.path} holds {names}, but the model takes {wanted}; save exactly these")
     for name, info in found.items():
         if info.file_size > _MAX_BYTES:
-            size = f"{info.file_size / 1e9:.1f} GB"
-            raise UsageError(f"array {name!r} in {request.path} takes {size} (at most 4); save fewer samples")
+            raise UsageError(f"array {name!r} in {request.path} is above 4 GB; save fewer samples")
     return found
 
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Shape, Fortran order and dtype of a .npy stream, which is left at the first value."""
-    first = np.lib.format.read_magic(stream) == (1, 0)
-    read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
-    return read(stream)
+    if np.lib.format.read_magic(stream) == (1, 0):
+        return np.lib.format.read_array_header_1_0(stream)
+    return np.lib.format.read_array_header_2_0(stream)
 
 
 def _row_count(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, request: _Request) -> int:
@@ -200,9 +186,7 @@ def _row_count(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, req
     if dtype.kind not in "biuf":
         raise UsageError(f"{where} has dtype {dtype}, which is no number; save a numeric array")
     if not held or held[1:] != shape[1:]:
-        raise UsageError(
-            f"{where} has shape {held}, but the model takes {('n', *shape[1:])}; save that shape"
-        )
+        raise UsageError(f"{where} has shape {held}, but the model takes {('n', *shape[1:])}; save it so")
     return held[0]
 
 
@@ -221,17 +205,11 @@ def _rows(archive: zipfile.ZipFile, member: zipfile.ZipInfo, rows: Sequence[int]
 
 
 def _fit(values: Array, name: str, dtype: np.dtype[Any]) -> Array:
-    """The same numbers in the model's dtype; only floats may be rounded."""
-    allowed = {"b": "b", "i": "biu", "u": "biu", "f": "biuf"}.get(dtype.kind, "")
-    if values.dtype.kind not in allowed:
-        raise UsageError(
-            f"array {name!r} holds {values.dtype}, but the model takes {dtype}; convert it first"
-        )
-    with np.errstate(over="ignore"):
-        fitted = np.ascontiguousarray(values, dtype)
-    exact = dtype.kind == "f" or np.array_equal(fitted, values)
-    if not exact or not np.isfinite(fitted).all():
-        raise UsageError(f"array {name!r} holds NaN, infinity or values outside {dtype}; clean it first")
+    """The same numbers in the model's dtype, which may round them only if it is a float."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        fitted = values.astype(dtype)
+    if not (np.isfinite(fitted).all() if dtype.kind == "f" else np.array_equal(fitted, values)):
+        raise UsageError(f"array {name!r} holds {values.dtype} values that are no finite {dtype}; convert it")
     return fitted
 
 
@@ -242,19 +220,12 @@ def _load_images(request: _Request, preprocess: str | None) -> CalibrationData:
     recipe, shape, dtype = _recipe(preprocess), request.shapes[name], request.dtypes[name]
     height, width, channels = shape[1:] if channels_last else (*shape[2:], shape[1])
     if len(recipe.mean) > channels:
-        raise UsageError(
-            f"--preprocess {preprocess} is for 3 channels, but input {name!r} has 1; use half or unit"
-        )
+        raise UsageError(f"--preprocess {preprocess} is for 3 channels, but {name!r} has 1; use half or unit")
     files = _image_files(request.path)
-    chosen = [files[i] for i in request.chosen(len(files))]
-    feeds = []
-    for start in range(0, len(chosen), request.batch):
-        batch = chosen[start : start + request.batch]
-        pixels = np.stack([_pixels(file, (height, width, channels), recipe) for file in batch])
-        ordered = pixels if channels_last else pixels.transpose(0, 3, 1, 2)
-        feeds.append({name: np.ascontiguousarray(ordered, dtype)})
-    source = f"{len(chosen)} of {len(files)} images in {request.path}, preprocessing {preprocess}"
-    return CalibrationData(tuple(feeds), source)
+    pixels = [_pixels(files[i], (height, width, channels), recipe) for i in request.chosen(len(files))]
+    ordered = pixels if channels_last else [image.transpose(2, 0, 1) for image in pixels]
+    source = f"{len(pixels)} of {len(files)} images in {request.path}, {preprocess}"
+    return CalibrationData(request.feeds({name: np.stack(ordered, dtype=dtype, casting="same_kind")}), source)
 
 
 def _image_input(request: _Request) -> tuple[str, bool]:
@@ -263,10 +234,7 @@ def _image_input(request: _Request) -> tuple[str, bool]:
     first, last = (len(shape) == 4 and shape[axis] in (1, 3) for axis in (1, -1))
     if len(request.shapes) > 1 or request.dtypes[name].kind != "f" or first == last:
         held = ", ".join(f"{n} {request.dtypes[n]}{list(s)}" for n, s in request.shapes.items())
-        raise UsageError(
-            f"images fit a model with one 4-D float input that has 1 or 3 channels first or last, "
-            f"but this one takes {held}; save its inputs in an .npz file instead"
-        )
+        raise UsageError(f"images need one 4-D float input of 1 or 3 channels, not {held}; give an .npz file")
     return name, last
 
 
@@ -276,20 +244,18 @@ def _recipe(text: str) -> Preprocessing:
     if "=" not in text:
         raise UsageError(f"no preprocessing is called {text!r}; {_CHOICES}")
     pairs = [part.partition("=")[::2] for part in text.split(";")]
-    fields = {"order": "rgb", "crop": "1", **dict(pairs)}
+    fields = {"order": "rgb", "crop": "", **dict(pairs)}
     try:
         mean, std = (tuple(float(number) for number in fields[key].split(",")) for key in ("mean", "std"))
-        crop = float(fields["crop"])
-    except (KeyError, ValueError):
-        mean, std, crop = (), (), 0.0
-    sound = len(mean) == len(std) in (1, 3) and all(map(math.isfinite, mean + std)) and min(std) > 0
-    known = len(fields) == 4 and len(dict(pairs)) == len(pairs) and fields["order"] in ("rgb", "bgr")
-    if not (sound and known and 0 < crop <= 1):
-        raise UsageError(
-            f"--preprocess {text!r} is wrong: write {_FORM!r}, with 1 or 3 finite numbers for mean and std, "
-            "std positive, crop above 0 and at most 1, order rgb or bgr, and nothing twice"
-        )
-    return Preprocessing(text, mean, std, crop if "crop" in dict(pairs) else None, fields["order"])
+        crop = float(fields["crop"]) if "crop" in dict(pairs) else None
+        known = len(fields) == 4 and len(pairs) == len(dict(pairs)) and fields["order"] in ("rgb", "bgr")
+        finite = all(map(math.isfinite, mean)) and all(0 < v < math.inf for v in std)
+        if not (known and finite and len(mean) == len(std) in (1, 3) and (crop is None or 0 < crop <= 1)):
+            raise ValueError(text)
+    except (KeyError, ValueError) as error:
+        rules = "1 or 3 means, as many positive stds, 0 < crop <= 1, order rgb or bgr, nothing else or twice"
+        raise UsageError(f"--preprocess {text!r} is wrong; write it as {_FORM!r} ({rules})") from error
+    return Preprocessing(text, mean, std, crop, fields["order"])
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -304,8 +270,8 @@ def _pixels(file: Path, shape: tuple[int, int, int], recipe: Preprocessing) -> n
     """``float32[height, width, channels]`` of one file."""
     from PIL import Image  # here, because archives do not need it
 
-    height, width, channels = shape
-    kind = Image.Resampling.BICUBIC if recipe.bicubic else Image.Resampling.BILINEAR
+    height, width, mode = *shape[:2], "L" if shape[2] == 1 else "RGB"
+    resample = Image.Resampling.BICUBIC if recipe.bicubic else Image.Resampling.BILINEAR
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -314,25 +280,20 @@ def _pixels(file: Path, shape: tuple[int, int, int], recipe: Preprocessing) -> n
                 if image.mode not in _EIGHT_BIT_MODES:
                     raise ValueError(f"its mode {image.mode} is not 8-bit")
                 box = _source_box(image.size, (width, height), recipe.crop)
-                plain = image.convert("L" if channels == 1 else "RGB").resize((width, height), kind, box)
+                plain = image.convert(mode).resize((width, height), resample, box)
     except Exception as error:  # Pillow's decoders raise many kinds for malformed bytes
         raise UsageError(f"{file} is no usable image ({str(error)[:160]}); repair or remove it") from error
     values = np.asarray(plain, np.float32).reshape(shape)[..., :: -1 if recipe.order == "bgr" else 1]
-    mean, std = (np.array([255 * v for v in numbers], np.float32) for numbers in (recipe.mean, recipe.std))
+    mean, std = (np.float32(255 * np.array(numbers)) for numbers in (recipe.mean, recipe.std))
     return np.asarray((values - mean) / std, np.float32)
 
 
-def _source_box(
-    held: tuple[int, int], size: tuple[int, int], crop: float | None
-) -> tuple[float, float, float, float]:
+def _source_box(held: tuple[int, int], size: tuple[int, int], crop: float | None) -> _Box:
     """Left, top, right and bottom of the part of a ``held`` (width, height) image that fills ``size``."""
     if crop is None:
         return 0, 0, *held
-    wide, tall = (round(side / crop) for side in size)
-    if wide * held[1] < tall * held[0]:
-        wide = tall * held[0] // held[1]
-    else:
-        tall = wide * held[1] // held[0]
+    wide, tall = round(size[0] / crop), round(size[1] / crop)
+    wide, tall = max(wide, tall * held[0] // held[1]), max(tall, wide * held[1] // held[0])
     left, top = round((wide - size[0]) / 2), round((tall - size[1]) / 2)
     right, bottom = (left + size[0]) * held[0] / wide, (top + size[1]) * held[1] / tall
     return left * held[0] / wide, top * held[1] / tall, right, bottom

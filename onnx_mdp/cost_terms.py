@@ -21,9 +21,11 @@ __all__ = ["CONTRACTIONS", "CostTerm", "anchors", "cost_terms", "width"]
 
 CONTRACTIONS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 _ELEMENTWISE = frozenset(
-    "Abs Add BatchNormalization Cast Ceil Clip Div Dropout Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity "
-    "InstanceNormalization LeakyRelu Log Max Min Mish Mul Neg PRelu Pow Reciprocal Relu Round Selu Sigmoid Softplus "
-    "Sqrt Sub Sum Swish Tanh ThresholdedRelu Where".split()
+    (
+        "Abs Add BatchNormalization Cast Ceil Clip Div Dropout Elu Erf Exp Floor Gelu HardSigmoid "
+        "HardSwish Identity InstanceNormalization LeakyRelu Log Max Min Mish Mul Neg PRelu Pow "
+        "Reciprocal Relu Round Selu Sigmoid Softplus Sqrt Sub Sum Swish Tanh ThresholdedRelu Where"
+    ).split()
 )
 _SHAPED = ("kernel_shape", "strides", "dilations", "pads", "mode", "axis", "perm")
 
@@ -82,13 +84,17 @@ def _term(structure: Structure, operation: Operation, joined: bool) -> CostTerm:
     reads, makes, kind = _widths(structure, operation)
     shapes = structure.shadow.shapes
     described: dict[str, Any] = {"op": operation.op_type, "kind": kind}
-    described |= {name: _plain(operation.attributes[name]) for name in _SHAPED if name in operation.attributes}
+    described |= {
+        name: _plain(operation.attributes[name]) for name in _SHAPED if name in operation.attributes
+    }
     described["in"] = _without_width(structure, operation.inputs[0]) if operation.inputs else []
     described["out"] = _without_width(structure, operation.outputs[0])
     if operation.op_type in CONTRACTIONS:
         described["weight"] = list(shapes[operation.inputs[1]][2:])
         described["add"] = joined
-    return CostTerm(operation.index, json.dumps(described, sort_keys=True, separators=(",", ":")), reads, makes)
+    return CostTerm(
+        operation.index, json.dumps(described, sort_keys=True, separators=(",", ":")), reads, makes
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -134,5 +140,3 @@ def _widths(structure: Structure, operation: Operation) -> tuple[Extent, Extent,
 def _width(structure: Structure, name: str) -> Extent:
     axis = _width_axis(structure, name)
     return Extent(1, ()) if axis is None else extent(structure, name, axis)
-
-

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,26 @@ import numpy.typing as npt
 
 from onnx_mdp.blocks import Block
 from onnx_mdp.labels import keep_vector
+from onnx_mdp.latency import LatencyTable
 from onnx_mdp.model_io import parameter_count
+from onnx_mdp.pipeline import PruneResult
 from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.rules import varying
 from onnx_mdp.shadow import Operation, Shadow
 from onnx_mdp.structure import Dimension, Structure, macs, operation_macs
+from onnx_mdp.verification import Evidence
 
-__all__ = ["Shares", "Totals", "analyze_document", "plan_totals", "shares"]
+__all__ = [
+    "Shares",
+    "Totals",
+    "analyze_document",
+    "frozen_operators",
+    "plan_totals",
+    "profile_document",
+    "prune_document",
+    "shares",
+    "verify_document",
+]
 
 _SCHEMA_VERSION = 1
 
@@ -89,10 +103,84 @@ def analyze_document(structure: Structure) -> dict[str, Any]:
             for index, dimension in enumerate(structure.dimensions)
         ],
         "blocks": [_block_entry(block, structure.shadow) for block in structure.blocks],
-        "frozen_ops": {key: _touched(structure, key) for key in sorted(structure.graph.unsupported)},
+        "frozen_ops": {key: list(names) for key, names in frozen_operators(structure).items()},
         "prunable_params_share": part.prunable_params,
         "prunable_macs_share": part.prunable_macs,
     }
+
+
+def profile_document(structure: Structure, table: LatencyTable) -> dict[str, Any]:
+    """A latency table as ``profile --json`` prints it; errors and noise are relative."""
+    calibration = table.calibration
+    first = next(iter(structure.shadow.inputs.values()), (1,))
+    return {
+        "schema_version": _SCHEMA_VERSION,
+        "provider": table.context["provider"],
+        "device": table.context["device"],
+        "threads": table.context["threads"],
+        "batch": first[0] if first else 1,
+        "granularity": table.granularity,
+        "entries": len(table.coefficients),
+        "profiled": table.measured,
+        "seconds": table.seconds,
+        "base_ms": table.base_ms,
+        "calibration": {
+            "median_error": calibration.median_error,
+            "worst_error": calibration.worst_error,
+            "noise": calibration.noise,
+        },
+    }
+
+
+def prune_document(result: PruneResult, written: Sequence[Path | None]) -> dict[str, Any]:
+    """A prune as ``prune --json`` prints it; ``written`` holds the model, the plan and the figure."""
+    evidence, plan = result.evidence, result.plan
+    model, plan_file, figure = (None if path is None else str(path) for path in written)
+    return {
+        "schema_version": _SCHEMA_VERSION,
+        "status": result.status,
+        "target_ms": result.target_ms,
+        "base_ms": result.base_ms,
+        "base_now_ms": result.base_now_ms,
+        "predicted_ms": result.predicted_ms,
+        "measured_ms": result.measured_ms,
+        "noise": result.noise,
+        "iterations": result.iterations,
+        "fastest_ms": result.fastest_ms,
+        "params": list(result.params),
+        "macs": list(result.macs),
+        "verified": None if evidence is None else evidence.verified,
+        "max_error": None if evidence is None else evidence.max_error,
+        "scale": None if evidence is None else evidence.scale,
+        "gap": None if plan is None else plan.gap,
+        "solver": None if plan is None else plan.solver,
+        "importance_share": None if plan is None else plan.importance_share,
+        "removed_blocks": [] if plan is None else list(plan.removed_blocks),
+        "output": model,
+        "plan": plan_file,
+        "report": figure,
+        "seconds": dict(result.seconds),
+    }
+
+
+def verify_document(evidence: Evidence, measured_ms: float | None) -> dict[str, Any]:
+    """A verification as ``verify --json`` prints it."""
+    return {
+        "schema_version": _SCHEMA_VERSION,
+        "verified": evidence.verified,
+        "max_error": evidence.max_error,
+        "scale": evidence.scale,
+        "inputs_tried": evidence.inputs_tried,
+        "runtime_noise": evidence.runtime_noise,
+        "checker": evidence.checker,
+        "drift": {n: {"cosine": d.cosine, "max_abs": d.max_abs} for n, d in evidence.drift.items()},
+        "measured_ms": measured_ms,
+    }
+
+
+def frozen_operators(structure: Structure) -> dict[str, tuple[str, ...]]:
+    """Operators without a rule (``domain::Operator`` outside ONNX's) and the dimensions that they read."""
+    return {key: _touched(structure, key) for key in sorted(structure.graph.unsupported)}
 
 
 def plan_totals(structure: Structure, plan: PruningPlan) -> Totals:
@@ -154,8 +242,7 @@ def _block_entry(block: Block, shadow: Shadow) -> dict[str, Any]:
     }
 
 
-def _touched(structure: Structure, key: str) -> list[str]:
-    """Names of the dimensions that operations of the type ``key`` read."""
+def _touched(structure: Structure, key: str) -> tuple[str, ...]:
     domain, _, op_type = key.rpartition("::")
     owners: set[int] = set()
     for operation in structure.shadow.operations:
@@ -164,7 +251,7 @@ def _touched(structure: Structure, key: str) -> list[str]:
                 labels = structure.graph.tensors.get(name)
                 if labels is not None:
                     owners.update(structure.dimension_of[labels[labels > 0]].tolist())
-    return [structure.dimensions[index].name for index in sorted(owners - {-1})]
+    return tuple(structure.dimensions[index].name for index in sorted(owners - {-1}))
 
 
 _WeightMasks = Mapping[tuple[int, int], Mapping[int, Mask]]
@@ -197,7 +284,11 @@ def _kept_shapes(
     structure: Structure, operation: Operation, masks: _WeightMasks, removed: Mask
 ) -> dict[str, tuple[int, ...]]:
     """The shapes of what one operation reads and makes, after the cut."""
-    shapes = {name: _kept_shape(structure, name, removed) for name in (*operation.inputs, *operation.outputs) if name}
+    shapes = {
+        name: _kept_shape(structure, name, removed)
+        for name in (*operation.inputs, *operation.outputs)
+        if name
+    }
     for slot, name in enumerate(operation.inputs):
         for axis, mask in masks.get((operation.index, slot), {}).items():
             shape = shapes[name]

@@ -111,9 +111,7 @@ class _Builder:
             chosen = dict(zip(scope, place, strict=True))
             gone = block is not None and any(chosen[v] == 0 for v in scope if v in self.members[block])
             if not gone:
-                a = reads.widths[chosen.get(reads.variable, 0)]
-                b = makes.widths[chosen.get(makes.variable, 0)]
-                costs[place] = to_ns(term_ms(self.table, term, a, b))
+                costs[place] = to_ns(term_ms(self.table, term, reads.at(chosen), makes.at(chosen)))
         if scope:
             self.factors.append(Factor(tuple(scope), cost_ns=costs))
         else:
@@ -151,8 +149,13 @@ class _Builder:
 
 @dataclass(frozen=True, slots=True)
 class _Axis:
+    """A width as a function of at most one variable's option."""
+
     variable: int | None
     widths: tuple[int, ...]
+
+    def at(self, chosen: Mapping[int, int]) -> int:
+        return self.widths[0 if self.variable is None else chosen[self.variable]]
 
 
 def variant_from_choice(structure: Structure, formulation: Formulation, choice: Choice) -> Variant:

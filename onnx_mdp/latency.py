@@ -237,7 +237,7 @@ def _regime(key: str, a: float, b: float, step: int) -> str:
         return key
     if 1 < a < step:
         return f"{key}|a={a:g}"
-    return f"{key}|odd" if a > 1 and a % 4 or b % 4 else key
+    return f"{key}|odd" if (a > 1 and a % 4) or b % 4 else key
 
 
 def _fit(runs: Sequence[Run], step: int) -> dict[str, tuple[float, ...]]:
@@ -297,7 +297,9 @@ def _weighted_median(pairs: Sequence[tuple[float, float]]) -> float:
 
 def term_ms(table: LatencyTable, term: CostTerm, a: float, b: float) -> float:
     """Calibrated milliseconds of one term at the widths ``a`` and ``b``."""
-    fitted = table.coefficients.get(_regime(term.key, a, b, table.granularity)) or table.coefficients.get(term.key)
+    fitted = table.coefficients.get(_regime(term.key, a, b, table.granularity)) or table.coefficients.get(
+        term.key
+    )
     if fitted is None:  # never seen in a profile: the runtime removed it
         return 0.0
     return table.calibration.scale * float(np.dot(fitted, _features(a, b, table.granularity)))
@@ -330,9 +332,7 @@ def measure_models(
     """Interleaved, drift-corrected milliseconds of whole models."""
     sessions = [open_session(data, runtime) for data in models]
     feeds = [random_feeds(session, shapes, seed) for session in sessions]
-    return measure(
-        sessions, feeds, budget_s=budget_s, seed=seed, threads=runtime.threads, on_round=on_round
-    )
+    return measure(sessions, feeds, budget_s=budget_s, seed=seed, threads=runtime.threads, on_round=on_round)
 
 
 def _calibrate(

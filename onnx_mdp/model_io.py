@@ -52,9 +52,11 @@ def load_model(source: ModelLike) -> ir.Model:
         return ir.from_proto(source)
     surgeon = sys.modules.get("onnx_graphsurgeon")
     if surgeon is not None and isinstance(source, surgeon.Graph):
-        return ir.from_proto(surgeon.export_onnx(source))
+        exported: onnx.ModelProto = surgeon.export_onnx(source)
+        return ir.from_proto(exported)
     raise UsageError(
-        f"a model must be a path, ModelProto, onnx_ir.Model or graphsurgeon Graph, not {type(source).__name__}"
+        "a model must be a path, a ModelProto, an onnx_ir.Model or a graphsurgeon Graph, "
+        f"not {type(source).__name__}"
     )
 
 
@@ -135,7 +137,8 @@ def model_bytes(model: ir.Model) -> bytes:
     """
     if _weight_bytes(model) > _PROTOBUF_LIMIT - 2**20:
         raise UnsupportedModelError("the model holds more than 2 GB of weights, which is not supported yet")
-    return ir.to_proto(model).SerializeToString()
+    data: bytes = ir.to_proto(model).SerializeToString()
+    return data
 
 
 def _weight_bytes(model: ir.Model) -> int:

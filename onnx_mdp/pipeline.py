@@ -21,6 +21,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnx_mdp._version import __version__
+from onnx_mdp.binding import bind_shapes
 from onnx_mdp.errors import UnsupportedModelError
 from onnx_mdp.formulation import Formulation, formulate, plan_from_choice, to_ns
 from onnx_mdp.latency import (
@@ -29,7 +30,6 @@ from onnx_mdp.latency import (
     full_variant,
     measure_models,
     predict_ms,
-    variant_of_plan,
 )
 from onnx_mdp.lut_store import LutStore
 from onnx_mdp.model_io import model_bytes, parameter_count
@@ -38,7 +38,7 @@ from onnx_mdp.problem import Solution, SolveLimits
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import Runtime
 from onnx_mdp.scoring import Criterion, Importance, score
-from onnx_mdp.shadow import bind_shapes, prepare
+from onnx_mdp.shadow import prepare
 from onnx_mdp.solvers import solve
 from onnx_mdp.structure import Structure, analyze_shadow, macs
 from onnx_mdp.verification import Evidence, require, verify
@@ -332,7 +332,9 @@ def _best(candidates: Sequence[_Candidate], target: float) -> _Candidate | None:
 
 def plan_identity(plan: PruningPlan) -> str:
     """A hash of what the plan does, not of how it was found."""
-    bare = PruningPlan(keep=dict(sorted(plan.keep.items())), removed_blocks=tuple(sorted(plan.removed_blocks)))
+    bare = PruningPlan(
+        keep=dict(sorted(plan.keep.items())), removed_blocks=tuple(sorted(plan.removed_blocks))
+    )
     return hashlib.sha256(plan_json(bare).encode()).hexdigest()[:16]
 
 

@@ -153,7 +153,9 @@ def load_plan(path: Path) -> PruningPlan:
         place = ".".join(str(part) for part in first["loc"]) or "the document"
         raise UsageError(f"{path} is not a pruning plan: {place}: {first['msg']}") from error
     if document.schema_version > SCHEMA_VERSION:
-        raise UsageError(f"{path} was written by a newer onnx-mdp (schema {document.schema_version}); upgrade")
+        raise UsageError(
+            f"{path} was written by a newer onnx-mdp (schema {document.schema_version}); upgrade"
+        )
     values = document.model_dump(exclude={"schema_version", "keep", "removed_blocks"})
     keep = {name: from_ranges(text) for name, text in document.keep.items()}
     return PruningPlan(keep=keep, removed_blocks=tuple(document.removed_blocks), **values)
@@ -175,7 +177,9 @@ def check_plan(plan: PruningPlan, structure: Structure) -> None:
         if dimensions[name].frozen is not None:
             raise UsageError(f"the plan prunes {name!r}, which is frozen: {dimensions[name].frozen}")
         if not units or units[-1] >= len(dimensions[name].units):
-            raise UsageError(f"the plan keeps units of {name!r} that do not exist; it has {len(dimensions[name].units)}")
+            raise UsageError(
+                f"the plan keeps units of {name!r} that do not exist; it has {len(dimensions[name].units)}"
+            )
     unknown = set(plan.removed_blocks) - {b.name for b in structure.blocks}
     if unknown:
         raise UsageError(f"the plan removes block {sorted(unknown)[0]!r}, which the model does not have")

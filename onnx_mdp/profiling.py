@@ -94,7 +94,9 @@ def profile_variant(
     plain_ms = float(np.percentile(quiet[0][_kept_runs(quiet, runtime)], _QUANTILE))
     nodes = sum(counts.values())
     spent = time.perf_counter() - started
-    return Run(variant, seed, plain_ms, total, nodes, spent, samples, {"kept": {str(k): v for k, v in kept.items()}})
+    return Run(
+        variant, seed, plain_ms, total, nodes, spent, samples, {"kept": {str(k): v for k, v in kept.items()}}
+    )
 
 
 def _tag(structure: Structure, model: ir.Model) -> None:
@@ -159,16 +161,16 @@ def _charge(
     return totals, counts
 
 
-def _fused_layers(
-    structure: Structure, events: Sequence[_Event], charged: Sequence[int]
-) -> dict[int, int]:
+def _fused_layers(structure: Structure, events: Sequence[_Event], charged: Sequence[int]) -> dict[int, int]:
     """Runtime convolutions that carry the name of a later operation that they absorbed.
 
     Where an absorbed Add joins two convolutions, it is the one without a runtime node of its own name.
     """
     operations = structure.shadow.operations
     producer = {o: op.index for op in operations for o in op.outputs if o}
-    tagged = {e.tagged for e in events if e.tagged is not None and operations[e.tagged].op_type in CONTRACTIONS}
+    tagged = {
+        e.tagged for e in events if e.tagged is not None and operations[e.tagged].op_type in CONTRACTIONS
+    }
     taken = set(tagged)
     layers: dict[int, int] = {}
     for place, event in enumerate(events):

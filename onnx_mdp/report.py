@@ -7,21 +7,26 @@ markup, and characters that would steer the terminal are written as escapes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.cells import cell_len, chop_cells
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from onnx_mdp.documents import Shares, analyze_document, plan_totals, shares
+from onnx_mdp.documents import Shares, frozen_operators, plan_totals, shares
+from onnx_mdp.model_io import parameter_count
 from onnx_mdp.plan import PruningPlan, kept_units
 from onnx_mdp.structure import Dimension, Structure, macs, operation_macs
 
-__all__ = ["analysis_table", "compact", "plan_table", "printable"]
+__all__ = ["analysis_table", "compact", "cost_table", "plan_table", "printable"]
 
 _BAR_CELLS = 8
 _NAMES_SHOWN = 3  # of the frozen dimensions that share a reason; --json lists all
+_BREAKS = re.compile(r"[^/;]*[/;]+|[^/;]+")
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 
@@ -56,7 +61,7 @@ def analysis_table(structure: Structure) -> RenderableType:
         parts.append(_block_table(structure))
     if len(structure.prunable) < len(structure.dimensions):
         parts.append(_frozen_table(structure))
-    parts += [_unsupported_line(key, names) for key, names in _frozen_operators(structure)]
+    parts += [_unsupported_line(key, names) for key, names in frozen_operators(structure).items()]
     return Group(*parts, _summary(structure, part))
 
 
@@ -69,7 +74,7 @@ def plan_table(
 
     ``milliseconds`` maps names of dimensions to the predicted time of their layers before and after.
     """
-    table = _table("what stays")
+    table = _table("what the plan keeps")
     _name_column(table, "dimension")
     table.add_column("channels", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
@@ -84,13 +89,52 @@ def plan_table(
     return Group(*parts, *_plan_summary(structure, plan))
 
 
+@dataclass(frozen=True, slots=True)
+class _Name:
+    """A whole name, never cut off because users copy it, that breaks after ``/`` and ``;``."""
+
+    name: str
+    style: str = ""
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(12, max(12, cell_len(printable(self.name)))).with_maximum(options.max_width)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = [""]
+        for part in _BREAKS.findall(printable(self.name)):
+            for piece in chop_cells(part, options.max_width):
+                if cell_len(lines[-1] + piece) > options.max_width:
+                    lines.append("")
+                lines[-1] += piece
+        yield Text("\n".join(lines), style=self.style, no_wrap=True)
+
+
+def cost_table(structure: Structure, milliseconds: Mapping[int, float], most: int = 15) -> RenderableType:
+    """Where the milliseconds are: the ``most`` dearest operations of the unpruned model, by index."""
+    table = _table("where the time goes")
+    _name_column(table, "operation (and what is fused into it)")
+    table.add_column("kind", no_wrap=True)
+    _numbers(table, "ms", "share")
+    total = sum(milliseconds.values()) or 1.0
+    dearest = sorted(milliseconds, key=lambda index: -milliseconds[index])
+    for index in dearest[:most]:
+        operation, ms = structure.shadow.operations[index], milliseconds[index]
+        name = printable(operation.name or operation.outputs[0])
+        table.add_row(Text(name), Text(printable(operation.op_type)), f"{ms:.3f}", _percent(ms / total))
+    rest = sum(milliseconds[index] for index in dearest[most:])
+    if rest:
+        table.add_row(Text(f"{len(dearest) - most} others"), "", f"{rest:.3f}", _percent(rest / total))
+    return table
+
+
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    return Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
 
 
 def _name_column(table: Table, header: str) -> None:
-    # Folded rather than cut off: users copy names into options and plans.
-    table.add_column(header, overflow="fold", min_width=12)
+    table.add_column(header, min_width=12)
 
 
 def _numbers(table: Table, *headers: str) -> None:
@@ -117,7 +161,7 @@ def _dimension_table(structure: Structure, part: Shares) -> Table:
     for index in structure.prunable:
         dimension = structure.dimensions[index]
         table.add_row(
-            Text(printable(dimension.name)),
+            _Name(dimension.name),
             Text(printable(dimension.kind)),
             str(dimension.size),
             *[str(dimension.channels)] * grouped,
@@ -139,7 +183,7 @@ def _block_table(structure: Structure) -> Table:
     whole = macs(structure.shadow) or 1
     for number, block in enumerate(structure.blocks, 1):
         cost = sum(operation_macs(operations[index], shapes) for index in block.operations)
-        name, kind = Text(printable(block.name)), Text(printable(block.kind))
+        name, kind = _Name(block.name), Text(printable(block.kind))
         table.add_row(str(number), name, kind, str(len(block.operations)), _percent(cost / whole))
     return table
 
@@ -162,33 +206,27 @@ def _frozen_table(structure: Structure) -> Table:
     return table
 
 
-def _some(names: list[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     """The first few names and how many more there are."""
     shown = ", ".join(printable(name) for name in names[:_NAMES_SHOWN])
     more = len(names) - _NAMES_SHOWN
     return f"{shown} and {more} more" if more > 0 else shown
 
 
-def _frozen_operators(structure: Structure) -> Iterable[tuple[str, list[str]]]:
-    frozen: dict[str, list[str]] = analyze_document(structure)["frozen_ops"]
-    return frozen.items()
-
-
-def _unsupported_line(key: str, names: list[str]) -> Text:
+def _unsupported_line(key: str, names: Sequence[str]) -> Text:
     touched = f"; it freezes {_some(names)}" if names else ""
     return Text(f"No rule for operator {printable(key)}{touched}.", style="yellow")
 
 
 def _summary(structure: Structure, part: Shares) -> Text:
-    document_shapes = ", ".join(
+    inputs = ", ".join(
         f"{printable(name)} {'×'.join(map(str, shape))}" for name, shape in structure.shadow.inputs.items()
     )
-    whole = plan_totals(structure, PruningPlan(keep={}))
     return Text(
         f"{len(structure.prunable)} of {_plural(len(structure.dimensions), 'dimension')} prunable: "
-        f"{_percent(part.prunable_params)} of {compact(whole.params[0])} parameters, "
-        f"{_percent(part.prunable_macs)} of {compact(whole.macs[0])} MACs; "
-        f"{_plural(len(structure.blocks), 'removable block')}. Inputs: {document_shapes}.",
+        f"{_percent(part.prunable_params)} of {compact(parameter_count(structure.shadow.model))} parameters, "
+        f"{_percent(part.prunable_macs)} of {compact(macs(structure.shadow))} MACs; "
+        f"{_plural(len(structure.blocks), 'removable block')}. Inputs: {inputs}."
     )
 
 
@@ -201,16 +239,19 @@ def _kept(structure: Structure, plan: PruningPlan, index: int) -> int:
 
 
 def _plan_row(
-    structure: Structure, plan: PruningPlan, index: int, milliseconds: Mapping[str, tuple[float, float]] | None
+    structure: Structure,
+    plan: PruningPlan,
+    index: int,
+    milliseconds: Mapping[str, tuple[float, float]] | None,
 ) -> list[RenderableType]:
     dimension = structure.dimensions[index]
     kept = _kept(structure, plan, index)
     same = kept == dimension.size
     row: list[RenderableType] = [
-        Text(printable(dimension.name), style="dim" if same else ""),
+        _Name(dimension.name, style="dim" if same else ""),
         Text(str(kept) if same else f"{dimension.size} → {kept}", style="dim" if same else ""),
         _bar(kept / dimension.size),
-        "removed" if kept == 0 else f"{100 * kept / dimension.size:.0f} %",
+        "removed" if kept == 0 else _percent(kept / dimension.size),
     ]
     if milliseconds is not None:
         times = milliseconds.get(dimension.name)
@@ -232,7 +273,7 @@ def _removed_table(structure: Structure, plan: PruningPlan) -> Table:
     _numbers(table, "nodes")
     for block in structure.blocks:
         if block.name in plan.removed_blocks:
-            table.add_row(Text(printable(block.name)), Text(printable(block.kind)), str(len(block.operations)))
+            table.add_row(_Name(block.name), Text(printable(block.kind)), str(len(block.operations)))
     return table
 
 

@@ -224,7 +224,9 @@ def _patch_slice(edit: _Edit, operation: Operation) -> None:
     if ranges is None or not any(edit.cuts(source, axis) for axis in ranges):
         return
     bounds = [
-        np.asarray(edit.constant(operation, slot) if len(operation.inputs) > 1 else operation.attributes[key]).copy()
+        np.asarray(
+            edit.constant(operation, slot) if len(operation.inputs) > 1 else operation.attributes[key]
+        ).copy()
         for slot, key in ((1, "starts"), (2, "ends"))
     ]
     for place, (axis, (start, stop, _)) in enumerate(ranges.items()):

@@ -135,7 +135,8 @@ def _share(structure: Structure, site: Site, energy: Vector) -> Vector:
     total = float(energy.sum())
     if total <= 0:
         return np.zeros(structure.graph.classes)
-    shares = np.bincount(site.labels, energy / total, minlength=structure.graph.classes)
+    shares = np.zeros(structure.graph.classes)
+    np.add.at(shares, site.labels, energy / total)
     shares[0] = 0.0
     return shares
 

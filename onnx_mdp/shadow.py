@@ -19,23 +19,28 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from onnx_mdp.errors import MeasurementError, UnsupportedModelError, UsageError
+from onnx_mdp.binding import doubled_shapes
+from onnx_mdp.errors import MeasurementError, UnsupportedModelError
 from onnx_mdp.model_io import clone, content_hash, model_bytes
 from onnx_mdp.runtime import Runtime, import_onnxruntime, open_session
 from onnx_mdp.timing import random_feeds
 
-__all__ = ["Operation", "Shadow", "bind_shapes", "doubled_shapes", "drop_unread", "graph_inputs", "prepare"]
+__all__ = ["Operation", "Shadow", "drop_unread", "prepare"]
 
 Array = npt.NDArray[Any]
 
 _NEVER_FOLDED = frozenset(
-    "MatMul Gemm Conv ConvTranspose LayerNormalization RMSNormalization GroupNormalization InstanceNormalization "
-    "BatchNormalization If Loop Scan RandomNormal RandomNormalLike RandomUniform RandomUniformLike Multinomial "
-    "Bernoulli".split()
+    (
+        "MatMul Gemm Conv ConvTranspose LayerNormalization RMSNormalization GroupNormalization "
+        "InstanceNormalization BatchNormalization If Loop Scan RandomNormal RandomNormalLike "
+        "RandomUniform RandomUniformLike Multinomial Bernoulli"
+    ).split()
 )
 _QUANTIZED = frozenset(
-    "QuantizeLinear DequantizeLinear DynamicQuantizeLinear QLinearConv QLinearMatMul ConvInteger "
-    "MatMulInteger QLinearAdd QGemm".split()
+    (
+        "QuantizeLinear DequantizeLinear DynamicQuantizeLinear QLinearConv QLinearMatMul "
+        "ConvInteger MatMulInteger QLinearAdd QGemm"
+    ).split()
 )
 _FOLDED_BYTES = 2**20  # a folded value may be this large, or as large as what it was made from
 _OBSERVED_BYTES = 2**28  # activations held at once while shapes are read
@@ -88,50 +93,6 @@ class Shadow:
         return {name: tuple(pairs) for name, pairs in uses.items()}
 
 
-def graph_inputs(model: ir.Model) -> tuple[ir.Value, ...]:
-    """The inputs that a caller must feed (old files list their weights as inputs too)."""
-    return tuple(v for v in model.graph.inputs if v.name not in model.graph.initializers)
-
-
-def bind_shapes(
-    model: ir.Model, input_shapes: Mapping[str, Sequence[int]], batch: int = 1
-) -> dict[str, tuple[int, ...]]:
-    """Concrete input shapes: what the user gave, and ``batch`` for a symbolic first dimension.
-
-    Raises:
-        UsageError: an unknown input, a shape that contradicts the file, or a symbolic dimension
-            other than the batch that was not given.
-    """
-    inputs = {str(v.name): v for v in graph_inputs(model)}
-    for name in input_shapes:
-        if name not in inputs:
-            raise UsageError(f"the model has no input {name!r}; its inputs are {', '.join(inputs)}")
-    return {
-        name: _bind_one(value, tuple(input_shapes.get(name, ())), batch) for name, value in inputs.items()
-    }
-
-
-def _bind_one(value: ir.Value, given: tuple[int, ...], batch: int) -> tuple[int, ...]:
-    if value.shape is None:
-        if given:
-            return given
-        raise UsageError(f"input {value.name!r} has no shape; give it with --input-shape {value.name}:1,3,224,224")
-    dims = [d if isinstance(d, int) and d > 0 else None for d in value.shape]
-    if given:
-        clash = len(given) != len(dims) or any(d not in (None, g) for d, g in zip(dims, given, strict=False))
-        if clash or min(given, default=1) < 1:
-            raise UsageError(f"--input-shape gives {given} for input {value.name!r}, whose shape is {value.shape}")
-        return given
-    bound = [batch if i == 0 and d is None else d for i, d in enumerate(dims)]
-    if any(d is None for d in bound):
-        example = ",".join(str(d or 224) for d in bound)
-        raise UsageError(
-            f"input {value.name!r} has the symbolic shape {value.shape}; "
-            f"say which size to prune for, such as --input-shape {value.name}:{example}"
-        )
-    return tuple(d for d in bound if d is not None)
-
-
 def prepare(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> Shadow:
     """Normalise a copy of ``model`` for the input shapes ``shapes`` and describe it.
 
@@ -171,7 +132,9 @@ def _refuse_unsupported(model: ir.Model) -> None:
         )
     weights = [v for v in model.graph.initializers.values() if v.const_value is not None]
     halves = [
-        v for v in weights if v.const_value and v.const_value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+        v
+        for v in weights
+        if v.const_value and v.const_value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
     ]
     if any(v.const_value is not None and v.const_value.size > 1 for v in halves):
         raise UnsupportedModelError(
@@ -256,7 +219,9 @@ def _run(session: Any, names: Sequence[str], feeds: Mapping[str, Any]) -> Sequen
 def _foldable(model: ir.Model, values: Mapping[str, Array]) -> dict[str, Array]:
     """The values to fold: not those that a small constant was expanded into."""
     sizes = {
-        name: v.const_value.nbytes for name, v in model.graph.initializers.items() if v.const_value is not None
+        name: v.const_value.nbytes
+        for name, v in model.graph.initializers.items()
+        if v.const_value is not None
     }
     folded: dict[str, Array] = {}
     for node in model.graph:
@@ -290,11 +255,6 @@ def _dynamic(
     return {name: mask for name, mask in changed.items() if mask.any()}
 
 
-def doubled_shapes(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The input shapes with every symbolic dimension twice as large."""
-    return {str(v.name): _doubled(v, shapes[str(v.name)]) for v in graph_inputs(model)}
-
-
 def _shape_derived(model: ir.Model) -> set[str]:
     derived: set[str] = set()
     for node in model.graph:
@@ -309,12 +269,6 @@ def _changed(a: Array, b: Array) -> npt.NDArray[np.bool_]:
         return np.ones(a.shape, np.bool_)
     same = (a == b) | ((a != a) & (b != b))  # NaN equals NaN here
     return np.asarray(~same, np.bool_)
-
-
-def _doubled(value: ir.Value, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if value.shape is None:
-        return shape
-    return tuple(s if isinstance(d, int) and d > 0 else 2 * s for d, s in zip(value.shape, shape, strict=True))
 
 
 def _fold(model: ir.Model, values: Mapping[str, Array]) -> None:
@@ -336,7 +290,9 @@ def _fold(model: ir.Model, values: Mapping[str, Array]) -> None:
 
 def _replace_by_initializer(model: ir.Model, value: ir.Value, array: Array) -> None:
     name = str(value.name)
-    constant = ir.Value(name=name, shape=ir.Shape(array.shape), type=value.type, const_value=ir.tensor(array, name=name))
+    constant = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=value.type, const_value=ir.tensor(array, name=name)
+    )
     constant.dtype = ir.DataType.from_numpy(array.dtype)
     value.name = f"{name}__folded"
     value.replace_all_uses_with(constant)

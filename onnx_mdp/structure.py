@@ -136,7 +136,9 @@ def _signatures(graph: LabelledGraph) -> npt.NDArray[np.uint64]:
 
 def _groups(graph: LabelledGraph) -> list[tuple[int, ...]]:
     """Classes that cut a weight, grouped by signature and by why they are frozen, in graph order."""
-    cut = np.unique(np.concatenate([site.labels for site in graph.sites])) if graph.sites else np.zeros(0, int)
+    cut = (
+        np.unique(np.concatenate([site.labels for site in graph.sites])) if graph.sites else np.zeros(0, int)
+    )
     signatures = _signatures(graph)
     found: dict[tuple[int, str], list[int]] = {}
     for number in cut[cut > 0].tolist():

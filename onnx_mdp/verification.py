@@ -20,12 +20,12 @@ import onnx
 import onnx_ir as ir
 from onnx import helper, numpy_helper
 
+from onnx_mdp.binding import doubled_shapes
 from onnx_mdp.errors import MeasurementError, VerificationError
 from onnx_mdp.labels import keep_vector
 from onnx_mdp.model_io import model_bytes
 from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.runtime import InferenceSession, Runtime, open_session
-from onnx_mdp.shadow import doubled_shapes
 from onnx_mdp.structure import Structure
 from onnx_mdp.timing import random_feeds
 
@@ -94,7 +94,7 @@ def masked_model(original: ir.Model, structure: Structure, plan: PruningPlan) ->
             joint = structure.shadow.operations[block.joint]
             masks.silence(joint.outputs[0], list(joint.inputs).index(block.branch))
     masks.install()
-    return proto
+    return masks.proto
 
 
 class _Masks:
@@ -107,9 +107,7 @@ class _Masks:
         self.after: dict[str, list[onnx.NodeProto]] = {}
         self.count = 0
 
-    def restrict(
-        self, output: str, slot: int, keep: npt.NDArray[np.bool_], structure: Structure
-    ) -> None:
+    def restrict(self, output: str, slot: int, keep: npt.NDArray[np.bool_], structure: Structure) -> None:
         """Let the maker of ``output`` see only the kept indices of its input ``slot``."""
         node = self.makers[output]
         name = node.input[slot]
@@ -239,7 +237,11 @@ def require(evidence: Evidence) -> None:
 def _check_signature(original: ir.Model, pruned: ir.Model) -> None:
     def signature(model: ir.Model) -> list[tuple[str, str, str]]:
         values = (*model.graph.inputs, *model.graph.outputs)
-        return [(str(v.name), str(v.dtype), str(v.shape)) for v in values if v.name not in model.graph.initializers]
+        return [
+            (str(v.name), str(v.dtype), str(v.shape))
+            for v in values
+            if v.name not in model.graph.initializers
+        ]
 
     if signature(original) != signature(pruned):
         raise VerificationError("the pruned model has other inputs or outputs than the original")
@@ -256,7 +258,9 @@ def _run_pruned(session: InferenceSession, names: Sequence[str], feed: Feeds) ->
     try:
         return session.run(list(names), dict(feed))
     except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
-        raise VerificationError(f"the pruned model does not run: {str(error).splitlines()[0][:200]}") from error
+        raise VerificationError(
+            f"the pruned model does not run: {str(error).splitlines()[0][:200]}"
+        ) from error
 
 
 def _runs(session: InferenceSession, feed: Feeds) -> bool:

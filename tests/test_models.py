@@ -29,13 +29,14 @@ SMALL = (
     "cifar_resnet8_small",
     "cifar_resnet8_pad_small",
 )
-# The exporter on torch.export takes seconds a model, so by default it runs on one only.
-DYNAMO_BY_DEFAULT = ("cifar_resnet8_pad_small",)
-DYNAMO_WHEN_SLOW = tuple(name for name in SMALL if name not in DYNAMO_BY_DEFAULT)
+# The exporter on torch.export takes seconds a model, and so does the deepest model.
+FAST = {("torchscript", name) for name in SMALL if "101" not in name} | {
+    ("dynamo", "cifar_resnet8_pad_small")
+}
 EXPORTS = [
-    *(("torchscript", name) for name in SMALL),
-    *(("dynamo", name) for name in DYNAMO_BY_DEFAULT),
-    *(pytest.param("dynamo", name, marks=pytest.mark.slow) for name in DYNAMO_WHEN_SLOW),
+    pytest.param(exporter, name, marks=() if (exporter, name) in FAST else pytest.mark.slow)
+    for exporter in ("torchscript", "dynamo")
+    for name in SMALL
 ]
 
 
@@ -82,11 +83,11 @@ def test_images_are_standardised_eight_bit_colours() -> None:
 
 
 def test_labels_do_not_follow_from_colour() -> None:
-    images, labels = shapes(1000, 8)
+    images, labels = shapes(600, 8)
     means = images.mean(axis=(2, 3))
     by_class = np.stack([means[labels == label].mean(axis=0) for label in range(len(CLASSES))])
-    # A hundred images a class: class means of independent colours lie within four standard errors.
-    assert np.abs(by_class - means.mean(axis=0)).max() < 4 * means.std(axis=0).max() / np.sqrt(100)
+    # Sixty images a class: class means of independent colours lie within four standard errors.
+    assert np.abs(by_class - means.mean(axis=0)).max() < 4 * means.std(axis=0).max() / np.sqrt(60)
 
 
 def test_demo_model_is_as_accurate_as_its_card_says() -> None:

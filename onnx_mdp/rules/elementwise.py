@@ -11,9 +11,12 @@ __all__: list[str] = []
 
 
 @rule(
-    *"Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Clip Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid "
-    "HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin "
-    "Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu CastLike".split()
+    *(
+        "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Clip Cos Cosh Elu Erf Exp "
+        "Floor Gelu HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not "
+        "Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan "
+        "Tanh ThresholdedRelu CastLike"
+    ).split()
 )
 def passes(state: Labelling, operation: Operation) -> None:
     """Each output element depends on the input element at the same place."""
@@ -33,8 +36,10 @@ def shape(state: Labelling, operation: Operation) -> None:
 
 
 @rule(
-    *"Add Sub Mul Div Pow Min Max Sum Mean Mod PRelu Where Equal Greater GreaterOrEqual Less LessOrEqual And Or "
-    "Xor BitShift BitwiseAnd BitwiseOr BitwiseXor".split()
+    *(
+        "Add Sub Mul Div Pow Min Max Sum Mean Mod PRelu Where Equal Greater GreaterOrEqual Less "
+        "LessOrEqual And Or Xor BitShift BitwiseAnd BitwiseOr BitwiseXor"
+    ).split()
 )
 def meets(state: Labelling, operation: Operation) -> None:
     """Operands meet position by position under broadcasting; constants are cut as the others are."""
@@ -86,7 +91,9 @@ def _cut_constant(
 ) -> None:
     axes = [axis for axis in varying(joint) if extents[axis] > 1]
     for axis in axes:
-        vector = state.vector(joint, axis, extents[axis], f"{operation} has a constant over two prunable axes")
+        vector = state.vector(
+            joint, axis, extents[axis], f"{operation} has a constant over two prunable axes"
+        )
         offset = len(extents) - len(state.shape(operation.inputs[slot]))
         state.site(operation, slot, axis - offset, vector)
 

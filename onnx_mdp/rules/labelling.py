@@ -18,7 +18,19 @@ import numpy.typing as npt
 
 from onnx_mdp.shadow import Operation, Shadow
 
-__all__ = ["RULES", "Labelling", "Labels", "Role", "Rule", "Site", "couple", "expand", "rule", "squash", "varying"]
+__all__ = [
+    "RULES",
+    "Labelling",
+    "Labels",
+    "Role",
+    "Rule",
+    "Site",
+    "couple",
+    "expand",
+    "rule",
+    "squash",
+    "varying",
+]
 
 Labels = npt.NDArray[np.int32]
 Role = Literal["in", "out", "each"]
@@ -80,7 +92,7 @@ def expand(labels: Labels, axis: int, extent: int) -> Labels:
 
 def couple(state: Labelling, labels: Labels, axis: int, why: str) -> Labels:
     """Make all labels along ``axis`` live and die together; return them with that axis squashed."""
-    joint = labels.max(axis, keepdims=True)
+    joint: Labels = labels.max(axis, keepdims=True)
     mixed = (labels == 0).any(axis, keepdims=True) & (joint > 0)
     state.freeze(np.where(mixed, labels, 0), why)
     state.union(labels, joint)
@@ -108,7 +120,9 @@ class Labelling:
     def labels(self, name: str) -> Labels:
         """Squashed labels of a tensor; constants and inputs have none."""
         known = self.tensors.get(name)
-        return np.zeros((1,) * len(self.shadow.shapes.get(name, ())), np.int32) if known is None else known
+        if known is not None:
+            return known
+        return np.zeros((1,) * len(self.shadow.shapes.get(name, ())), np.int32)
 
     def constant(self, operation: Operation, slot: int) -> npt.NDArray[Any] | None:
         """The value of an input if it depends on no input value, else None."""
@@ -163,9 +177,7 @@ class Labelling:
                 labels = couple(self, labels, other, why)
         return expand(labels, axis, extent).reshape(-1).copy()
 
-    def site(
-        self, operation: Operation, slot: int, axis: int, labels: Labels, role: Role = "each"
-    ) -> None:
+    def site(self, operation: Operation, slot: int, axis: int, labels: Labels, role: Role = "each") -> None:
         """The operation reads an initializer that is cut along ``axis`` with these labels."""
         if slot < len(operation.inputs) and operation.inputs[slot] and bool((labels > 0).any()):
             if self.is_constant(operation.inputs[slot]):

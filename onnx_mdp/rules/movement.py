@@ -29,7 +29,9 @@ def reshape(state: Labelling, operation: Operation) -> None:
     moved_labels = squash(np.broadcast_to(labels, source).reshape(target))
     while len(varying(moved_labels)) > 1:
         axis = min(varying(moved_labels), key=lambda a: moved_labels.shape[a])
-        moved_labels = squash(couple(state, moved_labels, axis, f"{operation} splits fixed and prunable indices"))
+        moved_labels = squash(
+            couple(state, moved_labels, axis, f"{operation} splits fixed and prunable indices")
+        )
     if operation.op_type == "Reshape":
         _freeze_moving(state, operation, 1, moved_labels, range(len(after)))
     state.emit(operation, moved_labels)
@@ -77,7 +79,9 @@ def normalised_axes(
     listed = state.constant(operation, slot)
     if listed is None and slot < len(operation.inputs) and operation.inputs[slot]:
         return None
-    axes = listed.reshape(-1).tolist() if listed is not None else operation.attributes.get("axes", range(count))
+    axes = (
+        listed.reshape(-1).tolist() if listed is not None else operation.attributes.get("axes", range(count))
+    )
     return tuple(int(axis) % rank for axis in axes)
 
 
@@ -164,7 +168,10 @@ def concat(state: Labelling, operation: Operation) -> None:
     labels = [state.labels(name) for name in operation.inputs]
     across = next((a for label in labels for a in varying(label) if a != axis), None)
     if across is None:
-        parts = [expand(label, axis, state.shape(n)[axis]) for label, n in zip(labels, operation.inputs, strict=True)]
+        parts = [
+            expand(label, axis, state.shape(n)[axis])
+            for label, n in zip(labels, operation.inputs, strict=True)
+        ]
         state.emit(operation, np.concatenate(parts, axis))
         return
     joint = np.zeros((1,) * rank, np.int32)

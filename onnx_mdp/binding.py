@@ -1,0 +1,72 @@
+"""The shapes of a model's inputs: what the file says, what the user gave, and the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+from onnx_mdp.errors import UsageError
+
+__all__ = ["bind_shapes", "doubled_shapes", "graph_inputs"]
+
+
+def graph_inputs(model: ir.Model) -> tuple[ir.Value, ...]:
+    """The inputs that a caller must feed (old files list their weights as inputs too)."""
+    return tuple(v for v in model.graph.inputs if v.name not in model.graph.initializers)
+
+
+def bind_shapes(
+    model: ir.Model, input_shapes: Mapping[str, Sequence[int]], batch: int = 1
+) -> dict[str, tuple[int, ...]]:
+    """Concrete input shapes: what the user gave, and ``batch`` for a symbolic first dimension.
+
+    Raises:
+        UsageError: an unknown input, a shape that contradicts the file, or a symbolic dimension
+            other than the batch that was not given.
+    """
+    inputs = {str(v.name): v for v in graph_inputs(model)}
+    for name in input_shapes:
+        if name not in inputs:
+            raise UsageError(f"the model has no input {name!r}; its inputs are {', '.join(inputs)}")
+    return {
+        name: _bind_one(value, tuple(input_shapes.get(name, ())), batch) for name, value in inputs.items()
+    }
+
+
+def _bind_one(value: ir.Value, given: tuple[int, ...], batch: int) -> tuple[int, ...]:
+    if value.shape is None:
+        if given:
+            return given
+        raise UsageError(
+            f"input {value.name!r} has no shape; give it with --input-shape {value.name}:1,3,224,224"
+        )
+    dims = [d if isinstance(d, int) and d > 0 else None for d in value.shape]
+    if given:
+        clash = len(given) != len(dims) or any(d not in (None, g) for d, g in zip(dims, given, strict=False))
+        if clash or min(given, default=1) < 1:
+            raise UsageError(
+                f"--input-shape gives {given} for input {value.name!r}, whose shape is {value.shape}"
+            )
+        return given
+    bound = [batch if i == 0 and d is None else d for i, d in enumerate(dims)]
+    if any(d is None for d in bound):
+        example = ",".join(str(d or 224) for d in bound)
+        raise UsageError(
+            f"input {value.name!r} has the symbolic shape {value.shape}; "
+            f"say which size to prune for, such as --input-shape {value.name}:{example}"
+        )
+    return tuple(d for d in bound if d is not None)
+
+
+def doubled_shapes(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The input shapes with every symbolic dimension twice as large."""
+    return {str(v.name): _doubled(v, shapes[str(v.name)]) for v in graph_inputs(model)}
+
+
+def _doubled(value: ir.Value, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if value.shape is None:
+        return shape
+    return tuple(
+        s if isinstance(d, int) and d > 0 else 2 * s for d, s in zip(value.shape, shape, strict=True)
+    )

@@ -1,0 +1,335 @@
+"""What each command does: options in, files and printed results out, an exit code back."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_mdp.binding import graph_inputs
+from onnx_mdp.calibration import CalibrationData, load_data
+from onnx_mdp.console import Screen
+from onnx_mdp.cost_terms import width
+from onnx_mdp.documents import analyze_document, profile_document, prune_document, verify_document
+from onnx_mdp.errors import UsageError
+from onnx_mdp.figures import structure_svg
+from onnx_mdp.latency import LatencyTable, build_table, full_variant, measure_models, term_ms
+from onnx_mdp.lut_store import open_store
+from onnx_mdp.model_io import check_output, load_model, model_bytes, save_model, write_text
+from onnx_mdp.pipeline import PruneResult, Request, analyze, apply_plan, prune, tolerance
+from onnx_mdp.plan import PruningPlan, check_plan, load_plan, plan_json
+from onnx_mdp.problem import SolveLimits
+from onnx_mdp.report import analysis_table, cost_table, plan_table, printable
+from onnx_mdp.runtime import Runtime, runtime
+from onnx_mdp.structure import Structure
+from onnx_mdp.verification import Evidence, verify
+
+__all__ = [
+    "Options",
+    "PruneOptions",
+    "run_analyze",
+    "run_apply",
+    "run_lut_export",
+    "run_lut_list",
+    "run_lut_merge",
+    "run_profile",
+    "run_prune",
+    "run_verify",
+]
+
+_EXIT = {"met": 0, "nothing_to_do": 0, "missed": 1, "infeasible": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What all commands that read a model share."""
+
+    screen: Screen = field(default_factory=Screen)
+    input_shapes: tuple[str, ...] = ()
+    batch: int = 1
+    provider: str = "cpu"
+    provider_options: tuple[str, ...] = ()
+    threads: int = 1
+    seed: int = 0
+    store: Path | None = None
+
+    def runtime(self) -> Runtime:
+        """The runtime that models are measured on."""
+        pairs = [option.partition("=") for option in self.provider_options]
+        if any(not equals for _, equals, _ in pairs):
+            raise UsageError("--ep-option takes KEY=VALUE")
+        return runtime(self.provider, self.threads, [(key, value) for key, _, value in pairs])
+
+
+@dataclass(frozen=True, slots=True)
+class PruneOptions:
+    """What `prune` takes besides the common options."""
+
+    target_ms: float | None = None
+    target_ratio: float | None = None
+    output: Path | None = None
+    criterion: str | None = None
+    data: Path | None = None
+    preprocess: str | None = None
+    samples: int = 64
+    solver: str = "highs"
+    time_limit: float = 60.0
+    gap: float = 1e-4
+    choices: int = 16
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+def _load(path: Path, options: Options) -> tuple[ir.Model, Structure]:
+    model = load_model(path)
+    shapes = _parse_shapes(options.input_shapes, model)
+    structure = analyze(model, shapes, options.batch)
+    bound = {name: shape for name, shape in structure.shadow.inputs.items() if _symbolic(model, name)}
+    for name, shape in bound.items():
+        options.screen.note(f"input {printable(name)} is symbolic: pruning for the shape {list(shape)}")
+    for key in structure.graph.unsupported:
+        options.screen.warn(f"no rule for operator {printable(key)}: what it touches is not pruned")
+    return model, structure
+
+
+def _symbolic(model: ir.Model, name: str) -> bool:
+    value = next(v for v in graph_inputs(model) if v.name == name)
+    return value.shape is None or any(not isinstance(d, int) or d < 1 for d in value.shape)
+
+
+def _parse_shapes(texts: Sequence[str], model: ir.Model) -> dict[str, tuple[int, ...]]:
+    """Read ``NAME:1,3,224,224``; a model with one input may leave the name out."""
+    names = [str(v.name) for v in graph_inputs(model)]
+    shapes = {}
+    for text in texts:
+        name, colon, dims = text.rpartition(":")
+        if not colon and len(names) != 1:
+            raise UsageError(f"--input-shape must name the input, such as {names[0]}:1,3,224,224")
+        try:
+            shapes[name if colon else names[0]] = tuple(int(d) for d in dims.split(","))
+        except ValueError:
+            raise UsageError(f"--input-shape {text!r} is not NAME:1,3,224,224") from None
+    return shapes
+
+
+def run_analyze(path: Path, options: Options) -> int:
+    """Print what can be pruned, what cannot and why."""
+    _, structure = _load(path, options)
+    if options.screen.as_json:
+        options.screen.result("", analyze_document(structure))
+    else:
+        options.screen.table(analysis_table(structure))
+    return 0
+
+
+def run_profile(path: Path, options: Options, *, choices: int = 16) -> int:
+    """Measure the latency table of a model, or show the stored one."""
+    _, structure = _load(path, options)
+    with open_store(options.store) as store, options.screen.progress() as progress:
+        table = build_table(
+            structure, options.runtime(), store, seed=options.seed, max_choices=choices, progress=progress
+        )
+    if not options.screen.as_json:
+        options.screen.table(cost_table(structure, _base_terms(structure, table)))
+    calibration = table.calibration
+    source = (
+        f"{table.measured} variants profiled" if table.measured else "nothing profiled, all from the store"
+    )
+    line = (
+        f"base {table.base_ms:.3f} ms on {table.context['device']} · {table.context['provider']}, "
+        f"{table.context['threads']} thread(s), B={table.granularity} · "
+        f"{len(table.coefficients)} shape keys · "
+        f"held-out error median {calibration.median_error:.1%}, worst {calibration.worst_error:.1%} · "
+        f"noise F {calibration.noise:.1%} · {source} in {table.seconds:.1f} s"
+    )
+    options.screen.result(line, profile_document(structure, table))
+    return 0
+
+
+def _base_terms(structure: Structure, table: LatencyTable) -> dict[int, float]:
+    kept = full_variant(structure).kept
+    return {t.operation: term_ms(table, t, width(t.reads, kept), width(t.makes, kept)) for t in table.terms}
+
+
+def _outputs(path: Path, output: Path | None) -> tuple[Path, Path, Path]:
+    model = output if output is not None else Path(f"{path.stem}.pruned.onnx")
+    stem = model.name.removesuffix(".onnx")
+    return model, model.with_name(f"{stem}.plan.json"), model.with_name(f"{stem}.structure.svg")
+
+
+def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
+    """Prune a model to a latency and write the model, its plan and a figure of it."""
+    if (wanted.target_ms is None) == (wanted.target_ratio is None):
+        raise UsageError("give exactly one of --target-ms and --target-ratio")
+    if (wanted.target_ms or wanted.target_ratio or 0) <= 0:
+        raise UsageError("the target must be larger than 0")
+    outputs = _outputs(path, wanted.output)
+    if not wanted.dry_run:
+        for output in outputs:
+            check_output(output, overwrite=wanted.overwrite)
+    model, structure = _load(path, options)
+    data = _calibration(structure, model, wanted, options)
+    request = Request(
+        target_ms=wanted.target_ms,
+        target_ratio=wanted.target_ratio,
+        runtime=options.runtime(),
+        criterion=wanted.criterion or ("activation" if data else "magnitude"),
+        solver=wanted.solver,
+        limits=SolveLimits(wanted.time_limit, wanted.gap),
+        max_choices=wanted.choices,
+        seed=options.seed,
+        command=shlex.join([Path(sys.argv[0]).name, *(Path(a).name for a in sys.argv[1:])]),
+    )
+    with open_store(options.store) as store, options.screen.progress() as progress:
+        result = prune(model, structure, request, store, feeds=data.feeds if data else (), progress=progress)
+    written = _write(result, outputs, wanted)
+    if result.plan is not None and not options.screen.as_json:
+        options.screen.table(plan_table(structure, result.plan))
+    options.screen.result(summary(result, written[0]), prune_document(result, written))
+    return _EXIT[result.status]
+
+
+def _calibration(
+    structure: Structure, model: ir.Model, wanted: PruneOptions, options: Options
+) -> CalibrationData | None:
+    if wanted.data is None:
+        options.screen.warn(
+            "no --data: units are ranked by weight magnitude alone, which costs accuracy; "
+            "pass calibration inputs (an .npz or a folder of images)"
+        )
+        return None
+    dtypes = {str(v.name): np.dtype(v.dtype.numpy()) for v in graph_inputs(model) if v.dtype is not None}
+    data = load_data(
+        wanted.data, structure.shadow.inputs, dtypes, preprocess=wanted.preprocess, samples=wanted.samples
+    )
+    options.screen.note(f"calibration: {printable(data.source)}")
+    return data
+
+
+def _write(
+    result: PruneResult, outputs: tuple[Path, Path, Path], wanted: PruneOptions
+) -> tuple[Path | None, Path | None, Path | None]:
+    """Write a model that meets its target; nothing of one that does not."""
+    if result.status != "met" or result.model is None or result.plan is None or wanted.dry_run:
+        return None, None, None
+    figure = structure_svg(result.structure, result.plan)
+    save_model(result.model, outputs[0], overwrite=wanted.overwrite)
+    write_text(plan_json(result.plan), outputs[1], overwrite=wanted.overwrite)
+    write_text(figure, outputs[2], overwrite=wanted.overwrite)
+    return outputs
+
+
+def summary(result: PruneResult, written: Path | None) -> str:
+    """The final line of a prune."""
+    target, base = f"target {result.target_ms:.3f} ms", f"base {result.base_ms:.3f} ms"
+    if result.status == "nothing_to_do":
+        return f"NOTHING TO DO  {base} already meets the {target}; nothing was written"
+    if result.status == "infeasible":
+        return (
+            f"INFEASIBLE  {target} is below the smallest reachable latency, {result.fastest_ms or 0:.3f} ms "
+            f"({base}); nothing was written"
+        )
+    assert result.evidence is not None
+    verdict = "PASS" if result.status == "met" else "MISSED"
+    where = f" → {written}" if written else " · nothing was written"
+    return (
+        f"{verdict}  {target} · predicted {result.predicted_ms:.3f} · measured {result.measured_ms:.3f} ms · "
+        f"base then {result.base_ms:.3f}, now {result.base_now_ms:.3f} ms · noise F {result.noise:.1%} · "
+        f"parameters {result.params[0] / 1e6:.2f} → {result.params[1] / 1e6:.2f} M · "
+        f"verified, error {result.evidence.worst:.1e} of the scale{where}"
+    )
+
+
+def run_apply(path: Path, plan_path: Path, output: Path, options: Options, *, overwrite: bool) -> int:
+    """Replay a plan on the model that it was made for."""
+    check_output(output, overwrite=overwrite)
+    plan = load_plan(plan_path)
+    model, structure = _load(path, _with_plan_inputs(options, plan))
+    pruned, evidence = apply_plan(model, structure, plan)
+    save_model(pruned, output, overwrite=overwrite)
+    line = f"APPLIED  verified, error {evidence.worst:.1e} of the scale → {output}"
+    document = verify_document(evidence, None) | {"output": str(output)}
+    options.screen.result(line, document)
+    return 0
+
+
+def _with_plan_inputs(options: Options, plan: PruningPlan) -> Options:
+    """Bind the input shapes that the plan was made with, unless others were given."""
+    inputs = plan.provenance.get("inputs", {})
+    if options.input_shapes or not isinstance(inputs, Mapping):
+        return options
+    texts = tuple(f"{name}:{','.join(map(str, shape))}" for name, shape in inputs.items())
+    return Options(**{**{k: getattr(options, k) for k in Options.__slots__}, "input_shapes": texts})
+
+
+def run_verify(
+    original: Path, pruned: Path, plan_path: Path, options: Options, *, max_ms: float | None
+) -> int:
+    """Check that a pruned file equals the masked original, and optionally that it is fast enough."""
+    plan = load_plan(plan_path)
+    model, structure = _load(original, _with_plan_inputs(options, plan))
+    check_plan(plan, structure)
+    slim = load_model(pruned)
+    evidence = verify(model, structure, slim, plan)
+    measured = None
+    if max_ms is not None:
+        timing = measure_models([model_bytes(slim)], structure.shadow.inputs, options.runtime(), budget_s=5.0)
+        measured, limit = timing.ms[0], max_ms * (1 + tolerance(timing.noise))
+    fast = measured is None or measured <= limit
+    options.screen.result(_verdict(evidence, measured, fast), verify_document(evidence, measured))
+    return 0 if evidence.verified and fast else 1
+
+
+def _verdict(evidence: Evidence, measured: float | None, fast: bool) -> str:
+    law = (
+        f"pruned = masked original, error {evidence.worst:.1e} of the scale on {evidence.inputs_tried} inputs"
+        if evidence.verified
+        else f"differs from the masked original by {evidence.worst:.1e} of the scale"
+        + (f"; checker: {printable(evidence.checker)}" if evidence.checker else "")
+    )
+    speed = "" if measured is None else f" · measured {measured:.3f} ms{'' if fast else ', above --max-ms'}"
+    return f"{'PASS' if evidence.verified and fast else 'FAIL'}  {law}{speed}"
+
+
+def run_lut_list(options: Options) -> int:
+    """List what the store holds."""
+    with open_store(options.store) as store:
+        rows = store.summary()
+        document: dict[str, Any] = {
+            "schema_version": 1,
+            "store": str(store.path),
+            "tables": [asdict(row) for row in rows],
+        }
+    lines = [
+        f"{row.model_hash}  {row.context['provider']}  {row.context['threads']} thread(s)  {row.runs} runs  "
+        f"{row.samples} samples  {row.context['device']}"
+        for row in rows
+    ]
+    options.screen.result("\n".join(lines) or "the store is empty", document)
+    return 0
+
+
+def run_lut_export(path: Path, options: Options, *, overwrite: bool) -> int:
+    """Write all measurements as JSON lines."""
+    check_output(path, overwrite=overwrite)
+    with open_store(options.store) as store:
+        count = store.export_jsonl(path)
+    options.screen.result(
+        f"{count} records → {path}", {"schema_version": 1, "records": count, "output": str(path)}
+    )
+    return 0
+
+
+def run_lut_merge(path: Path, options: Options) -> int:
+    """Read measurements that another store exported."""
+    with open_store(options.store) as store:
+        added, skipped = store.merge_jsonl(path)
+    document = {"schema_version": 1, "added": added, "skipped": skipped}
+    options.screen.result(f"{added} records added, {skipped} were there already", document)
+    return 0

@@ -1,0 +1,234 @@
+"""The house rules that a machine can check: layering, sizes, exact ``__all__``, lint, types, no surprises."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "onnx_mdp"
+
+# The reading order: a module imports only modules that stand before it. The package itself ("") is what a
+# library user sees, so it stands after the pipeline and before the command line.
+ORDER = (
+    "errors",
+    "_version",
+    "model_io",
+    "runtime",
+    "timing",
+    "binding",
+    "shadow",
+    "rules.labelling",
+    "rules.movement",
+    "rules.elementwise",
+    "rules.contraction",
+    "rules",
+    "labels",
+    "blocks",
+    "structure",
+    "plan",
+    "rewriting",
+    "verification",
+    "scoring",
+    "calibration",
+    "lut_store",
+    "cost_terms",
+    "profiling",
+    "granularity",
+    "latency",
+    "problem",
+    "solvers.exhaustive",
+    "solvers.pyomo_milp",
+    "solvers",
+    "formulation",
+    "pipeline",
+    "",
+    "documents",
+    "report",
+    "figures",
+    "console",
+    "commands",
+    "shapes_data",
+    "demo",
+    "cli",
+    "__main__",
+)
+MAX_LINES = 400
+MAY_PRINT = {"cli", "console"}
+FORBIDDEN_IMPORTS = {"cPickle", "cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "torch"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def tree(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
+
+
+def imports(module: ast.Module, package: str = "onnx_mdp") -> Iterator[tuple[str, str]]:
+    """(module, name) of every import that can run; ``import a.b`` gives ``("a.b", "")``.
+
+    Imports inside functions count, those under ``if TYPE_CHECKING`` do not.
+    """
+    skipped = {
+        id(inner)
+        for node in ast.walk(module)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    for node in (n for n in ast.walk(module) if id(n) not in skipped):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write the absolute name"
+            yield from ((str(node.module), alias.name) for alias in node.names)
+
+
+def own_imports(name: str) -> set[str]:
+    """Modules of the package that a module imports."""
+    found = set()
+    for module, imported in imports(tree(name)):
+        if module.partition(".")[0] == "onnx_mdp":
+            inner = module.removeprefix("onnx_mdp").removeprefix(".")
+            deeper = f"{inner}.{imported}".removeprefix(".")
+            found.add(deeper if deeper in MODULES else inner)
+    return found
+
+
+def test_the_order_names_every_module_once() -> None:
+    assert sorted(ORDER) == sorted(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_run_downhill(name: str) -> None:
+    before = set(ORDER[: ORDER.index(name)])
+    uphill = own_imports(name) - before
+    assert not uphill, f"{name or 'onnx_mdp'} imports {sorted(uphill)}, which stand after it"
+
+
+def test_the_layering_check_sees_lazy_imports_and_skips_type_checking() -> None:
+    text = (
+        "if TYPE_CHECKING:\n    from onnx_mdp.cli import app\n"
+        "def f():\n    from onnx_mdp.commands import run_prune\n    import pickle as p\n"
+    )
+    assert list(imports(ast.parse(text))) == [("onnx_mdp.commands", "run_prune"), ("pickle", "")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_is_at_most_400_lines(name: str) -> None:
+    assert len(MODULES[name].read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_first_docstring_line_states_the_idea(name: str) -> None:
+    doc = ast.get_docstring(tree(name))
+    assert doc, "no module docstring"
+    assert doc.splitlines()[0].rstrip().endswith((".", ":", ",")) or "." in doc, doc.splitlines()[0]
+
+
+def public_definitions(module: ast.Module) -> set[str]:
+    """Functions, classes and constants of a module that do not begin with an underscore.
+
+    An alias of a type (``Vector = npt.NDArray[...]``: a subscript, a union or a dotted name in CamelCase)
+    abbreviates annotations and is public only where ``__all__`` says so.
+    """
+    found: set[str] = set()
+    for node in module.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = {t.id for t in targets if isinstance(t, ast.Name)}
+            alias = isinstance(node.value, (ast.Subscript, ast.BinOp, ast.Attribute, ast.Name))
+            found |= {n for n in names if not (alias and not n.isupper())}
+    return {name for name in found if not name.startswith("_")}
+
+
+def declared_all(module: ast.Module) -> list[str] | None:
+    for node in module.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            value = ast.literal_eval(node.value)
+            assert isinstance(value, list)
+            return value
+    return None
+
+
+# Ruff's RUF022 order: SCREAMING_CASE, then CamelCase, then the rest.
+def isort_key(name: str) -> tuple[int, str]:
+    return (0 if name.isupper() and len(name) > 1 else 1 if name[0].isupper() else 2, name)
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n not in ("__main__", "_version", "")])
+def test_all_is_exact_and_sorted(name: str) -> None:
+    module = tree(name)
+    declared = declared_all(module)
+    assert declared is not None, "no __all__"
+    assert declared == sorted(declared, key=isort_key)
+    assert len(declared) == len(set(declared))
+    loaded = importlib.import_module(f"onnx_mdp.{name}")
+    assert [n for n in declared if not hasattr(loaded, n)] == []
+    assert public_definitions(module) - set(declared) == set()
+
+
+def test_the_publicity_check_can_fail() -> None:
+    text = "A = 1\n_B = 2\nVector = npt.NDArray[float]\ndef f(): ...\nclass C: ...\napp = Typer()\n"
+    assert public_definitions(ast.parse(text)) == {"A", "f", "C", "app"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_only_the_screen_prints(name: str) -> None:
+    calls = [
+        node.lineno
+        for node in ast.walk(tree(name))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not calls or name in MAY_PRINT, f"print() on lines {calls}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_pickle_no_torch(name: str) -> None:
+    roots = {module.partition(".")[0] for module, _ in imports(tree(name))}
+    assert not roots & FORBIDDEN_IMPORTS
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_executes_text_or_unpickles(name: str) -> None:
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "os.system"), f"line {node.lineno}: {called}"
+            options = {k.arg: ast.unparse(k.value) for k in node.keywords if k.arg}
+            assert options.get("shell") != "True", f"line {node.lineno}: a shell"
+            assert options.get("allow_pickle") != "True", f"line {node.lineno}: a pickle"
+
+
+def checked(*command: str) -> None:
+    if importlib.util.find_spec(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed: pip install -e .[dev]")
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_ruff_check() -> None:
+    checked("ruff", "check", "onnx_mdp", "tests")
+
+
+def test_ruff_format() -> None:
+    checked("ruff", "format", "--check", "onnx_mdp", "tests")
+
+
+def test_mypy_strict() -> None:
+    checked("mypy", "--strict", "-p", "onnx_mdp")

@@ -1,0 +1,871 @@
+"""Every operator rule, in the smallest model that uses it: the law holds and the right units can go.
+
+A rule that freezes everything satisfies the law, so each case also says how many units of each dimension
+can be removed. ``RULES_TESTED`` has a case for every registered rule; ``TRAPS`` are graphs that real
+exporters write and that broke a pruner once.
+"""
+
+# ruff: noqa: E501 - ONNX text is clearer in long lines than cut in the middle of a node
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+import onnx.numpy_helper
+import onnx.reference
+import pytest
+from zoo import analyse, in_double, informative, operands, prune_checked, random_plan, text_model
+
+from onnx_mdp.plan import PruningPlan
+from onnx_mdp.rewriting import rewrite
+from onnx_mdp.rules import RULES
+from onnx_mdp.verification import masked_model
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """ONNX text and the number of units of each prunable dimension, in graph order.
+
+    ``unsupported`` names the operators that the analysis must report, ``shapes`` binds symbolic sizes.
+    """
+
+    text: str
+    widths: tuple[int, ...]
+    opset: int = 17
+    unsupported: tuple[str, ...] = ()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def between(body: str, widths: tuple[int, ...] = (8,), opset: int = 17, weights: str = "") -> Case:
+    """``body`` makes ``u`` out of ``t``, between two convolutions of 8 channels."""
+    text = f"""(float[1,3,6,6] x) => (float[1,4,6,6] y) <float[8,3,1,1] a, float[8] b, float[4,8,1,1] c{weights}> {{
+        t = Conv(x, a, b)
+        {body}
+        y = Conv(u, c)
+    }}"""
+    return Case(text, widths, opset)
+
+
+def two(body: str, widths: tuple[int, ...] = (8,), opset: int = 18) -> Case:
+    """``body`` makes ``u`` out of ``t`` and ``v``, two convolutions of 8 channels each."""
+    return between(f"v = Conv(x, a2, b2)\n{body}", widths, opset, ", float[8,3,1,1] a2, float[8] b2")
+
+
+def tail(
+    body: str, widths: tuple[int, ...], channels: int, size: str = "6,6", opset: int = 17, w: str = ""
+) -> Case:
+    """``body`` makes ``u`` of ``channels`` channels out of ``t``; the output is a convolution of it."""
+    return Case(
+        f"""(float[1,3,6,6] x) => (float[1,4,{size}] y) <
+            float[8,3,1,1] a, float[8] b, float[4,{channels},1,1] c{w}> {{
+            t = Conv(x, a, b)
+            {body}
+            y = Conv(u, c)
+        }}""",
+        widths,
+        opset,
+    )
+
+
+def dense(
+    body: str, features: int, widths: tuple[int, ...] = (8,), opset: int = 17, weights: str = ""
+) -> Case:
+    """``body`` makes the matrix ``u`` of ``features`` columns out of ``t``; the output is a Gemm of it."""
+    return Case(
+        f"""(float[1,3,7,7] x) => (float[1,4] y) <
+            float[8,3,1,1] a, float[8] b, float[4,{features}] c, float[4] d{weights}> {{
+            t = Conv(x, a, b)
+            {body}
+            y = Gemm<transB=1>(u, c, d)
+        }}""",
+        widths,
+        opset,
+    )
+
+
+BOUNDED = "s = Sigmoid(t)\n"
+POSITIVE = "s = Softplus(t)\n"
+
+UNARY = {
+    **{
+        name: between(f"u = {name}(t)")
+        for name in [
+            "Abs",
+            "Atan",
+            "Asinh",
+            "Ceil",
+            "Celu",
+            "Clip",
+            "Cos",
+            "Elu",
+            "Erf",
+            "Exp",
+            "Floor",
+            "HardSigmoid",
+            "HardSwish",
+            "Identity",
+            "LeakyRelu",
+            "Neg",
+            "Relu",
+            "Round",
+            "Selu",
+            "Shrink",
+            "Sigmoid",
+            "Sign",
+            "Sin",
+            "Softplus",
+            "Softsign",
+            "Tanh",
+            "ThresholdedRelu",
+            "Cosh",
+            "Sinh",
+        ]
+    },
+    **{name: between(f"{BOUNDED}u = {name}(s)") for name in ("Acos", "Asin", "Atanh", "Tan")},
+    **{name: between(f"{POSITIVE}u = {name}(s)") for name in ("Log", "Sqrt", "Reciprocal")},
+    "Acosh": between("s = Exp(t)\nz = Add(s, one)\nu = Acosh(z)", weights=", float one = {1}"),
+    "Cast": between("i = Cast<to=6>(t)\nu = Cast<to=1>(i)"),
+    "CastLike": between("u = CastLike(t, one)", weights=", float one = {1}"),
+    "Gelu": between("u = Gelu(t)", opset=20),
+    "Mish": between("u = Mish(t)", opset=18),
+    "Swish": between("u = Swish(t)", opset=24),
+    "Not": between("r = Relu(t)\nz = Cast<to=9>(r)\nn = Not(z)\nu = Cast<to=1>(n)"),
+    "BitwiseNot": between("i = Cast<to=6>(t)\nn = BitwiseNot(i)\nu = Cast<to=1>(n)", opset=18),
+    "IsInf": between("r = Relu(t)\nl = Log(r)\nz = IsInf(l)\nu = Cast<to=1>(z)"),
+    "IsNaN": between("l = Log(t)\nz = IsNaN(l)\nu = Cast<to=1>(z)"),
+    "Dropout": between("u = Dropout(t)"),
+}
+
+LOGIC = "p = Cast<to=9>(r)\nr2 = Relu(v)\nq = Cast<to=9>(r2)\n"
+INTEGER = "i = Cast<to=6>(t)\nj = Cast<to=6>(v)\n"
+UNSIGNED = "i0 = Abs(t)\nj0 = Abs(v)\ni = Cast<to=12>(i0)\nj = Cast<to=12>(j0)\n"
+
+BINARY = {
+    **{name: two(f"u = {name}(t, v)") for name in ["Add", "Sub", "Mul", "Min", "Max", "Sum", "Mean"]},
+    "Div": two("s = Softplus(v)\nu = Div(t, s)"),
+    "Pow": two("s = Softplus(t)\nu = Pow(s, v)"),
+    "Mod": two("s = Softplus(v)\nu = Mod<fmod=1>(t, s)"),
+    "PRelu": between("u = PRelu(t, slope)", weights=", float[8,1,1] slope"),
+    "Where": two("z = Less(t, v)\nu = Where(z, t, v)"),
+    **{
+        name: two(f"i = Round(t)\nj = Round(v)\nz = {name}(i, j)\nu = Cast<to=1>(z)")
+        for name in ["Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"]
+    },
+    **{
+        name: two(f"r = Relu(t)\n{LOGIC}z = {name}(p, q)\nu = Cast<to=1>(z)") for name in ["And", "Or", "Xor"]
+    },
+    "BitShift": two(f'{UNSIGNED}z = BitShift<direction="LEFT">(i, j)\nu = Cast<to=1>(z)'),
+    **{
+        name: two(f"{INTEGER}z = {name}(i, j)\nu = Cast<to=1>(z)")
+        for name in ["BitwiseAnd", "BitwiseOr", "BitwiseXor"]
+    },
+}
+
+SYMBOLIC_SHAPE = """(float[N,3,6,6] x) => (float[N,36,4] y) <
+        float[8,3,1,1] a, float[8] b, float[8,4] c, int64[2] rest = {8, 36}, int64 zero = {0}, int64[1] first = {0}> {
+    t = Conv(x, a, b)
+    s = Shape(t)
+    n = Gather(s, zero)
+    n1 = Unsqueeze(n, first)
+    target = Concat<axis=0>(n1, rest)
+    r = Reshape(t, target)
+    u = Transpose<perm=[0,2,1]>(r)
+    y = MatMul(u, c)
+}"""
+
+NORMALISATION = {
+    **{name: between(f"u = {name}<axis=-1>(t)") for name in ("Softmax", "LogSoftmax", "Hardmax")},
+    "BatchNormalization": between(
+        "u = BatchNormalization(t, scale, shift, mean, variance)",
+        weights=", float[8] scale, float[8] shift, float[8] mean, float[8] variance",
+    ),
+    "InstanceNormalization": between(
+        "u = InstanceNormalization(t, scale, shift)", weights=", float[8] scale, float[8] shift"
+    ),
+}
+
+MOVEMENT = {
+    "Reshape": dense("u = Reshape(t, s)", 8 * 49, weights=", int64[2] s = {1, 392}"),
+    "Flatten": dense("u = Flatten(t)", 8 * 49),
+    "Squeeze": dense("p = GlobalAveragePool(t)\nu = Squeeze(p, axes)", 8, weights=", int64[2] axes = {2, 3}"),
+    "Unsqueeze": tail(
+        "p = ReduceMean<axes=[2, 3], keepdims=0>(t)\nq = Unsqueeze(p, axes)\nu = Mul(t, q)",
+        (8,),
+        8,
+        w=", int64[2] axes = {2, 3}",
+    ),
+    "Transpose": between("h = Transpose<perm=[0,2,3,1]>(t)\nr = Relu(h)\nu = Transpose<perm=[0,3,1,2]>(r)"),
+    "Slice": tail(
+        "p = Slice(t, zero, four, one)\nq = Slice(t, four, end, one)\nr = Sigmoid(p)\nu = Concat<axis=1>(q, r)",
+        (4, 4),
+        8,
+        w=", int64[1] zero = {0}, int64[1] four = {4}, int64[1] one = {1}, int64[1] end = {9223372036854775807}",
+    ),
+    "Split": tail(
+        "p, q = Split<axis=1>(t, s)\nr = Sigmoid(p)\nu = Concat<axis=1>(q, r)",
+        (3, 5),
+        8,
+        w=", int64[2] s = {3, 5}",
+    ),
+    "SplitToSequence": tail(
+        "q = SplitToSequence<axis=1>(t, s)\nu = SequenceAt(q, zero)",
+        (),
+        4,
+        w=", int64 s = {4}, int64 zero = {0}",
+    ),
+    "Gather": tail("u = Gather<axis=1>(t, i)", (5, 3), 3, w=", int64[3] i = {1, 3, 5}"),
+    "Concat": tail("r = Sigmoid(t)\nu = Concat<axis=1>(t, r)", (8,), 16),
+    "Expand": tail("p = GlobalAveragePool(t)\nu = Expand(p, s)", (8,), 8, w=", int64[4] s = {1, 8, 6, 6}"),
+    "Tile": tail("u = Tile(t, r)", (8,), 8, "12,6", w=", int64[4] r = {1, 1, 2, 1}"),
+    "Pad": tail(
+        "p = Pad(t, pads)\nv = Conv(t, e)\nu = Add(p, v)",
+        (8, 4),
+        12,
+        w=", int64[8] pads = {0, 1, 0, 0, 0, 3, 0, 0}, float[12,8,1,1] e",
+    ),
+    "DepthToSpace": tail("u = DepthToSpace<blocksize=2>(t)", (2,), 2, "12,12"),
+    "SpaceToDepth": tail("u = SpaceToDepth<blocksize=2>(t)", (8,), 32, "3,3"),
+    "Resize": tail("u = Resize(t, , scales)", (8,), 8, "12,12", w=", float[4] scales = {1.0, 1.0, 2.0, 2.0}"),
+    "Upsample": tail(
+        "u = Upsample(t, scales)", (8,), 8, "12,12", 9, w=", float[4] scales = {1.0, 1.0, 2.0, 2.0}"
+    ),
+    "Shape": Case(SYMBOLIC_SHAPE, (8,)),
+    "Size": between(
+        "n = Size(t)\nf = Cast<to=1>(n)\ns = Sqrt(f)\nu = Div(t, s)",
+    ),
+}
+
+CONTRACTION = {
+    "Conv": tail(
+        "v = Conv<pads=[1,1,1,1]>(t, e, f)\nu = Relu(v)", (8, 6), 6, w=", float[6,8,3,3] e, float[6] f"
+    ),
+    "ConvTranspose": tail(
+        "v = ConvTranspose<strides=[2,2]>(t, e, f)\nu = Relu(v)",
+        (8, 6),
+        6,
+        "12,12",
+        w=", float[8,6,2,2] e, float[6] f",
+    ),
+    "Gemm": dense(
+        "p = GlobalAveragePool(t)\nf = Flatten(p)\ng = Gemm<alpha=0.5, beta=2.0>(f, e, h)\nu = Sigmoid(g)",
+        6,
+        (8, 6),
+        weights=", float[8,6] e, float[1,6] h",
+    ),
+    "MatMul": dense(
+        "p = GlobalMaxPool(t)\nf = Flatten(p)\nm = MatMul(f, e)\nu = Sigmoid(m)",
+        6,
+        (8, 6),
+        weights=", float[8,6] e",
+    ),
+    **{
+        name: tail(f"m = {name}<axes=[1]>(t)\nr = Sigmoid(m)\nu = Mul(t, r)", (8,), 8)
+        for name in ["ReduceMean", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare"]
+    },
+    "ReduceSum": tail(
+        "m = ReduceSum(t, axes)\nr = Sigmoid(m)\nu = Mul(t, r)", (8,), 8, w=", int64[1] axes = {1}"
+    ),
+    **{
+        name: tail(f"u = {name}(t)", (8,), 8, "1,1")
+        for name in ("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
+    },
+    **{
+        name: tail(f"u = {name}<kernel_shape=[2,2], strides=[2,2]>(t)", (8,), 8, "3,3")
+        for name in ("MaxPool", "AveragePool", "LpPool")
+    },
+}
+
+RULES_TESTED: dict[str, Case] = {**UNARY, **BINARY, **NORMALISATION, **MOVEMENT, **CONTRACTION}
+
+GROUPED = """(float[1,3,6,6] x) => (float[1,4,{size}] y) <
+        float[8,3,1,1] a, float[8] b, float[{w}] e, float[{out}] f, float[4,{out},1,1] c> {{
+    t = Conv(x, a, b)
+    v = {op}(t, e, f)
+    u = Relu(v)
+    y = Conv(u, c)
+}}"""
+
+
+def grouped(op: str, weight: str, channels: int, widths: tuple[int, ...], size: str = "6,6") -> Case:
+    return Case(GROUPED.format(op=op, w=weight, out=channels, size=size), widths)
+
+
+TRAPS: dict[str, Case] = {
+    "a weight shared by readers of different widths": two(
+        "m = Conv(t, e)\nn = Conv(v, e)\nr = Sigmoid(n)\nu = Concat<axis=1>(m, r)", (8, 8, 4, 4)
+    ),
+    "Identity of an initializer": between(
+        "e2 = Identity(e)\nf2 = Identity(f)\nm = Conv(t, e2, f2)\nn = Conv(m, e2, f)\nu = Relu(n)",
+        (8, 8, 8),
+        weights=", float[8,8,1,1] e, float[8] f",
+    ),
+    "a bias as operand 0": between("u = Add(e, t)", weights=", float[8,1,1] e"),
+    "a bias of full rank": between("u = Mul(t, e)", weights=", float[1,8,6,6] e"),
+    "a spatial constant stays whole": between("u = Mul(t, e)", weights=", float[6,6] e"),
+    "a scalar constant stays": between("u = Mul(e, t)", weights=", float[1] e"),
+    "PRelu with one slope": between("u = PRelu(t, e)", weights=", float[1] e"),
+    "depthwise": grouped("Conv<pads=[1,1,1,1], group=8>", "8,1,3,3", 8, (8,)),
+    "depthwise with multiplier 2": grouped("Conv<pads=[1,1,1,1], group=8>", "16,1,3,3", 16, (8,)),
+    "a grouped convolution": grouped("Conv<group=2>", "6,4,1,1", 6, (4, 3)),
+    "a grouped convolution of equal widths": grouped("Conv<group=4>", "8,2,1,1", 8, (2, 2)),
+    "ConvTranspose, depthwise": grouped("ConvTranspose<group=8, strides=[2,2]>", "8,1,2,2", 8, (8,), "12,12"),
+    "ConvTranspose, depthwise, multiplier 2": grouped(
+        "ConvTranspose<group=8, strides=[2,2]>", "8,2,2,2", 16, (8,), "12,12"
+    ),
+    "ConvTranspose, grouped": grouped("ConvTranspose<group=2, strides=[2,2]>", "8,3,2,2", 6, (4, 3), "12,12"),
+    "ConvTranspose of one channel": Case(
+        """(float[1,1,6,6] x) => (float[1,4,6,6] y) <float[1,8,1,1] a, float[8] b, float[4,8,1,1] c> {
+            t = ConvTranspose(x, a, b)
+            u = Relu(t)
+            y = Conv(u, c)
+        }""",
+        (8,),
+    ),
+    "Conv of one channel": Case(
+        """(float[1,1,6,6] x) => (float[1,4,6,6] y) <float[8,1,1,1] a, float[8] b, float[4,8,1,1] c> {
+            t = Conv(x, a, b)
+            u = Relu(t)
+            y = Conv(u, c)
+        }""",
+        (8,),
+    ),
+    "channel shuffle": between(
+        "p = Reshape(t, s)\nq = Transpose<perm=[0,2,1,3,4]>(p)\nu = Reshape(q, z)",
+        (4,),
+        weights=", int64[5] s = {1, 2, 4, 6, 6}, int64[4] z = {1, -1, 6, 6}",
+    ),
+    "option-A shortcut": tail(
+        "p = Slice(t, o, e, ax, st)\nq = Pad(p, pads)\nv = Conv<strides=[2,2]>(t, w)\nu = Add(v, q)",
+        (8, 4),
+        12,
+        "3,3",
+        w=", int64[2] o = {0, 0}, int64[2] e = {9999, 9999}, int64[2] ax = {2, 3}, int64[2] st = {2, 2}, "
+        "int64[8] pads = {0, 2, 0, 0, 0, 2, 0, 0}, float[12,8,1,1] w",
+    ),
+    "Pad with a constant that is not 0": tail(
+        "p = Pad(t, pads, one)\nu = Relu(p)",
+        (8, 2),
+        10,
+        w=", int64[8] pads = {0, 2, 0, 0, 0, 0, 0, 0}, float one = {1}",
+    ),
+    "Pad with axes": tail(
+        "p = Pad(t, pads, one, ax)\nu = Relu(p)",
+        (8, 2),
+        10,
+        opset=18,
+        w=", int64[2] pads = {2, 0}, float one = {1}, int64[1] ax = {-3}",
+    ),
+    "Pad by reflection of positions": tail(
+        'u = Pad<mode="reflect">(t, pads)', (8,), 8, "8,8", w=", int64[8] pads = {0, 0, 1, 1, 0, 0, 1, 1}"
+    ),
+    "Pad by reflection of channels": tail(
+        'u = Pad<mode="reflect">(t, pads)', (), 10, w=", int64[8] pads = {0, 1, 0, 0, 0, 1, 0, 0}"
+    ),
+    "overlapping slices": tail(
+        "p = Slice(t, o, five, ax)\nq = Slice(t, three, e, ax)\nu = Concat<axis=-3>(p, q)",
+        (3, 2, 3),
+        10,
+        w=", int64[1] o = {0}, int64[1] three = {3}, int64[1] five = {-3}, int64[1] e = {2147483647}, int64[1] ax = {-3}",
+    ),
+    "every second channel": tail(
+        "u = Slice(t, o, e, ax, st)",
+        (),
+        4,
+        w=", int64[1] o = {0}, int64[1] e = {9}, int64[1] ax = {1}, int64[1] st = {2}",
+    ),
+    "channels reversed": tail(
+        "u = Slice(t, o, e, ax, st)",
+        (),
+        8,
+        w=", int64[1] o = {-1}, int64[1] e = {-9999}, int64[1] ax = {1}, int64[1] st = {-1}",
+    ),
+    "Slice of channels and positions": tail(
+        "u = Slice(t, o, e, ax)",
+        (2, 6),
+        6,
+        "4,6",
+        w=", int64[2] o = {1, 2}, int64[2] e = {5, 8}, int64[2] ax = {2, 1}",
+    ),
+    "slices of one channel": tail(
+        "p = Slice(t, o, one, ax)\nr = Sigmoid(p)\nq = Slice(t, one, e, ax)\nu = Concat<axis=1>(q, r)",
+        (7,),
+        8,
+        w=", int64[1] o = {0}, int64[1] one = {1}, int64[1] e = {8}, int64[1] ax = {1}",
+    ),
+    "Split into single channels": Case(
+        """(float[1,3,6,6] x) => (float[1,4,6,6] y) <
+            float[2,3,1,1] a, float[2] b, float[4,2,1,1] c, int64[2] s = {1, 1}> {
+            t = Conv(x, a, b)
+            p, q = Split<axis=1>(t, s)
+            r = Sigmoid(p)
+            u = Concat<axis=1>(q, r)
+            y = Conv(u, c)
+        }""",
+        (),
+    ),
+    "Gather of single channels": tail(
+        "p = Gather<axis=1>(t, i)\nq = Gather<axis=1>(t, j)\nr = Sigmoid(p)\nu = Concat<axis=1>(q, r)",
+        (6,),
+        2,
+        w=", int64[1] i = {1}, int64[1] j = {2}",
+    ),
+    "Split without sizes": tail(
+        "p, q = Split<axis=-3>(t)\nr = Sigmoid(p)\nu = Concat<axis=1>(q, r)", (4, 4), 8
+    ),
+    "Split with num_outputs": tail(
+        "p, q = Split<axis=1, num_outputs=2>(t)\nr = Sigmoid(p)\nu = Concat<axis=1>(q, r)",
+        (4, 4),
+        8,
+        opset=18,
+    ),
+    "Split with an attribute": tail(
+        "p, q = Split<axis=1, split=[3, 5]>(t)\nr = Sigmoid(p)\nu = Concat<axis=1>(q, r)", (3, 5), 8, opset=11
+    ),
+    "Gather with negative indices": tail("u = Gather<axis=1>(t, i)", (2, 6), 2, w=", int64[2] i = {-1, 0}"),
+    "Gather with repeated indices": tail("u = Gather<axis=-3>(t, i)", (6,), 3, w=", int64[3] i = {0, 2, 0}"),
+    "Gather of one position": dense(
+        "p = GlobalAveragePool(t)\nq = Gather<axis=3>(p, o)\nu = Gather<axis=2>(q, o)",
+        8,
+        weights=", int64 o = {0}",
+    ),
+    "Gather with a scalar on channels": dense(
+        "p = Gather<axis=1>(t, i)\nu = Reshape(p, s)",
+        49,
+        (7,),
+        weights=", int64 i = {3}, int64[2] s = {1, 49}",
+    ),
+    "squeeze and excitation": between(
+        "p = GlobalAveragePool(t)\nh = Conv(p, e, f)\nr = Relu(h)\ng = Conv(r, i, j)\ns = Sigmoid(g)\nu = Mul(t, s)",
+        (8, 2),
+        weights=", float[2,8,1,1] e, float[2] f, float[8,2,1,1] i, float[8] j",
+    ),
+    "squeeze and excitation by Gemm": between(
+        "p = ReduceMean<axes=[2,3], keepdims=0>(t)\nh = Gemm(p, e)\nr = Relu(h)\ng = MatMul(r, i)\ns = Sigmoid(g)\n"
+        "q = Reshape(s, z)\nu = Mul(q, t)",
+        (8, 2),
+        weights=", float[8,2] e, float[2,8] i, int64[4] z = {-1, 8, 1, 1}",
+    ),
+    "attention over positions": between(
+        "m = ReduceMean<axes=[1]>(t)\nn = ReduceMax<axes=[1]>(t)\nj = Concat<axis=1>(m, n)\n"
+        "h = Conv<pads=[1,1,1,1]>(j, e)\ns = Sigmoid(h)\nu = Mul(t, s)",
+        weights=", float[1,2,3,3] e",
+    ),
+    "ReduceMean without keepdims, axes as input": between(
+        "m = ReduceMean<keepdims=0>(t, ax)\nn = Unsqueeze(m, ax)\nu = Sub(t, n)",
+        opset=18,
+        weights=", int64[1] ax = {1}",
+    ),
+    "ReduceMean over all axes": between("m = ReduceMean(t)\nu = Sub(t, m)"),
+    "ReduceSum of nothing": between(
+        "u = ReduceSum<noop_with_empty_axes=1>(t, ax)", weights=", int64[0] ax = {}"
+    ),
+    "NHWC": Case(
+        """(float[1,6,6,3] x) => (float[1,6,6,4] y) <float[8,3,1,1] a, float[8] e, float[8,4] c> {
+            n = Transpose<perm=[0,3,1,2]>(x)
+            t = Conv(n, a)
+            h = Transpose<perm=[0,2,3,1]>(t)
+            s = Add(h, e)
+            r = Clip(s)
+            y = MatMul(r, c)
+        }""",
+        (8,),
+    ),
+    "Flatten of NHWC": dense("h = Transpose<perm=[0,2,3,1]>(t)\nu = Flatten(h)", 8 * 49),
+    "Resize with sizes": tail("u = Resize(t, , , s)", (8,), 8, "9,9", w=", int64[4] s = {1, 8, 9, 9}"),
+    "Resize with axes": tail(
+        "u = Resize<axes=[2, 3]>(t, , , s)", (8,), 8, "9,9", opset=18, w=", int64[2] s = {9, 9}"
+    ),
+    "Resize with a region (opset 11)": tail(
+        "u = Resize(t, roi, scales)",
+        (8,),
+        8,
+        "12,12",
+        11,
+        w=", float[0] roi = {}, float[4] scales = {1.0, 1.0, 2.0, 2.0}",
+    ),
+    "Resize of channels": tail("u = Resize(t, , , s)", (), 16, w=", int64[4] s = {1, 16, 6, 6}"),
+    "Resize to the size of another tensor": Case(
+        """(float[N,3,H,W] x) => (float[N,4,H,W] y) <float[8,3,1,1] a, float[8,8,1,1] b, float[4,16,1,1] c,
+            int64[1] o = {0}, int64[1] two = {2}, int64[1] four = {4}, float[0] none = {}> {
+            t = Conv(x, a)
+            p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(t)
+            v = Conv(p, b)
+            sv = Shape(v)
+            st = Shape(t)
+            nc = Slice(sv, o, two)
+            hw = Slice(st, two, four)
+            size = Concat<axis=0>(nc, hw)
+            r = Resize(v, none, none, size)
+            u = Concat<axis=1>(r, t)
+            y = Conv(u, c)
+        }""",
+        (8, 8),
+        shapes={"x": (1, 3, 6, 6)},
+    ),
+    "opset 9 forms": Case(
+        """(float[1,3,6,6] x) => (float[1,4] y) <float[8,3,1,1] a, float[8] b, float[4,8] e, float[4] f> {
+            t = Conv(x, a, b)
+            k = Clip<min=-1.0, max=1.0>(t)
+            p = Slice<axes=[1], starts=[0], ends=[4]>(k)
+            q = Slice<axes=[1], starts=[4], ends=[2147483647]>(k)
+            z = Pad<pads=[0,2,0,0,0,2,0,0]>(p)
+            d = Dropout<ratio=0.5>(q)
+            j = Concat<axis=1>(d, p)
+            s = Add(z, j)
+            m = ReduceMean<axes=[2], keepdims=0>(s)
+            n = Unsqueeze<axes=[3]>(m)
+            g = GlobalAveragePool(n)
+            h = Squeeze<axes=[2,3]>(g)
+            y = Gemm<transB=1>(h, e, f)
+        }""",
+        (2, 2),
+        9,
+    ),
+    "Softmax over all channels (opset 11)": between("u = Softmax(t)", (), 11),
+    "Softmax over channels": between("u = Softmax<axis=1>(t)", ()),
+    "Reshape that copies and infers": dense(
+        "r = Reshape(t, s)\nm = ReduceMean<axes=[2], keepdims=0>(r)\nu = Reshape(m, z)",
+        8,
+        weights=", int64[3] s = {0, -1, 49}, int64[2] z = {0, 0}",
+    ),
+    "Reshape that infers positions": dense(
+        "r = Reshape(t, s)\nm = ReduceMean<axes=[2], keepdims=0>(r)\nu = Identity(m)",
+        8,
+        weights=", int64[3] s = {1, 8, -1}",
+    ),
+    "Reshape with allowzero": dense(
+        "u = Reshape<allowzero=1>(t, s)", 8 * 49, weights=", int64[2] s = {1, 392}"
+    ),
+    "Reshape that merges positions first": dense(
+        "h = Transpose<perm=[0,2,3,1]>(t)\nr = Reshape(h, s)\nm = ReduceMean<axes=[1], keepdims=0>(r)\nu = Relu(m)",
+        8,
+        weights=", int64[3] s = {1, 49, 8}",
+    ),
+    "Reshape with a symbolic batch and an inferred rest": Case(
+        """(float[N,3,7,7] x) => (float[N,4] y) <
+            float[8,3,1,1] a, float[392,4] c, int64 zero = {0}, int64[1] first = {0}, int64[1] rest = {-1}> {
+            t = Conv(x, a)
+            s = Shape(t)
+            n = Gather(s, zero)
+            n1 = Unsqueeze(n, first)
+            target = Concat<axis=0>(n1, rest)
+            r = Reshape(t, target)
+            y = MatMul(r, c)
+        }""",
+        (8,),
+    ),
+    "Reshape to the computed shape of another tensor": Case(
+        """(float[N,3,6,6] x) => (float[N,4,6,6] y) <
+            float[8,3,1,1] a, float[8,8,1,1] b, float[4,8,1,1] c, int64[2] flat = {0, -1}> {
+            t = Conv(x, a)
+            v = Conv(t, b)
+            f = Reshape(v, flat)
+            s = Shape(t)
+            u = Reshape(f, s)
+            y = Conv(u, c)
+        }""",
+        (8, 8),
+    ),
+    "Expand to the computed shape of another tensor": Case(
+        """(float[N,3,6,6] x) => (float[N,4,6,6] y) <float[8,3,1,1] a, float[8,8,1,1] b, float[4,8,1,1] c> {
+            t = Conv(x, a)
+            v = Conv(t, b)
+            p = GlobalAveragePool(v)
+            s = Shape(t)
+            u = Expand(p, s)
+            y = Conv(u, c)
+        }""",
+        (8, 8),
+    ),
+    "batch folded into channels": Case(
+        """(float[N,3,6,6] x) => (float[N,4,6,6] y) <
+            float[8,3,1,1] a, float[4,8,1,1] c, int64[4] fold = {1, -1, 6, 6}, int64[4] back = {-1, 8, 6, 6}> {
+            t = Conv(x, a)
+            f = Reshape(t, fold)
+            r = Relu(f)
+            u = Reshape(r, back)
+            y = Conv(u, c)
+        }""",
+        (8,),
+    ),
+    "a scale computed from a static shape": between(
+        "s = Shape(t)\nn = Gather(s, one)\nf = Cast<to=1>(n)\nq = Sqrt(f)\nu = Div(t, q)",
+        weights=", int64 one = {1}",
+    ),
+    "a scale computed from a symbolic shape": Case(
+        """(float[N,3,6,6] x) => (float[N,4,6,6] y) <float[8,3,1,1] a, float[4,8,1,1] c, int64 one = {1}> {
+            t = Conv(x, a)
+            s = Shape(t)
+            n = Gather(s, one)
+            f = Cast<to=1>(n)
+            q = Sqrt(f)
+            u = Div(t, q)
+            y = Conv(u, c)
+        }""",
+        (8,),
+    ),
+    "a scale computed from a symbolic size": Case(
+        """(float[N,3,6,6] x) => (float[N,4,6,6] y) <float[8,3,1,1] a, float[8,8,1,1] b, float[4,8,1,1] c> {
+            t = Conv(x, a)
+            v = Conv(t, b)
+            n = Size(v)
+            f = Cast<to=1>(n)
+            q = Sqrt(f)
+            u = Div(v, q)
+            y = Conv(u, c)
+        }""",
+        (8,),
+    ),
+    "DepthToSpace CRD": tail('u = DepthToSpace<blocksize=2, mode="CRD">(t)', (2,), 2, "12,12"),
+    "pixel shuffle by Reshape and Transpose": tail(
+        "v = Conv(t, e)\nr = Reshape(v, s)\np = Transpose<perm=[0,1,4,2,5,3]>(r)\nu = Reshape(p, z)",
+        (8, 3),
+        3,
+        "12,12",
+        w=", float[12,8,1,1] e, int64[6] s = {1, 3, 2, 2, 6, 6}, int64[4] z = {1, 3, 12, 12}",
+    ),
+    "Focus slices": Case(
+        """(float[1,3,6,6] x) => (float[1,4,3,3] y) <float[8,3,1,1] a, float[4,16,1,1] c,
+            int64[1] o = {0}, int64[1] one = {1}, int64[1] e = {9999}, int64[1] ax = {2}, int64[1] st = {2}> {
+            t = Conv(x, a)
+            p = Slice(t, o, e, ax, st)
+            q = Slice(t, one, e, ax, st)
+            j = Concat<axis=1>(p, q)
+            k = MaxPool<kernel_shape=[1,2], strides=[1,2]>(j)
+            y = Conv(k, c)
+        }""",
+        (8,),
+    ),
+    "two branches added": two("r = Relu(t)\nu = Add(v, r)", (8,)),
+    "a sum with a graph input": Case(
+        """(float[1,8,6,6] x) => (float[1,4,6,6] y) <float[8,8,1,1] a, float[4,8,1,1] c> {
+            t = Conv(x, a)
+            u = Add(t, x)
+            y = Conv(u, c)
+        }""",
+        (),
+    ),
+    "a sum with a concatenation": two(
+        "g = Conv(x, e)\nj = Concat<axis=1>(t, v)\ns = Add(g, j)\nu = Conv(s, f)",
+        (8, 8, 8),
+    ),
+    "a tensor added to itself": between("u = Add(t, t)"),
+    "channels joined with constants": tail("u = Concat<axis=1>(t, e)", (8,), 10, w=", float[1,2,6,6] e"),
+    "positions joined": two(
+        "j = Concat<axis=2>(t, v)\nu = MaxPool<kernel_shape=[2,1], strides=[2,1]>(j)", (8,)
+    ),
+    "positions joined with a constant": tail(
+        "u = Concat<axis=2>(e, t)", (8,), 8, "8,6", w=", float[1,8,2,6] e"
+    ),
+    "Where with a constant mask": two("z = Cast<to=9>(e)\nu = Where(z, t, v)", (8,)),
+    "Where with a mask of positions": between(
+        "m = ReduceMean<axes=[1]>(t)\nz = Less(m, o)\nu = Where(z, t, o)", weights=", float o = {0}"
+    ),
+    "Tile of channels": tail("u = Tile(t, r)", (), 16, w=", int64[4] r = {1, 2, 1, 1}"),
+    "outer product of two widths": dense(
+        "p = GlobalAveragePool(t)\ni = Reshape(p, s)\nj = Reshape(p, z)\nm = Mul(i, j)\nu = Flatten(m)",
+        64,
+        (),
+        weights=", int64[3] s = {1, 8, 1}, int64[3] z = {1, 1, 8}",
+    ),
+    "a channel convolution (ECA)": between(
+        "p = GlobalAveragePool(t)\ni = Reshape(p, s)\nk = Conv<pads=[1,1]>(i, e)\ng = Sigmoid(k)\nj = Reshape(g, z)\n"
+        "u = Mul(t, j)",
+        (),
+        weights=", int64[3] s = {1, 1, 8}, int64[4] z = {1, 8, 1, 1}, float[1,1,3] e",
+    ),
+    "a weight matrix on the left": Case(
+        """(float[1,5,6] x) => (float[1,4,6] y) <float[8,5] a, float[4,8] c> {
+            t = MatMul(a, x)
+            u = Relu(t)
+            y = MatMul(c, u)
+        }""",
+        (8,),
+    ),
+    "a weight that is transposed at run time": dense(
+        "p = GlobalAveragePool(t)\nf = Flatten(p)\nw = Transpose(e)\nm = MatMul(f, w)\nu = Sigmoid(m)",
+        6,
+        (8, 6),
+        weights=", float[6,8] e",
+    ),
+    "a product of weights": dense(
+        "p = GlobalAveragePool(t)\nf = Flatten(p)\nw = MatMul(e, h)\nu = MatMul(f, w)",
+        6,
+        (),
+        weights=", float[8,5] e, float[5,6] h",
+    ),
+    "Gemm with an activation as bias": dense(
+        "p = GlobalAveragePool(t)\nf = Flatten(p)\ng = Gemm(f, e)\nk = Relu(g)\nl = Gemm(f, h)\ni = Relu(l)\n"
+        "u = Gemm(k, o, i)",
+        6,
+        (8, 5),
+        weights=", float[8,5] e, float[8,6] h, float[5,6] o",
+    ),
+    "Conv with a computed bias": tail(
+        "p = GlobalAveragePool(t)\nf = Flatten(p)\ng = Gemm(f, e)\nz = Reshape(g, s)\nu = Conv(t, h, z)",
+        (8,),
+        6,
+        w=", float[8,6] e, float[6,8,1,1] h, int64[1] s = {-1}",
+    ),
+    "Conv with a computed weight": tail(
+        "p = GlobalAveragePool(t)\nf = Flatten(p)\ng = Gemm(f, e)\nz = Reshape(g, s)\nu = Conv(t, z)",
+        (),
+        6,
+        w=", float[8,48] e, int64[4] s = {6, 8, 1, 1}",
+    ),
+    "BatchNormalization of a matrix": dense(
+        "p = GlobalAveragePool(t)\nf = Flatten(p)\nu = BatchNormalization(f, scale, shift, mean, variance)",
+        8,
+        weights=", float[8] scale, float[8] shift, float[8] mean, float[8] variance",
+    ),
+    "one dimension": Case(
+        """(float[1,3,9] x) => (float[1,4,9] y) <float[8,3,3] a, float[8] b, float[4,8,1] c> {
+            t = Conv<pads=[1,1]>(x, a, b)
+            u = Relu(t)
+            y = Conv(u, c)
+        }""",
+        (8,),
+    ),
+    "three dimensions": Case(
+        """(float[1,3,4,4,4] x) => (float[1,4,4,4,4] y) <float[8,3,1,1,1] a, float[8] b, float[4,8,1,1,1] c> {
+            t = Conv(x, a, b)
+            u = Relu(t)
+            y = Conv(u, c)
+        }""",
+        (8,),
+    ),
+    "an operator without a rule": Case(
+        """(float[1,3,6,6] x) => (float[1,4,6,6] y) <
+            float[8,3,1,1] a, float[8,8,1,1] b, float[8,8,1,1] e, float[4,8,1,1] c, int64 one = {1}> {
+            t = Conv(x, a)
+            v = Conv(t, b)
+            w = CumSum(v, one)
+            r = Conv(w, e)
+            u = Relu(r)
+            y = Conv(u, c)
+        }""",
+        (8, 8),
+        unsupported=("CumSum",),
+    ),
+    "an operator of another domain": Case(
+        """(float[1,3,6,6] x) => (float[1,4,6,6] y) <
+            float[8,3,1,1] a, float[8,8,1,1] b, float[8,8,1,1] e, float[4,8,1,1] c> {
+            t = Conv(x, a)
+            v = Conv(t, b)
+            w = com.microsoft.QuickGelu<alpha=1.0>(v)
+            r = Conv(w, e)
+            u = Relu(r)
+            y = Conv(u, c)
+        }""",
+        (8, 8),
+        unsupported=("com.microsoft::QuickGelu",),
+    ),
+    "a standard name in another domain": Case(
+        """(float[1,3,6,6] x) => (float[1,4,6,6] y) <float[8,3,1,1] a, float[8,8,1,1] b, float[4,8,1,1] c> {
+            t = Conv(x, a)
+            v = com.microsoft.Gelu(t)
+            w = Conv(v, b)
+            u = Relu(w)
+            y = Conv(u, c)
+        }""",
+        (8,),
+        unsupported=("com.microsoft::Gelu",),
+    ),
+    "an unknown operator on unprunable data": Case(
+        """(float[1,3,6,6] x) => (float[1,4,6,6] y) <float[8,3,1,1] a, float[4,8,1,1] c, int64 one = {1}> {
+            w = CumSum(x, one)
+            t = Conv(w, a)
+            u = Relu(t)
+            y = Conv(u, c)
+        }""",
+        (8,),
+    ),
+    "a branch that reads what is prunable outside": Case(
+        """(float[1,3,6,6] x) => (float[1,4,6,6] y) <
+            float[8,3,1,1] a, float[8,8,1,1] b, float[4,8,1,1] c, float half = {0.0}> {
+            t = Conv(x, a)
+            v = Conv(t, b)
+            m = ReduceMax<keepdims=0>(x)
+            z = Less(m, half)
+            w = If(z) <
+                then_branch = one () => (float[1,8,6,6] p) { p = Relu(v) },
+                else_branch = other () => (float[1,8,6,6] q) { q = Sigmoid(v) }
+            >
+            u = Relu(w)
+            y = Conv(u, c)
+        }""",
+        (8,),
+        unsupported=("If",),
+    ),
+}
+# These bodies need weights that the template does not declare.
+MORE_WEIGHTS = {
+    "a weight shared by readers of different widths": ", float[4,8,1,1] e",
+    "a sum with a concatenation": ", float[16,3,1,1] e, float[8,16,1,1] f",
+    "Where with a constant mask": ", float[1,8,1,1] e",
+}
+ALL: dict[str, Case] = {**RULES_TESTED, **TRAPS}
+IN_DOUBLE = (
+    "Conv",
+    "ConvTranspose",
+    "ReduceMean",
+    "depthwise with multiplier 2",
+    "channel shuffle",
+    "squeeze and excitation",
+    "option-A shortcut",
+    "Flatten of NHWC",
+)
+
+
+def model_of(name: str) -> onnx.ModelProto:
+    case = ALL[name]
+    text = case.text.replace("float[8] b2", "float[8] b2" + MORE_WEIGHTS.get(name, ""))
+    domains = {"com.microsoft": 1} if "com.microsoft" in text else {}
+    model = text_model(text, case.opset, domains=domains)
+    for initializer in model.graph.initializer:
+        if initializer.name == "variance":
+            positive = np.abs(onnx.numpy_helper.to_array(initializer)) + np.float32(0.5)
+            initializer.CopyFrom(onnx.numpy_helper.from_array(positive, "variance"))
+    return model
+
+
+def test_every_rule_has_a_case() -> None:
+    assert set(RULES_TESTED) == set(RULES)
+
+
+@pytest.mark.parametrize("name", RULES_TESTED)
+def test_the_case_of_a_rule_uses_it(name: str) -> None:
+    assert name in {node.op_type for node in model_of(name).graph.node}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_law_holds_and_the_right_units_can_go(name: str) -> None:
+    case = ALL[name]
+    model, structure = analyse(model_of(name), case.shapes)
+    assert tuple(structure.graph.unsupported) == case.unsupported
+    assert tuple(len(structure.dimensions[i].units) for i in structure.prunable) == case.widths
+    rng = np.random.default_rng(0)
+    for plan in [random_plan(structure, rng) for _ in range(3)]:
+        pruned, evidence = prune_checked(model, structure, plan)
+        assert evidence.worst <= 1e-5
+    assert informative(pruned, structure)
+    for index in structure.prunable:
+        dimension = structure.dimensions[index]
+        single = PruningPlan(keep={dimension.name: (len(dimension.units) - 1,)})
+        pruned, _ = prune_checked(model, structure, single)
+        assert operands(pruned) != operands(rewrite(structure, PruningPlan(keep={})))
+
+
+@pytest.mark.parametrize("name", IN_DOUBLE)
+def test_the_law_holds_to_rounding_in_float64(name: str) -> None:
+    model, structure = analyse(model_of(name))
+    (key, shape), *_ = structure.shadow.inputs.items()
+    feed = {key: np.random.default_rng(0).standard_normal(shape)}
+    plan = random_plan(structure, np.random.default_rng(1))
+    pair = (masked_model(model, structure, plan), rewrite(structure, plan))
+    outputs = [onnx.reference.ReferenceEvaluator(in_double(m)).run(None, feed)[0] for m in pair]
+    expected, actual = (np.asarray(output) for output in outputs)
+    assert expected.dtype == np.float64
+    assert np.abs(actual - expected).max() <= 1e-9 * np.abs(expected).max()

@@ -1,0 +1,194 @@
+"""Models to test on: pretrained files beside the checkout, exports of the catalog, and ONNX text.
+
+The pretrained files lie in ``../shared/zoo`` or where ``ONNX_MDP_ZOO`` says; without them those tests skip.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
+import pytest
+from onnx import helper, numpy_helper
+
+from onnx_mdp.model_io import ModelLike, load_model, model_bytes
+from onnx_mdp.plan import PruningPlan
+from onnx_mdp.rewriting import rewrite
+from onnx_mdp.runtime import Runtime, open_session
+from onnx_mdp.binding import bind_shapes
+from onnx_mdp.shadow import prepare
+from onnx_mdp.structure import Structure, analyze_shadow
+from onnx_mdp.timing import random_feeds
+from onnx_mdp.verification import Evidence, verify
+
+__all__ = [
+    "CNNS",
+    "analyse",
+    "in_double",
+    "informative",
+    "operands",
+    "prune_checked",
+    "random_plan",
+    "run",
+    "text_model",
+    "zoo_path",
+    "zoo_structure",
+]
+
+# The input shapes of files with symbolic sizes; an empty mapping where the file or the batch says it all.
+CNNS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "cifar10/mlperf_resnet8_tf2onnx.onnx": {},
+    "cifar10/resnet20.onnx": {},
+    "cifar10/resnet56.onnx": {},
+    "detect/fastestdet.onnx": {},
+    "detect/ultraface_rfb320.onnx": {},
+    "detect/yolox_nano.onnx": {},
+    "detect/yunet_n_dynamic.onnx": {"input": (1, 3, 96, 96)},
+    "imagenet/mobilenet_v1_0.5_160_tf2onnx.onnx": {},
+    "imagenet/mobilenet_v2_tv.onnx": {},
+    "imagenet/squeezenet1.1.onnx": {},
+    "imagenet/tf_efficientnet_lite0_dynamo.onnx": {},
+    "ocr/ppocr_mobile_v2_cls.onnx": {"x": (1, 3, 48, 192)},
+    "ocr/ppocrv4_det.onnx": {"x": (1, 3, 96, 96)},
+    "ocr/ppocrv4_rec.onnx": {"x": (1, 3, 48, 96)},
+    "seg/agllnet_256_tf2onnx.onnx": {},
+    "seg/deeplab_v3_mnv2_tf2onnx.onnx": {},
+}
+
+
+def zoo_path(name: str) -> Path:
+    """The file called ``name`` (such as ``cifar10/resnet20.onnx``); skips the test where it is absent."""
+    root = os.environ.get("ONNX_MDP_ZOO") or Path(__file__).resolve().parents[2] / "shared" / "zoo"
+    path = Path(root) / name
+    if not path.is_file():
+        pytest.skip(f"no zoo file {path}; set ONNX_MDP_ZOO to the folder of the development zoo")
+    return path
+
+
+def analyse(
+    model: ModelLike, shapes: Mapping[str, Sequence[int]] | None = None
+) -> tuple[ir.Model, Structure]:
+    """Load a model and analyse it at ``shapes``, with a batch of 1."""
+    loaded = load_model(model)
+    return loaded, analyze_shadow(prepare(loaded, bind_shapes(loaded, shapes or {})))
+
+
+@functools.cache
+def zoo_structure(name: str) -> tuple[ir.Model, Structure]:
+    """A zoo file and its structure, analysed once a session."""
+    return analyse(zoo_path(name), CNNS.get(name, {}))
+
+
+def random_plan(
+    structure: Structure,
+    rng: np.random.Generator,
+    *,
+    blocks: bool = True,
+    least: float = 0.0,
+    fewest: int = 1,
+) -> PruningPlan:
+    """Keep a random number of random units of every dimension, and remove blocks with probability 0.4.
+
+    At least the share ``least`` and the number ``fewest`` of a dimension's units stay.
+    """
+    keep: dict[str, tuple[int, ...]] = {}
+    for index in structure.prunable:
+        size = len(structure.dimensions[index].units)
+        count = int(rng.integers(min(size, max(fewest, round(least * size))), size + 1))
+        if count < size:
+            kept = rng.choice(size, count, replace=False)
+            keep[structure.dimensions[index].name] = tuple(sorted(kept.tolist()))
+    removed = tuple(b.name for b in structure.blocks if blocks and rng.random() < 0.4)
+    return PruningPlan(keep=keep, removed_blocks=removed)
+
+
+def prune_checked(model: ir.Model, structure: Structure, plan: PruningPlan) -> tuple[ir.Model, Evidence]:
+    """Rewrite and assert the law."""
+    pruned = rewrite(structure, plan)
+    evidence = verify(model, structure, pruned, plan)
+    assert evidence.verified, evidence
+    return pruned, evidence
+
+
+def run(model: ir.Model | onnx.ModelProto, feeds: Mapping[str, Any]) -> list[Any]:
+    """All outputs of one inference, without graph optimisation."""
+    data = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model_bytes(model)
+    return open_session(data, Runtime(), optimize=False).run(None, dict(feeds))
+
+
+def informative(model: ir.Model, structure: Structure) -> bool:
+    """Whether some output changes by more than 1e-3 of its scale between two random inputs.
+
+    A pruned model whose outputs are constant agrees with anything that has the same constant.
+    """
+    session = open_session(model_bytes(model), Runtime(), optimize=False)
+    first, second = (
+        session.run(None, random_feeds(session, structure.shadow.inputs, seed)) for seed in (0, 1)
+    )
+    pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(first, second, strict=True)]
+    floats = [(a, b) for a, b in pairs if a.dtype.kind == "f" and a.shape == b.shape and a.size]
+    return any(float(np.abs(a - b).max()) > 1e-3 * float(np.abs(a).max()) for a, b in floats)
+
+
+def operands(model: ir.Model) -> list[tuple[str, int, bytes]]:
+    """(operator, slot, bytes) of each initializer that a node reads, in graph order; names play no part."""
+    found: list[tuple[str, int, bytes]] = []
+    for node in model.graph:
+        for slot, value in enumerate(node.inputs):
+            if value is not None and value.const_value is not None:
+                array = value.const_value.numpy()
+                found.append((f"{node.op_type} {array.dtype}{array.shape}", slot, array.tobytes()))
+    return found
+
+
+def text_model(
+    text: str, opset: int = 17, seed: int = 0, domains: Mapping[str, int] | None = None
+) -> onnx.ModelProto:
+    """Parse ONNX text, ``(inputs) => (outputs) <weights> { nodes }``, and draw the weights without a value.
+
+    Weights are He-normal, vectors N(0, 1) and those whose name begins with ``var`` in [0.5, 1.5].
+    """
+    imports = ", ".join(f'"{d}" : {v}' for d, v in {"": opset, **(domains or {})}.items())
+    model = onnx.parser.parse_model(f"<ir_version: 8, opset_import: [{imports}]>\nmodel {text}")
+    rng = np.random.default_rng(seed)
+    made = {output for node in model.graph.node for output in node.output}
+    for info in [v for v in model.graph.value_info if v.name not in made]:
+        shape = [d.dim_value for d in info.type.tensor_type.shape.dim]
+        draw = rng.standard_normal(shape) * np.sqrt(2 / max(1, np.prod(shape[1:])))
+        array = rng.uniform(0.5, 1.5, shape) if info.name.startswith("var") else draw
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(array, np.float32), info.name))
+        model.graph.value_info.remove(info)
+    for index, node in enumerate(model.graph.node):
+        node.name = node.name or f"{node.op_type.lower()}_{index}"
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def in_double(model: ir.Model | onnx.ModelProto) -> onnx.ModelProto:
+    """The same model in float64, for the reference evaluator."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model if isinstance(model, onnx.ModelProto) else ir.to_proto(model))
+    del proto.graph.value_info[:]
+    for value in (*proto.graph.input, *proto.graph.output):
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    tensors = [
+        *proto.graph.initializer,
+        *(a.t for n in proto.graph.node for a in n.attribute if a.HasField("t")),
+    ]
+    for tensor in (t for t in tensors if t.data_type == onnx.TensorProto.FLOAT):
+        wide = numpy_helper.to_array(tensor).astype(np.float64)
+        tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
+    casts = [
+        n for n in proto.graph.node if n.op_type == "Cast" and n.attribute[0].i == onnx.TensorProto.FLOAT
+    ]
+    for node in casts:
+        node.attribute[0].CopyFrom(helper.make_attribute("to", onnx.TensorProto.DOUBLE))
+    return proto
