@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -27,10 +29,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Give it an ONNX file and a latency; get a slimmer ONNX file that runs in that time, with proof.",
 )
-lut = typer.Typer(
+_lut = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at and move the measured latencies."
 )
-app.add_typer(lut, name="lut")
+app.add_typer(_lut, name="lut")
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The ONNX file.")]
 Shapes = Annotated[
@@ -145,7 +147,7 @@ def prune(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: MODEL.pruned.onnx.")] = None,
     criterion: Annotated[
-        str | None, typer.Option(help="magnitude or activation; default: activation with --data.")
+        str | None, typer.Option(help="magnitude, activation or drift; default: drift with --data.")
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Calibration inputs: an .npz of named inputs or a folder of images.")
@@ -257,7 +259,7 @@ def demo(
     raise typer.Exit(run_demo(output, target_ratio, options, overwrite=overwrite))
 
 
-@lut.command("ls")
+@_lut.command("ls")
 def lut_list(store: Store = None, as_json: AsJson = False) -> None:
     """List the stored tables."""
     from onnx_mdp.commands import run_lut_list
@@ -265,7 +267,7 @@ def lut_list(store: Store = None, as_json: AsJson = False) -> None:
     raise typer.Exit(run_lut_list(_options(as_json=as_json, quiet=False, store=store)))
 
 
-@lut.command("export")
+@_lut.command("export")
 def lut_export(
     output: Annotated[Path, typer.Argument(metavar="FILE.jsonl")],
     store: Store = None,
@@ -279,7 +281,7 @@ def lut_export(
     raise typer.Exit(run_lut_export(output, options, overwrite=overwrite))
 
 
-@lut.command("merge")
+@_lut.command("merge")
 def lut_merge(
     source: Annotated[Path, typer.Argument(metavar="FILE.jsonl")],
     store: Store = None,
@@ -293,17 +295,29 @@ def lut_merge(
 
 def main() -> None:
     """Run the command line; every expected failure is one sentence on stderr and an exit code."""
-    debug = "--debug" in sys.argv
     try:
         app(standalone_mode=True)
     except KeyboardInterrupt:
-        print(
-            "interrupted: finished measurements are kept, the same command goes on from there",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+        _interrupted()
+    except SystemExit as stop:
+        # Typer turns Ctrl-C into a silent exit.
+        if stop.code == _INTERRUPTED:
+            _interrupted()
+        raise
     except MdpError as error:
-        if debug:
+        if "--debug" in sys.argv:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_harmless(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _interrupted() -> NoReturn:
+    print("interrupted: finished measurements are kept, the same command goes on from there", file=sys.stderr)
+    sys.exit(_INTERRUPTED)
+
+
+def _harmless(text: str) -> str:
+    """Escape, line by line, what a name in a message could steer the terminal with."""
+    from onnx_mdp.report import printable
+
+    return "\n".join(printable(line) for line in text.split("\n"))

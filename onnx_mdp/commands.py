@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,8 @@ from onnx_mdp.plan import PruningPlan, check_plan, load_plan, plan_json
 from onnx_mdp.problem import SolveLimits
 from onnx_mdp.report import analysis_table, cost_table, plan_table, printable
 from onnx_mdp.runtime import Runtime, runtime
+from onnx_mdp.scoring import CRITERIA
+from onnx_mdp.solvers import SOLVERS
 from onnx_mdp.structure import Structure
 from onnx_mdp.verification import Evidence, verify
 
@@ -157,6 +160,25 @@ def _base_terms(structure: Structure, table: LatencyTable) -> dict[int, float]:
     return {t.operation: term_ms(table, t, width(t.reads, kept), width(t.makes, kept)) for t in table.terms}
 
 
+def _check_wanted(wanted: PruneOptions) -> None:
+    """Refuse wrong options before minutes of measuring and not after."""
+    targets = [t for t in (wanted.target_ms, wanted.target_ratio) if t is not None]
+    if len(targets) != 1:
+        raise UsageError("give exactly one of --target-ms and --target-ratio")
+    if not 0 < targets[0] < math.inf:
+        raise UsageError("the target must be a number larger than 0")
+    if wanted.solver not in SOLVERS:
+        raise UsageError(f"unknown solver {wanted.solver!r}; choose one of {', '.join(sorted(SOLVERS))}")
+    if wanted.criterion is not None and wanted.criterion not in CRITERIA:
+        raise UsageError(
+            f"unknown criterion {wanted.criterion!r}; choose one of {', '.join(sorted(CRITERIA))}"
+        )
+    if wanted.data is None and wanted.criterion not in (None, "magnitude"):
+        raise UsageError(f"criterion {wanted.criterion!r} needs calibration inputs; pass --data")
+    if wanted.data is None and wanted.preprocess is not None:
+        raise UsageError("--preprocess says how --data images become inputs; pass --data too")
+
+
 def _outputs(path: Path, output: Path | None) -> tuple[Path, Path, Path]:
     model = output if output is not None else Path(f"{path.stem}.pruned.onnx")
     stem = model.name.removesuffix(".onnx")
@@ -165,10 +187,7 @@ def _outputs(path: Path, output: Path | None) -> tuple[Path, Path, Path]:
 
 def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
     """Prune a model to a latency and write the model, its plan and a figure of it."""
-    if (wanted.target_ms is None) == (wanted.target_ratio is None):
-        raise UsageError("give exactly one of --target-ms and --target-ratio")
-    if (wanted.target_ms or wanted.target_ratio or 0) <= 0:
-        raise UsageError("the target must be larger than 0")
+    _check_wanted(wanted)
     outputs = _outputs(path, wanted.output)
     if not wanted.dry_run:
         for output in outputs:
@@ -179,7 +198,7 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
         target_ms=wanted.target_ms,
         target_ratio=wanted.target_ratio,
         runtime=options.runtime(),
-        criterion=wanted.criterion or ("activation" if data else "magnitude"),
+        criterion=wanted.criterion or ("drift" if data else "magnitude"),
         solver=wanted.solver,
         limits=SolveLimits(wanted.time_limit, wanted.gap),
         max_choices=wanted.choices,
@@ -191,7 +210,7 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
     written = _write(result, outputs, wanted)
     if result.plan is not None and not options.screen.as_json:
         options.screen.table(plan_table(structure, result.plan))
-    options.screen.result(summary(result, written[0]), prune_document(result, written))
+    options.screen.result(_summary(result, written[0]), prune_document(result, written))
     return _EXIT[result.status]
 
 
@@ -225,7 +244,7 @@ def _write(
     return outputs
 
 
-def summary(result: PruneResult, written: Path | None) -> str:
+def _summary(result: PruneResult, written: Path | None) -> str:
     """The final line of a prune."""
     target, base = f"target {result.target_ms:.3f} ms", f"base {result.base_ms:.3f} ms"
     if result.status == "nothing_to_do":

@@ -22,6 +22,7 @@ from rich.progress import (
 __all__ = ["Screen"]
 
 _STAGES = {
+    "score": "measuring what each dimension is worth",
     "profile": "profiling variants",
     "calibrate": "calibrating the table",
     "solve": "solving",

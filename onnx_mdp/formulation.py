@@ -22,7 +22,7 @@ from onnx_mdp.problem import Block, Choice, Factor, PruningProblem, Variable, Wi
 from onnx_mdp.scoring import Importance, ranking
 from onnx_mdp.structure import Extent, Structure
 
-__all__ = ["Formulation", "formulate", "plan_from_choice", "to_ns"]
+__all__ = ["Formulation", "formulate", "plan_from_choice", "to_ns", "variant_from_choice"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,12 @@ class _Builder:
         for block in structure.blocks:
             if not self.members[block.name]:
                 self.members[block.name].append(self._add(f"block {block.name}", (0, 1)))
-            self.switch[block.name] = self.members[block.name][0]
+            switch = self.switch[block.name] = self.members[block.name][0]
+            worth = np.full(
+                len(self.variables[switch].widths), importance.blocks.get(block.name, 0.0) / total
+            )
+            worth[0] = 0.0
+            self.factors.append(Factor((switch,), value=worth))
 
     def _add(self, name: str, widths: Sequence[int]) -> int:
         self.variables.append(Variable(name, tuple(widths)))

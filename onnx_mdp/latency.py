@@ -33,6 +33,7 @@ from onnx_mdp.structure import Structure
 from onnx_mdp.timing import Timing, measure, random_feeds
 
 __all__ = [
+    "VARIANTS",
     "Calibration",
     "LatencyTable",
     "Variant",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sys
 import tempfile
@@ -67,7 +68,7 @@ def _load_file(path: Path) -> ir.Model:
     try:
         proto = onnx.load_model(path, load_external_data=False)
         _check_external_paths(proto, path)
-        model = ir.load(path)
+        model = ir.external_data.load_to_model(ir.load(path))
     except UnreadableModelError:
         raise
     except PermissionError as error:
@@ -101,6 +102,19 @@ def _check_external_paths(proto: onnx.ModelProto, path: Path) -> None:
             raise UnreadableModelError(
                 f"{path} needs the external data file {location!r}, which is not beside it"
             )
+        if _external_end(tensor) > target.stat().st_size:
+            raise UnreadableModelError(
+                f"{path} reads tensor {tensor.name!r} beyond the end of {location!r}, which is truncated"
+            )
+
+
+def _external_end(tensor: onnx.TensorProto) -> int:
+    """The first byte after the tensor in its file; a missing length is what the shape needs."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    itemsize = ir.DataType(tensor.data_type).itemsize
+    needed: int = math.ceil(math.prod(tensor.dims) * itemsize)
+    length = max(int(entries.get("length") or 0), needed)
+    return int(entries.get("offset") or 0) + length
 
 
 def _external_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

@@ -134,7 +134,7 @@ def prune(
     clock.lap("measure")
     if target >= base.ms[0]:
         return _nothing_to_do(structure, target, base.ms[0], base.noise, original, clock)
-    importance = score(structure, request.criterion, feeds)
+    importance = score(structure, request.criterion, feeds, progress)
     clock.lap("score")
     table = build_table(
         structure,
@@ -155,7 +155,7 @@ def prune(
             table=table,
         )
     best = found.best
-    model = finish(best.model, best.plan)
+    model = _finish(best.model, best.plan)
     progress("verify", 0, 1)
     evidence = verify(original, structure, model, best.plan, feeds=feeds[:2])
     require(evidence)
@@ -259,7 +259,7 @@ def _close_loop(loop: _Loop, target: float, base_ms: float, progress: Progress) 
         if solution.choice is None:
             break
         plan = _plan(loop, solution, state)
-        if (identity := plan_identity(plan)) in tried:
+        if (identity := _plan_identity(plan)) in tried:
             break
         tried.add(identity)
         candidate = _measure_plan(loop, plan, solution, base_ms, progress, step)
@@ -330,7 +330,7 @@ def _best(candidates: Sequence[_Candidate], target: float) -> _Candidate | None:
     return min(candidates, key=lambda c: c.measured_ms, default=None)
 
 
-def plan_identity(plan: PruningPlan) -> str:
+def _plan_identity(plan: PruningPlan) -> str:
     """A hash of what the plan does, not of how it was found."""
     bare = PruningPlan(
         keep=dict(sorted(plan.keep.items())), removed_blocks=tuple(sorted(plan.removed_blocks))
@@ -338,10 +338,10 @@ def plan_identity(plan: PruningPlan) -> str:
     return hashlib.sha256(plan_json(bare).encode()).hexdigest()[:16]
 
 
-def finish(model: ir.Model, plan: PruningPlan) -> ir.Model:
+def _finish(model: ir.Model, plan: PruningPlan) -> ir.Model:
     """Stamp a rewritten model with where it came from; the same plan gives the same bytes."""
     model.metadata_props["onnx_mdp.version"] = __version__
-    model.metadata_props["onnx_mdp.plan"] = plan_identity(plan)
+    model.metadata_props["onnx_mdp.plan"] = _plan_identity(plan)
     if "model" in plan.provenance:
         model.metadata_props["onnx_mdp.source"] = str(plan.provenance["model"])
     return model
@@ -354,7 +354,7 @@ def apply_plan(original: ir.Model, structure: Structure, plan: PruningPlan) -> t
         UsageError: the plan was made for another model.
         VerificationError: the pruned model is not what the plan says.
     """
-    model = finish(rewrite(structure, plan), plan)
+    model = _finish(rewrite(structure, plan), plan)
     evidence = verify(original, structure, model, plan)
     require(evidence)
     return model, evidence

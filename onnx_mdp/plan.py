@@ -176,7 +176,9 @@ def check_plan(plan: PruningPlan, structure: Structure) -> None:
             raise UsageError(f"the plan prunes dimension {name!r}, which the model does not have")
         if dimensions[name].frozen is not None:
             raise UsageError(f"the plan prunes {name!r}, which is frozen: {dimensions[name].frozen}")
-        if not units or units[-1] >= len(dimensions[name].units):
+        if not units or list(units) != sorted(set(units)) or units[0] < 0:
+            raise UsageError(f"the plan's units of {name!r} must be distinct, ascending and at least one")
+        if units[-1] >= len(dimensions[name].units):
             raise UsageError(
                 f"the plan keeps units of {name!r} that do not exist; it has {len(dimensions[name].units)}"
             )

@@ -68,6 +68,32 @@ class _Edit:
         """Whether an activation's axis becomes shorter."""
         return not bool(self.keep(name, axis).all())
 
+    def computes_from_cut(self, name: str) -> bool:
+        """Whether a run-time computation reads the shape of a tensor that becomes smaller."""
+        makers = {o: op for op in self.structure.shadow.operations for o in op.outputs}
+        stack, seen = [name], {name}
+        while stack:
+            maker = makers.get(stack.pop())
+            if maker is None:
+                continue
+            if maker.op_type in ("Shape", "Size"):
+                source = maker.inputs[0]
+                if any(self.cuts(source, axis) for axis in range(len(self.structure.shadow.shapes[source]))):
+                    return True
+                continue
+            fresh = [i for i in maker.inputs if i and i not in seen]
+            seen.update(fresh)
+            stack += fresh
+        return False
+
+    def unique(self, stem: str) -> str:
+        """A name that no node and no value of the model has."""
+        taken = {v.name for n in self.model.graph for v in n.outputs} | {n.name for n in self.model.graph}
+        name, number = stem, 2
+        while name in taken:
+            name, number = f"{stem}_{number}", number + 1
+        return name
+
     def constant(self, operation: Operation, slot: int) -> npt.NDArray[Any] | None:
         name = operation.inputs[slot] if slot < len(operation.inputs) else ""
         return self.structure.shadow.constants.get(name)
@@ -95,7 +121,12 @@ def _sliced(edit: _Edit, name: str, masks: Mapping[int, Mask]) -> ir.Value:
     array = edit.structure.shadow.constants[name]
     for axis, mask in masks.items():
         array = np.compress(mask, array, axis)
-    return _add_initializer(edit.model, f"{name}__pruned", np.ascontiguousarray(array))
+    original = edit.model.graph.initializers[name]
+    value = _add_initializer(edit.model, f"{name}__pruned", np.ascontiguousarray(array))
+    value.doc_string = original.doc_string
+    if original.const_value is not None and value.const_value is not None:
+        value.const_value.doc_string = original.const_value.doc_string
+    return value
 
 
 def _restore_names(model: ir.Model, versions: Mapping[tuple[str, bytes], ir.Value]) -> None:
@@ -155,19 +186,25 @@ def _forget_shapes(model: ir.Model) -> None:
 
 
 def _set_operand(edit: _Edit, operation: Operation, slot: int, values: npt.NDArray[Any]) -> None:
-    """Replace the entries of a shape operand that differ, and leave those that a run computes."""
+    """Give a shape operand new entries; entries that change with a symbolic dimension stay computed.
+
+    A computed operand is also pinned where nothing differs but its computation reads a shape that the
+    plan changes: ``Shape`` of another, now narrower, tensor.
+    """
     old = edit.constant(operation, slot)
-    if old is None or (old.shape == values.shape and bool((old == values).all())):
+    name = operation.inputs[slot]
+    if old is None or (np.array_equal(old, values) and not edit.computes_from_cut(name)):
         return
     node = edit.nodes[operation.index]
-    name = operation.inputs[slot]
     fixed = _add_initializer(edit.model, f"{name}__pruned", values.astype(old.dtype))
-    if name not in edit.structure.shadow.dynamic:
+    moving = edit.structure.shadow.dynamic.get(name)
+    if moving is None:
         node.replace_input_with(slot, fixed)
         return
-    mask = _add_initializer(edit.model, f"{name}__changed", np.asarray(old != values))
-    choice = ir.Node("", "Where", [mask, fixed, node.inputs[slot]], name=f"{operation.name}/pruned_{slot}")
-    choice.outputs[0].name = f"{name}__patched_{operation.index}_{slot}"
+    mask = _add_initializer(edit.model, f"{name}__fixed", ~moving)
+    choice = ir.Node("", "Where", [mask, fixed, node.inputs[slot]])
+    choice.name = edit.unique(f"{operation.name}/pruned_{slot}")
+    choice.outputs[0].name = edit.unique(f"{name}__patched")
     edit.model.graph.insert_before(node, choice)
     node.replace_input_with(slot, choice.outputs[0])
 

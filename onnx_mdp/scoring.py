@@ -6,13 +6,15 @@ cuts. ``activation`` (needs inputs) is the share of a layer's input energy that 
     I(u) = Σ_consumers ω · E[x_u²]·‖W_u‖² / Σ_v E[x_v²]·‖W_v‖²
 
 where ``ω`` is what the consumer's residual branch adds to the energy of its stream (1 outside of blocks).
-Both are relative, so that units of different layers compare. Gradient criteria plug in as another function.
+``drift`` (needs inputs) orders units by ``activation`` and scales each dimension and block by how far the
+outputs really move without it. All are relative, so that units of different layers compare. Gradient
+criteria plug in as another function.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,11 +23,22 @@ import onnx
 
 from onnx_mdp.errors import UsageError
 from onnx_mdp.model_io import model_bytes
+from onnx_mdp.output_drift import block_drifts, unit_steps
 from onnx_mdp.rules import Site, varying
 from onnx_mdp.runtime import Runtime, open_session
 from onnx_mdp.structure import Structure
 
-__all__ = ["CRITERIA", "Criterion", "Importance", "activation", "magnitude", "ranking", "score"]
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "Importance",
+    "Scores",
+    "activation",
+    "drift",
+    "magnitude",
+    "ranking",
+    "score",
+]
 
 Vector = npt.NDArray[np.float64]
 Feeds = Sequence[Mapping[str, npt.NDArray[Any]]]
@@ -33,22 +46,42 @@ Feeds = Sequence[Mapping[str, npt.NDArray[Any]]]
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """Scores by dimension index, ``float64[units]`` each, higher keeps; not negative."""
+    """Scores by dimension index, ``float64[units]`` each, higher keeps; not negative.
+
+    ``blocks`` is added once for a block that is kept, beside the scores of its inner units; it may be
+    negative, where the block as a whole is worth less than its units one by one.
+    """
 
     criterion: str
     units: Mapping[int, Vector]
+    blocks: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
         """The importance of the unpruned model."""
-        return float(sum(vector.sum() for vector in self.units.values()))
+        return float(sum(vector.sum() for vector in self.units.values())) + sum(self.blocks.values())
 
 
-Criterion = Callable[[Structure, Feeds], Vector]
-"""A function of the structure and calibration feeds that returns ``float64[classes]``."""
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a criterion returns: ``float64[classes]``, and what each block is worth beside its units."""
+
+    classes: Vector
+    blocks: Mapping[str, float] = field(default_factory=dict)
 
 
-def score(structure: Structure, criterion: str | Criterion, feeds: Feeds = ()) -> Importance:
+Progress = Callable[[str, int, int], None]
+Criterion = Callable[[Structure, Feeds, Progress], Scores]
+"""A function of the structure, the calibration feeds and a progress callback."""
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Report no progress."""
+
+
+def score(
+    structure: Structure, criterion: str | Criterion, feeds: Feeds = (), progress: Progress = _silent
+) -> Importance:
     """Score every prunable unit.
 
     Raises:
@@ -60,11 +93,12 @@ def score(structure: Structure, criterion: str | Criterion, feeds: Feeds = ()) -
         function, name = CRITERIA[criterion], criterion
     else:
         function, name = criterion, getattr(criterion, "__name__", "custom")
-    classes = function(structure, feeds)
+    scores = function(structure, feeds, progress)
+    classes = scores.classes
     if classes.shape != (structure.graph.classes,) or not np.isfinite(classes).all():
         raise UsageError(f"criterion {name!r} must return one finite number for each index class")
     units = {i: np.maximum(classes[list(structure.dimensions[i].units)], 0.0) for i in structure.prunable}
-    return Importance(name, units)
+    return Importance(name, units, dict(scores.blocks))
 
 
 def ranking(importance: Importance, index: int) -> npt.NDArray[np.int64]:
@@ -72,7 +106,7 @@ def ranking(importance: Importance, index: int) -> npt.NDArray[np.int64]:
     return np.argsort(-importance.units[index], kind="stable")
 
 
-def magnitude(structure: Structure, feeds: Feeds = ()) -> Vector:
+def magnitude(structure: Structure, feeds: Feeds = (), progress: Progress = _silent) -> Scores:
     """Share of the squared weights, with a following BatchNormalization multiplied in."""
     scores = np.zeros(structure.graph.classes)
     for site in structure.graph.sites:
@@ -81,10 +115,10 @@ def magnitude(structure: Structure, feeds: Feeds = ()) -> Vector:
             if site.role != "in":
                 energy = energy * _batchnorm_gain(structure, site)
             scores += _share(structure, site, energy)
-    return scores
+    return Scores(scores)
 
 
-def activation(structure: Structure, feeds: Feeds) -> Vector:
+def activation(structure: Structure, feeds: Feeds, progress: Progress = _silent) -> Scores:
     """Share of the energy that the consumers of a unit receive from it.
 
     Raises:
@@ -109,10 +143,31 @@ def activation(structure: Structure, feeds: Feeds) -> Vector:
         if norms is not None:
             received = _by_index(energies[_data_input(structure, site)], len(site.labels))
             scores += weight[site.operation] * _share(structure, site, norms * received)
-    return scores
+    return Scores(scores)
 
 
-CRITERIA: dict[str, Criterion] = {"activation": activation, "magnitude": magnitude}
+def drift(structure: Structure, feeds: Feeds, progress: Progress = _silent) -> Scores:
+    """Activation's order of units, scaled by the measured drift of the outputs.
+
+    Raises:
+        UsageError: no calibration data.
+    """
+    if not feeds:
+        raise UsageError("criterion 'drift' needs calibration inputs; pass --data")
+    order = score(structure, activation, feeds)
+    steps = unit_steps(structure, {i: ranking(order, i) for i in structure.prunable}, feeds, progress)
+    classes = np.zeros(structure.graph.classes)
+    inner = {block.name: 0.0 for block in structure.blocks}
+    for index, values in steps.items():
+        dimension = structure.dimensions[index]
+        classes[list(dimension.units)] = values
+        if dimension.block is not None:
+            inner[dimension.block] += float(values.sum())
+    measured = block_drifts(structure, feeds)
+    return Scores(classes, {name: measured[name] - inner[name] for name in measured})
+
+
+CRITERIA: dict[str, Criterion] = {"activation": activation, "drift": drift, "magnitude": magnitude}
 
 
 def _data_input(structure: Structure, site: Site) -> str:

@@ -122,12 +122,8 @@ def _signatures(graph: LabelledGraph) -> npt.NDArray[np.uint64]:
     rng = np.random.default_rng(20260101)
     total = np.zeros(graph.classes, np.uint64)
     vectors: list[Labels] = [site.labels for site in graph.sites]
-    vectors += [
-        graph.vector(name, axis)
-        for name, labels in graph.tensors.items()
-        for axis, count in enumerate(labels.shape)
-        if count > 1
-    ]
+    for name, labels in graph.tensors.items():
+        vectors += [graph.vector(name, axis) for axis in varying(labels)] or [labels.reshape(-1)]
     for vector in vectors:
         counts = np.bincount(vector, minlength=graph.classes).astype(np.uint64)
         total += counts * rng.integers(1, 2**63, dtype=np.uint64)

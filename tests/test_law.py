@@ -40,7 +40,12 @@ from onnx_mdp.timing import random_feeds
 from onnx_mdp.verification import Evidence, masked_model, require, verify
 
 # In these a sigmoid of a large factor, or a product with a tiny one, amplifies the rounding of float32.
-ILL_CONDITIONED = ("detect/yunet_n_dynamic.onnx", "ocr/ppocrv4_det.onnx", "ocr/ppocrv4_rec.onnx")
+ILL_CONDITIONED = (
+    "detect/yunet_n_dynamic.onnx",
+    "ocr/ppocrv4_det.onnx",
+    "ocr/ppocrv4_rec.onnx",
+    "seg/agllnet_256_tf2onnx.onnx",
+)
 LONG = ("seg/agllnet_256_tf2onnx.onnx",)
 QUICK = (
     "cifar10/mlperf_resnet8_tf2onnx.onnx",
@@ -105,7 +110,7 @@ def test_pruned_equals_masked_on_exports(
         plan = random_plan(structure, np.random.default_rng(seed), least=0.3)
         pruned, evidence = prune_checked(model, structure, plan)
         assert evidence.worst <= 1e-5
-        assert evidence.inputs_tried == (4 if dynamic_batch else 3)
+        assert evidence.inputs_tried == (5 if dynamic_batch else 4)
         assert informative(pruned, structure)
 
 
@@ -142,9 +147,8 @@ def test_pruned_equals_masked_to_rounding_in_float64(name: str, exported: Export
     for proto in (pruned, masked):
         for axis in (2, 3):
             proto.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = 32
-    expected, actual = (
-        onnx.reference.ReferenceEvaluator(proto).run(None, {"image": image})[0] for proto in (masked, pruned)
-    )
+    outputs = [onnx.reference.ReferenceEvaluator(p).run(None, {"image": image}) for p in (masked, pruned)]
+    expected, actual = (np.asarray(next(iter(output))) for output in outputs)
     assert expected.dtype == np.float64
     assert np.abs(actual - expected).max() <= 1e-9 * np.abs(expected).max()
 
@@ -165,6 +169,21 @@ def test_the_law_holds_in_float64_where_float32_saturates(name: str, shape: tupl
         for a, e in zip(actual, expected, strict=True):
             assert e.dtype == np.float64
             assert np.abs(a - e).max() <= 1e-9 * np.abs(e).max()
+
+
+@pytest.mark.zoo
+@pytest.mark.slow
+def test_the_law_holds_in_float32_on_inputs_in_the_range_of_images() -> None:
+    """Normal noise drives the outputs to 10⁵, where float32 is coarse; images in [0, 1] do not."""
+    model, structure = zoo_structure("seg/agllnet_256_tf2onnx.onnx")
+    ((key, shape),) = structure.shadow.inputs.items()
+    feed = {key: np.random.default_rng(0).random(shape).astype(np.float32)}
+    plan = random_plan(structure, np.random.default_rng(1), least=0.5)
+    (expected,), (actual,) = (
+        run(masked_model(model, structure, plan), feed),
+        run(rewrite(structure, plan), feed),
+    )
+    assert np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 # -- (b) an empty plan changes nothing ----------------------------------------------------------------------
@@ -325,7 +344,9 @@ def test_names_metadata_and_doc_strings_stay() -> None:
     assert kept_notes == notes
     for proto in (before, after):
         del proto.graph.initializer[:]
-    assert after == before
+        for node in proto.graph.node:  # an empty domain and none at all are the same
+            node.ClearField("domain")
+    assert str(after) == str(before)
 
 
 # -- (g) every block, alone ---------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from rich.console import Console
 from zoo import analyse, random_plan, zoo_structure
 
+from onnx_mdp.binding import bind_shapes
 from onnx_mdp.documents import analyze_document, frozen_operators, plan_totals, shares
 from onnx_mdp.figures import structure_svg
 from onnx_mdp.model_io import parameter_count
@@ -24,7 +25,6 @@ from onnx_mdp.plan import PruningPlan
 from onnx_mdp.report import analysis_table, plan_table, printable
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.rules import RULES
-from onnx_mdp.binding import bind_shapes
 from onnx_mdp.shadow import prepare
 from onnx_mdp.structure import Structure, macs
 

@@ -9,10 +9,10 @@ import pytest
 from onnx import helper, numpy_helper
 from zoo import CNNS, run, text_model, zoo_path
 
+from onnx_mdp.binding import bind_shapes, doubled_shapes, graph_inputs
 from onnx_mdp.errors import MeasurementError, UnsupportedModelError, UsageError
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.runtime import Runtime, open_session
-from onnx_mdp.binding import bind_shapes, doubled_shapes, graph_inputs
 from onnx_mdp.shadow import Shadow, prepare
 from onnx_mdp.timing import random_feeds
 

@@ -18,11 +18,11 @@ import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
 
+from onnx_mdp.binding import bind_shapes
 from onnx_mdp.model_io import ModelLike, load_model, model_bytes
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import Runtime, open_session
-from onnx_mdp.binding import bind_shapes
 from onnx_mdp.shadow import prepare
 from onnx_mdp.structure import Structure, analyze_shadow
 from onnx_mdp.timing import random_feeds

@@ -45,7 +45,8 @@ def conv_transpose(state: Labelling, operation: Operation) -> None:
         return
     inputs, group_outputs = weight.shape[:2]
     channels = _channels(state, operation, inputs)
-    if groups == inputs:
+    depthwise = groups == inputs > 1
+    if depthwise:
         made = np.repeat(channels, group_outputs)
     else:
         if groups > 1:
@@ -53,7 +54,7 @@ def conv_transpose(state: Labelling, operation: Operation) -> None:
         single = state.fresh(group_outputs)
         state.site(operation, 1, 1, single, "out")
         made = np.tile(single, groups)
-    state.site(operation, 1, 0, channels, "each" if groups == inputs else "in")
+    state.site(operation, 1, 0, channels, "each" if depthwise else "in")
     state.site(operation, 2, 0, made)
     state.reduces(operation, 0)
     state.emit(operation, made.reshape((1, -1) + (1,) * (weight.ndim - 2)))

@@ -30,9 +30,15 @@ def dropout(state: Labelling, operation: Operation) -> None:
         state.emit(operation, state.labels(operation.inputs[0]), output)
 
 
-@rule("Shape", "Size")
+@rule("Shape")
 def shape(state: Labelling, operation: Operation) -> None:
-    """Reads no element: a computed shape is checked where it is used."""
+    """Reads no element: a computed shape is patched where it is used."""
+
+
+@rule("Size")
+def size(state: Labelling, operation: Operation) -> None:
+    """One number that mixes prunable and symbolic extents cannot be patched."""
+    state.freeze_inputs(operation, f"{operation} counts a prunable axis together with a symbolic one")
 
 
 @rule(
@@ -48,6 +54,11 @@ def meets(state: Labelling, operation: Operation) -> None:
     activations = [(slot, name) for slot, name in operands if not state.is_constant(name)]
     aligned = {slot: _align(state.labels(name), len(shape)) for slot, name in activations}
     extents = {slot: (1,) * (len(shape) - len(state.shape(n))) + state.shape(n) for slot, n in operands}
+    axes = {axis for labels in aligned.values() for axis in varying(labels)}
+    for slot, name in activations:
+        if any(extents[slot][axis] == 1 and shape[axis] > 1 for axis in axes):
+            state.freeze(aligned[slot], f"{operation} broadcasts {name!r} over a prunable axis")
+            aligned[slot] = np.zeros_like(aligned[slot])
     joint = np.zeros((1,) * len(shape), np.int32)
     for slot in sorted(aligned, key=lambda s: -int((aligned[s] > 0).any())):
         joint = _meet(state, operation, joint, aligned[slot])
@@ -79,9 +90,7 @@ def _check_broadcast(
 ) -> None:
     """An operand may leave a labelled axis out (extent 1), but may not be fixed or single along it."""
     for axis in varying(joint):
-        if extents[axis] == 1:
-            state.freeze(labels, f"{operation} broadcasts {name!r} over a prunable axis")
-        else:
+        if extents[axis] > 1:
             fixed = (labels == 0) & (joint > 0)
             state.freeze(np.where(fixed, joint, 0), f"{operation} meets {name!r}, which cannot be pruned")
 

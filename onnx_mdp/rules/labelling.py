@@ -179,11 +179,13 @@ class Labelling:
 
     def site(self, operation: Operation, slot: int, axis: int, labels: Labels, role: Role = "each") -> None:
         """The operation reads an initializer that is cut along ``axis`` with these labels."""
-        if slot < len(operation.inputs) and operation.inputs[slot] and bool((labels > 0).any()):
-            if self.is_constant(operation.inputs[slot]):
-                self.sites.append(Site(operation.index, slot, axis, labels, role))
-            else:
-                self.freeze(labels, f"{operation} computes its parameters at run time")
+        name = operation.inputs[slot] if slot < len(operation.inputs) else ""
+        if name and (not self.is_constant(name) or name in self.shadow.dynamic):
+            why = f"{operation} computes its parameters at run time"
+            self.freeze(labels, why)
+            self.freeze(self.labels(name), why)
+        elif name and (labels > 0).any():
+            self.sites.append(Site(operation.index, slot, axis, labels, role))
 
     def reduces(self, operation: Operation, slot: int) -> None:
         """The operation sums (or takes statistics) over a labelled axis of this input."""
@@ -194,7 +196,7 @@ class Labelling:
         for operation in self.shadow.operations:
             names = [n for n in (*operation.inputs, *operation.captured) if n]
             key = f"{operation.domain}::{operation.op_type}" if operation.domain else operation.op_type
-            if all(self.is_constant(o) or not o for o in operation.outputs):
+            if operation.op_type != "Size" and all(self.is_constant(o) or not o for o in operation.outputs):
                 continue
             if key in RULES:
                 RULES[key](self, operation)

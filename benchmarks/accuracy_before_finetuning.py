@@ -1,0 +1,170 @@
+"""The accuracy that pruning leaves before any fine-tuning, with and without calibration data.
+
+Claim: with the criterion ``activation`` and 64 unlabelled calibration inputs, MobileNetV2 keeps a top-1 of at
+least 80 % at 0.8 of its predicted latency and ResNet-56 of at least 85 % at 0.65 (on the samples below), and
+no pruned model measures slower than the dense one.
+
+Plans come from the table alone, without measuring and solving again, so the measured ratio beside the
+predicted one is that of a first shot. ImageNet models are calibrated on 64 images of even classes and
+evaluated on the 500 of odd classes (mostly training images: look at differences); CIFAR models on 64 of the
+first 1000 test images and the other 9000. ``magnitude`` reads only the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from benchmarks.harness import (
+    Verdict,
+    arguments,
+    combined,
+    judge,
+    note,
+    print_table,
+    publish,
+    run_main,
+)
+from benchmarks.measuring import measured_ratios, table_from_nothing
+from benchmarks.model_files import model_path
+from benchmarks.samples import Samples, samples_for, top1
+from onnx_mdp.errors import UsageError
+from onnx_mdp.formulation import formulate, plan_from_choice, to_ns
+from onnx_mdp.latency import LatencyTable, full_variant, predict_ms
+from onnx_mdp.model_io import load_model, model_bytes
+from onnx_mdp.pipeline import analyze, tolerance
+from onnx_mdp.plan import PruningPlan
+from onnx_mdp.rewriting import rewrite
+from onnx_mdp.runtime import Runtime
+from onnx_mdp.scoring import score
+from onnx_mdp.solvers import solve
+from onnx_mdp.structure import Structure
+
+__all__ = ["Result", "main"]
+
+_CRITERIA = ("magnitude", "activation")
+_BARS = {("mobilenet_v2", 0.8): 0.80, ("resnet56", 0.65): 0.85}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One model pruned by one criterion to one ratio; accuracies are top-1 shares of ``images``."""
+
+    model: str
+    criterion: str
+    ratio: float
+    images: int
+    dense: float
+    accuracy: float
+    predicted: float
+    measured: float
+    noise: float
+    importance: float
+    removed_blocks: tuple[str, ...]
+    complete: bool
+
+    @property
+    def bar(self) -> float | None:
+        """The accuracy that is claimed for this cell."""
+        return _BARS.get((self.model, self.ratio)) if self.criterion == "activation" else None
+
+    @property
+    def verdict(self) -> Verdict:
+        """A bar needs all images; a latency needs a quiet machine."""
+        if self.bar is not None and self.complete and self.accuracy < self.bar:
+            return "fail"
+        if self.bar is not None and not self.complete:
+            return "inconclusive"
+        return judge(self.measured <= 1 + tolerance(self.noise), self.noise)
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    criterion: str
+    ratio: float
+    plan: PruningPlan
+    predicted: float
+    importance: float
+
+
+def _plans(
+    structure: Structure, table: LatencyTable, data: Samples, ratios: Sequence[float]
+) -> Iterator[_Planned]:
+    base_ms = predict_ms(table, structure, full_variant(structure))
+    for criterion in _CRITERIA:
+        importance = score(structure, criterion, data.calibration)
+        formulation = formulate(structure, importance, table)
+        for ratio in ratios:
+            found = solve(formulation.problem, to_ns(ratio * base_ms))
+            if found.choice is None:
+                raise UsageError(f"no plan reaches {ratio:g} of the latency; choose a larger ratio")
+            plan = plan_from_choice(structure, formulation, importance, found.choice)
+            yield _Planned(criterion, ratio, plan, found.cost_ns * 1e-6 / base_ms, found.value)
+
+
+def _results(name: str, given: argparse.Namespace) -> Iterator[Result]:
+    note(f"{name}: table and plans")
+    model = load_model(model_path(name))
+    structure, data = analyze(model, {}), samples_for(name, given.images)
+    runtime = Runtime(threads=given.threads)
+    table = table_from_nothing(structure, runtime, given.seed)
+    planned = tuple(_plans(structure, table, data, given.ratios))
+    note(f"{name}: latencies of {len(planned)} plans")
+    plans = [p.plan for p in planned]
+    ratios = measured_ratios(model_bytes(model), structure, plans, runtime, seed=given.seed)
+    dense = _accuracy(model, data, name, "dense", given.threads)
+    for p, measured in zip(planned, ratios.values, strict=True):
+        what = f"{p.criterion} at {p.ratio:g}"
+        yield Result(
+            model=name,
+            criterion=p.criterion,
+            ratio=p.ratio,
+            images=len(data.labels),
+            dense=dense,
+            accuracy=_accuracy(rewrite(structure, p.plan), data, name, what, given.threads),
+            predicted=p.predicted,
+            measured=measured,
+            noise=ratios.noise,
+            importance=p.importance,
+            removed_blocks=p.plan.removed_blocks,
+            complete=given.images is None,
+        )
+
+
+def _accuracy(model: ir.Model, data: Samples, name: str, what: str, threads: int) -> float:
+    note(f"{name}: {what}, {len(data.labels)} images")
+    return top1(model_bytes(model), data, threads)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark and return the exit code."""
+    parser = arguments(__doc__, ("mobilenet_v2", "efficientnet_lite0", "resnet56", "resnet20"))
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.9, 0.8, 0.65])
+    parser.add_argument("--images", type=int, help="evaluate on the first of them only (default: all)")
+    given = parser.parse_args(argv)
+    results = [result for name in given.models for result in _results(name, given)]
+    columns = {
+        "model": lambda r: r.model,
+        "criterion": lambda r: r.criterion,
+        "ratio": lambda r: f"{r.ratio:g}",
+        "dense": lambda r: f"{r.dense:.1%}",
+        "accuracy": lambda r: f"{r.accuracy:.1%}",
+        "bar": lambda r: "" if r.bar is None else f"{r.bar:.0%}",
+        "predicted": lambda r: f"{r.predicted:.3f}",
+        "measured": lambda r: f"{r.measured:.3f}",
+        "F": lambda r: f"{r.noise:.1%}",
+        "blocks gone": lambda r: str(len(r.removed_blocks)),
+        "verdict": lambda r: r.verdict,
+    }
+    print_table("top-1 before fine-tuning", columns, results)
+    barred = [r for r in results if r.bar is not None]
+    summary = " · ".join(f"{r.model} {r.accuracy:.1%} at {r.ratio:g} (bar {r.bar:.0%})" for r in barred)
+    verdict = combined([result.verdict for result in results])
+    return publish(__file__, given, results, verdict, summary or "no bar for these models and ratios")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,148 @@
+"""What all benchmarks share: arguments, verdicts, and a table and a JSON file as output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+from onnx_mdp.errors import MdpError
+from onnx_mdp.model_io import write_text
+from onnx_mdp.runtime import device_name, import_onnxruntime
+
+__all__ = [
+    "NOISE_LIMIT",
+    "ROOT",
+    "Verdict",
+    "arguments",
+    "claim",
+    "combined",
+    "header",
+    "judge",
+    "note",
+    "print_table",
+    "publish",
+    "run_main",
+]
+
+ROOT = Path(__file__).resolve().parents[1]
+NOISE_LIMIT = 0.02  # the split-half error F above which a comparison of latencies proves nothing
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+_Row = TypeVar("_Row")
+
+
+def arguments(doc: str | None, models: Sequence[str]) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark; ``models`` is the default selection."""
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=text)
+    names = "of benchmarks/model_files.py, or of models/catalog.py with _torchscript or _dynamo"
+    parser.add_argument("--models", nargs="+", default=list(models), metavar="NAME", help=names)
+    parser.add_argument("--output", type=Path, default=ROOT / "out" / "benchmarks", metavar="DIR")
+    parser.add_argument("--threads", type=int, default=1, help="of the runtime (default: 1)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(doc=doc)
+    return parser
+
+
+def claim(doc: str | None) -> str:
+    """The paragraph of a docstring that begins with ``Claim:``, on one line."""
+    paragraphs = (doc or "").split("\n\n")
+    return next(" ".join(p.split()) for p in paragraphs if p.startswith("Claim:"))
+
+
+def header(threads: int) -> dict[str, str | int]:
+    """Where and when something was measured."""
+    return {
+        "device": device_name(),
+        "cpus": os.cpu_count() or 1,
+        "onnxruntime": str(import_onnxruntime().__version__),
+        "python": platform.python_version(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "threads": threads,
+    }
+
+
+def judge(holds: bool, noise: float) -> Verdict:
+    """Whether a claim about latencies holds; above the noise limit nobody can say.
+
+    >>> judge(True, 0.01), judge(False, 0.01), judge(False, 0.03), judge(True, float("nan"))
+    ('pass', 'fail', 'inconclusive', 'inconclusive')
+    """
+    if not noise <= NOISE_LIMIT:
+        return "inconclusive"
+    return "pass" if holds else "fail"
+
+
+def combined(verdicts: Sequence[Verdict]) -> Verdict:
+    """One failure fails the whole; else one inconclusive part leaves it open, and so does no part at all.
+
+    >>> combined(["pass", "inconclusive", "fail"]), combined(["pass", "inconclusive"]), combined([])
+    ('fail', 'inconclusive', 'inconclusive')
+    """
+    if "fail" in verdicts:
+        return "fail"
+    return "pass" if verdicts and set(verdicts) == {"pass"} else "inconclusive"
+
+
+def note(text: str) -> None:
+    """One line of progress on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_table(title: str, columns: Mapping[str, Callable[[_Row], str]], rows: Sequence[_Row]) -> None:
+    """Print one line a row on stdout; a file or a pipe gets lines as long as they need to be."""
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left", no_wrap=number > 0)
+    for row in rows:
+        table.add_row(*(show(row) for show in columns.values()))
+    console = Console()
+    Console(width=console.width if console.is_terminal else 400).print(table)
+
+
+def publish(
+    script: str, given: argparse.Namespace, rows: Sequence[Any], verdict: Verdict, summary: str
+) -> int:
+    """Write ``DIR/<name of the script>.json``, print the last line, and return the exit code."""
+    document = {
+        "claim": claim(given.doc),
+        "header": header(given.threads),
+        "verdict": verdict,
+        "summary": summary,
+        "rows": [_finite(asdict(row) | {"verdict": row.verdict}) for row in rows],
+    }
+    given.output.mkdir(parents=True, exist_ok=True)
+    path = given.output / f"{Path(script).stem}.json"
+    write_text(json.dumps(document, indent=2) + "\n", path, overwrite=True)
+    print(f"{verdict.upper()}  {summary} → {path}")
+    return 1 if verdict == "fail" else 0
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: both become null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def run_main(main: Callable[[], int]) -> None:
+    """Exit with what ``main`` returns; an expected failure is one sentence on stderr."""
+    try:
+        sys.exit(main())
+    except MdpError as error:
+        note(f"error: {error}")
+        sys.exit(2)  # 1 is for a claim that does not hold

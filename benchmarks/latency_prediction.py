@@ -1,0 +1,163 @@
+"""How well the latency table predicts pruned models that it never saw.
+
+Claim: over at least 20 heterogeneous configurations of each model, scaled by the unpruned model alone, the
+table's error has a median of at most max(3 %, 2F) and a maximum of at most max(10 %, 5F), where F is the
+split-half error of the measurement.
+
+The configurations are a hard set: every stage (resolution) of the network has its own factor, so that no
+common scale describes the model, and up to 60 % of the blocks are gone. The table is built from nothing in a
+temporary store. Beside it stand its error with all of its calibration, and that of a proxy: latency in
+proportion to multiply-accumulates.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from benchmarks.harness import (
+    Verdict,
+    arguments,
+    combined,
+    judge,
+    note,
+    print_table,
+    publish,
+    run_main,
+)
+from benchmarks.measuring import Ratios, measured_ratios, table_from_nothing
+from benchmarks.model_files import model_path
+from onnx_mdp.documents import plan_totals
+from onnx_mdp.latency import (
+    LatencyTable,
+    Variant,
+    full_variant,
+    plan_of_variant,
+    predict_ms,
+)
+from onnx_mdp.model_io import load_model, model_bytes
+from onnx_mdp.pipeline import analyze
+from onnx_mdp.runtime import Runtime
+from onnx_mdp.structure import Structure
+
+__all__ = ["Prediction", "heterogeneous_variant", "main"]
+
+_LEAST = 20
+_LEVELS = (0.25, 0.5, 0.8)
+_STAGE_FACTORS = (0.3, 0.6, 1.0, 1.6, 2.0)
+_DROPS = (0.0, 0.3, 0.6)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One model: ratios to the unpruned latency, and relative errors of each way to predict them."""
+
+    model: str
+    table_s: float
+    base_ms: float
+    noise: float
+    measured: tuple[float, ...]
+    errors: Mapping[str, tuple[float, ...]]
+    verdict: Verdict
+
+
+def heterogeneous_variant(
+    structure: Structure, choices: Mapping[int, Sequence[int]], rng: np.random.Generator
+) -> Variant:
+    """A common level, times one factor for each resolution, times a little noise for each dimension."""
+    level, drop = rng.choice(_LEVELS), rng.choice(_DROPS)
+    factors: dict[tuple[int, ...], float] = {}
+    kept = dict(full_variant(structure).kept)
+    for index, options in choices.items():
+        stage = _resolution(structure, index)
+        factor = factors.setdefault(stage, float(rng.choice(_STAGE_FACTORS)))
+        share = min(1.0, max(0.05, level * factor * rng.uniform(0.8, 1.25)))
+        wanted = share * len(structure.dimensions[index].units)
+        kept[index] = next((k for k in options if k >= wanted), options[-1])
+    gone = frozenset(b.name for b in structure.blocks if rng.random() < drop)
+    return Variant(kept, gone)
+
+
+def _resolution(structure: Structure, index: int) -> tuple[int, ...]:
+    producer = structure.shadow.operations[structure.dimensions[index].producer]
+    return structure.shadow.shapes[producer.outputs[0]][2:]
+
+
+def _errors(
+    structure: Structure, table: LatencyTable, variants: Sequence[Variant], ratios: Ratios
+) -> dict[str, tuple[float, ...]]:
+    """Relative errors of the table scaled by its base alone, of the table as it is, and of the proxy."""
+    bare = replace(table, calibration=replace(table.calibration, scale=1.0, offset_ms=0.0))
+    totals = [plan_totals(structure, plan_of_variant(structure, variant)).macs for variant in variants]
+    predicted = {
+        "base_only": _predicted_ratios(structure, bare, variants),
+        "calibrated": _predicted_ratios(structure, table, variants),
+        "macs": [after / before for before, after in totals],
+    }
+    measured = np.asarray(ratios.values)
+    return {name: tuple(np.abs(np.asarray(p) / measured - 1).tolist()) for name, p in predicted.items()}
+
+
+def _predicted_ratios(structure: Structure, table: LatencyTable, variants: Sequence[Variant]) -> list[float]:
+    base = predict_ms(table, structure, full_variant(structure))
+    return [predict_ms(table, structure, variant) / base for variant in variants]
+
+
+def _predict(name: str, given: argparse.Namespace) -> Prediction:
+    note(f"{name}: table")
+    model = load_model(model_path(name))
+    structure, runtime = analyze(model, {}), Runtime(threads=given.threads)
+    table = table_from_nothing(structure, runtime, given.seed)
+    rng = np.random.default_rng([given.seed, 7])
+    variants = [heterogeneous_variant(structure, table.choices, rng) for _ in range(given.configs)]
+    ratios = measured_ratios(
+        model_bytes(model),
+        structure,
+        [plan_of_variant(structure, variant) for variant in variants],
+        runtime,
+        seed=given.seed,
+        on_group=lambda done, total: note(f"{name}: {done} of {total} configurations measured"),
+    )
+    errors = _errors(structure, table, variants, ratios)
+    verdict = _verdict(errors["base_only"], ratios.noise)
+    return Prediction(name, table.seconds, ratios.base_ms, ratios.noise, ratios.values, errors, verdict)
+
+
+def _verdict(errors: Sequence[float], noise: float) -> Verdict:
+    """Too few configurations, like too much noise, prove nothing."""
+    holds = np.median(errors) <= max(0.03, 2 * noise) and max(errors) <= max(0.10, 5 * noise)
+    return judge(bool(holds), noise) if len(errors) >= _LEAST else "inconclusive"
+
+
+def _two(errors: Sequence[float]) -> str:
+    return f"{np.median(errors):.1%} / {max(errors):.1%}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark and return the exit code."""
+    parser = arguments(__doc__, ("resnet50_torchscript", "mobilenet_v2"))
+    parser.add_argument("--configs", type=int, default=24, help="configurations a model (default: 24)")
+    given = parser.parse_args(argv)
+    rows = [_predict(name, given) for name in given.models]
+    columns = {
+        "model": lambda r: r.model,
+        "base ms": lambda r: f"{r.base_ms:.2f}",
+        "table s": lambda r: f"{r.table_s:.1f}",
+        "configs": lambda r: str(len(r.measured)),
+        "of base": lambda r: f"{min(r.measured):.2f} … {max(r.measured):.2f}",
+        "F": lambda r: f"{r.noise:.1%}",
+        "error, base only": lambda r: _two(r.errors["base_only"]),
+        "calibrated": lambda r: _two(r.errors["calibrated"]),
+        "MACs proxy": lambda r: _two(r.errors["macs"]),
+        "verdict": lambda r: r.verdict,
+    }
+    print_table("prediction error, median / worst", columns, rows)
+    summary = " · ".join(f"{r.model} {_two(r.errors['base_only'])}, F {r.noise:.1%}" for r in rows)
+    return publish(__file__, given, rows, combined([row.verdict for row in rows]), summary)
+
+
+if __name__ == "__main__":
+    run_main(main)
