@@ -160,10 +160,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "verdict": lambda r: r.verdict,
     }
     print_table("top-1 before fine-tuning", columns, results)
-    barred = [r for r in results if r.bar is not None]
-    summary = " · ".join(f"{r.model} {r.accuracy:.1%} at {r.ratio:g} (bar {r.bar:.0%})" for r in barred)
+    parts = [f"{r.model} {r.accuracy:.1%} at {r.ratio:g} (bar {r.bar:.0%})" for r in results if r.bar]
+    summary = " · ".join([*parts, f"largest measured ratio {max(r.measured for r in results):.3f}"])
     verdict = combined([result.verdict for result in results])
-    return publish(__file__, given, results, verdict, summary or "no bar for these models and ratios")
+    return publish(__file__, given, results, verdict, summary)
 
 
 if __name__ == "__main__":

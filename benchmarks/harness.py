@@ -47,7 +47,7 @@ def arguments(doc: str | None, models: Sequence[str]) -> argparse.ArgumentParser
     """A parser with the options of every benchmark; ``models`` is the default selection."""
     text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=text)
-    names = "of benchmarks/model_files.py, or of models/catalog.py with _torchscript or _dynamo"
+    names = "of the zoo (see benchmarks/model_files.py), such as resnet50_dynamo for an export, or a file"
     parser.add_argument("--models", nargs="+", default=list(models), metavar="NAME", help=names)
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "benchmarks", metavar="DIR")
     parser.add_argument("--threads", type=int, default=1, help="of the runtime (default: 1)")

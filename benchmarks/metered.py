@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Metered", "run_metered"]
+__all__ = ["Metered", "main", "run_metered"]
 
 _ROOT = Path(__file__).resolve().parents[1]
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes; Linux counts in KiB

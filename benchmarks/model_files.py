@@ -1,4 +1,4 @@
-"""The models that are measured: real weights from the development zoo, and exports of ``models``.
+"""The models that are measured: real weights from the development zoo, exports of ``models``, or any file.
 
 The zoo lies in ``ONNX_MDP_ZOO``, else in ``../shared/zoo``; exports are made once, into ``out/models``.
 """
@@ -38,16 +38,18 @@ def zoo_file(name: str) -> Path:
 
 
 def model_path(name: str) -> Path:
-    """The ONNX file of a model: from the zoo, or exported once to ``out/models``.
+    """The ONNX file of a model: from the zoo, exported once to ``out/models``, or the file of that name.
 
     Raises:
         UsageError: there is no such model, or it cannot be exported.
     """
     if name in ZOO_FILES:
         return zoo_file(ZOO_FILES[name])
+    if name.endswith(".onnx") and Path(name).is_file():
+        return Path(name).resolve()
     architecture, _, exporter = name.rpartition("_")
     if exporter not in _EXPORTERS:
-        known = f"{', '.join(ZOO_FILES)}, resnet50_torchscript, resnet50_dynamo and the like"
+        known = f"{', '.join(ZOO_FILES)}, resnet50_torchscript, resnet50_dynamo and the like, and files"
         raise UsageError(f"no model is called {name!r}; there are {known}")
     path = ROOT / "out" / "models" / f"{name}.onnx"
     if not path.is_file():
@@ -65,5 +67,5 @@ def _export(architecture: str, exporter: str, path: Path) -> None:
     if done.returncode:
         draft.unlink(missing_ok=True)
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UsageError(f"{path.stem} cannot be exported ({reason}); it needs onnx-mdp[torch]")
+        raise UsageError(f"{path.stem} cannot be exported ({reason}); exports need onnx-mdp[torch]")
     draft.replace(path)

@@ -37,7 +37,7 @@ from benchmarks.metered import Metered, run_metered
 from benchmarks.model_files import model_path
 from onnx_mdp.pipeline import tolerance
 
-__all__ = ["Row", "main"]
+__all__ = ["Row", "flaws_of", "main", "missed_target", "summary"]
 
 _MODELS = (
     "mobilenet_v2",
@@ -86,9 +86,9 @@ def _row(name: str, original: Path, folder: Path, ratio: float, cold: bool, give
     done = run_metered(*command, "--seed", str(given.seed), "--json", "--quiet")
     found = json.loads(done.stdout) if done.stdout.strip() else {}
     look = look_at(original, pruned, given.threads, given.seed) if pruned.is_file() else None
-    flaws = _flaws(done, found, look)
+    flaws = flaws_of(done, found, look)
     noise = max(found.get("noise", 0.0), look.noise if look else 0.0)
-    too_slow = _too_slow(found, look, ratio, noise)
+    too_slow = missed_target(found, look, ratio, noise)
     verdict: Verdict = "fail" if flaws else judge(not too_slow, noise)
     return Row(
         model=name,
@@ -105,7 +105,7 @@ def _row(name: str, original: Path, folder: Path, ratio: float, cold: bool, give
     )
 
 
-def _flaws(done: Metered, found: Mapping[str, Any], look: Look | None) -> tuple[str, ...]:
+def flaws_of(done: Metered, found: Mapping[str, Any], look: Look | None) -> tuple[str, ...]:
     """What is wrong whatever the noise; a missed target is not, but then there is no file to look at."""
     if look is None:
         missed = found.get("status") == "missed"
@@ -120,7 +120,8 @@ def _flaws(done: Metered, found: Mapping[str, Any], look: Look | None) -> tuple[
     return tuple(flaw for flaw, present in flaws.items() if present)
 
 
-def _too_slow(found: Mapping[str, Any], look: Look | None, ratio: float, noise: float) -> bool:
+def missed_target(found: Mapping[str, Any], look: Look | None, ratio: float, noise: float) -> bool:
+    """Whether the tool's measurement or the second one is above the target and its tolerance."""
     if look is None or not found.get("measured_ms"):
         return True
     allowed = 1 + tolerance(noise)
@@ -156,7 +157,7 @@ _COLUMNS = {
 }
 
 
-def _summary(rows: Sequence[Row]) -> str:
+def summary(rows: Sequence[Row]) -> str:
     """Cells and rows that hold: a cell is an architecture at a ratio, whatever the exporter."""
     cells: dict[tuple[str, float], list[Verdict]] = {}
     for row in rows:
@@ -178,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows:
         for flaw in row.flaws:
             print(f"{row.model} at {row.ratio:g}: {flaw}")
-    return publish(__file__, given, rows, combined([row.verdict for row in rows]), _summary(rows))
+    return publish(__file__, given, rows, combined([row.verdict for row in rows]), summary(rows))
 
 
 if __name__ == "__main__":

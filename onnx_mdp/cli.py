@@ -246,7 +246,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
         "onnx-mdp-demo"
     ),
-    target_ratio: Annotated[float, typer.Option(help="Latency to reach, relative to the model's.")] = 0.6,
+    target_ratio: Annotated[float, typer.Option(help="Latency to reach, relative to the model's.")] = 0.7,
     store: Store = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_mdp.commands import Options, PruneOptions, run_prune
-from onnx_mdp.console import Screen
 from onnx_mdp.errors import OutputError
 from onnx_mdp.runtime import Runtime, open_session
 from onnx_mdp.shapes_data import shapes
@@ -43,10 +42,14 @@ def run_demo(folder: Path, target_ratio: float, options: Options, *, overwrite: 
         code = run_prune(model, options, wanted)
         if code == 0 and slim.is_file():
             after = accuracy(slim, pictures, labels)
-            Screen(quiet=options.screen.quiet).note(
+            line = (
                 f"accuracy {before:.1%} → {after:.1%} without any fine-tuning; "
                 f"see {folder / 'shapes_resnet.pruned.structure.svg'}"
             )
+            if screen.as_json:
+                screen.note(line)
+            else:
+                screen.result(line, {})
     return code
 
 

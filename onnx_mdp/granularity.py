@@ -67,7 +67,7 @@ def _convolution(inputs: int, outputs: int) -> onnx.ModelProto:
 def unit_choices(dimension: Dimension, step: int, limit: int) -> tuple[int, ...]:
     """Ascending unit counts whose channels are multiples of ``step``, thinned to ``limit``, and all units.
 
-    A dimension narrower than two steps can only be kept, or removed with its block.
+    A dimension of at most one step can only be kept, or removed with its block.
     """
     units = len(dimension.units)
     aligned = [k for k in range(1, units) if k * dimension.channels % step == 0]

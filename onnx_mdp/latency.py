@@ -131,11 +131,13 @@ def build_table(
         progress("profile", len(missing), len(missing))
     runs = tuple(run for run in store.runs(where, key) if run.seed == seed and run.variant < variants)
     coefficients = _fit(runs, step)
-    saved = store.get_calibration(where, key)
+    # A calibration belongs to one fit: other seeds or counts of variants have other coefficients.
+    fit = f"{key}.{seed}.{variants}"
+    saved = store.get_calibration(where, fit)
     if saved is None or missing:
         draft = LatencyTable(where, key, step, terms, coefficients, _IDENTITY, choices, len(missing), 0.0)
         calibration = _calibrate(structure, draft, runtime, seed, progress)
-        store.put_calibration(where, key, _payload(calibration))
+        store.put_calibration(where, fit, _payload(calibration))
     else:
         calibration = Calibration(**{name: float(saved[name]) for name in Calibration.__slots__})
     spent = time.perf_counter() - started

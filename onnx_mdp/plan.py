@@ -27,7 +27,7 @@ __all__ = [
     "to_ranges",
 ]
 
-SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +114,13 @@ def from_ranges(text: str, limit: int = 2**24) -> tuple[int, ...]:
 
 def plan_json(plan: PruningPlan) -> str:
     """The plan as JSON with sorted keys, ready for review in a diff."""
-    return json.dumps(plan_document(plan), indent=2, sort_keys=True) + "\n"
+    return json.dumps(_document_of(plan), indent=2, sort_keys=True) + "\n"
 
 
-def plan_document(plan: PruningPlan) -> dict[str, Any]:
+def _document_of(plan: PruningPlan) -> dict[str, Any]:
     """The plan as a JSON-ready dictionary."""
     document = _Document(
-        schema_version=SCHEMA_VERSION,
+        schema_version=_SCHEMA_VERSION,
         keep={name: to_ranges(units) for name, units in plan.keep.items()},
         removed_blocks=list(plan.removed_blocks),
         predicted_ms=plan.predicted_ms,
@@ -152,7 +152,7 @@ def load_plan(path: Path) -> PruningPlan:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the document"
         raise UsageError(f"{path} is not a pruning plan: {place}: {first['msg']}") from error
-    if document.schema_version > SCHEMA_VERSION:
+    if document.schema_version > _SCHEMA_VERSION:
         raise UsageError(
             f"{path} was written by a newer onnx-mdp (schema {document.schema_version}); upgrade"
         )

@@ -22,6 +22,7 @@ from onnx_mdp.errors import MeasurementError, MissingBackendError, UsageError
 __all__ = [
     "SHORT_NAMES",
     "InferenceSession",
+    "NodeArg",
     "Runtime",
     "context",
     "device_name",

@@ -1,0 +1,264 @@
+"""Laws of the benchmarks: what a verdict may say, what a process is charged with, what a second look sees."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import itertools
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import onnx_mdp
+from benchmarks import harness, latency_prediction, prune_cells
+from benchmarks.checking import Look, input_shapes, parameters
+from benchmarks.harness import NOISE_LIMIT, Verdict, combined, judge
+from benchmarks.measuring import measured_ratios
+from benchmarks.metered import Metered, run_metered
+from benchmarks.model_files import model_path
+from benchmarks.samples import samples_for, top1
+from onnx_mdp.errors import MeasurementError, UsageError
+from onnx_mdp.latency import plan_of_variant, random_variant
+from onnx_mdp.model_io import load_model, parameter_count
+from onnx_mdp.pipeline import analyze
+from onnx_mdp.plan import PruningPlan
+from onnx_mdp.runtime import Runtime
+from onnx_mdp.structure import Structure
+from tests.zoo import zoo_path
+
+FOLDER = Path(harness.__file__).parent
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if "run_main(main)" in path.read_text())
+MODULES = sorted(path.stem for path in FOLDER.glob("*.py"))
+DEMO = Path(onnx_mdp.__file__).parent / "demo_model" / "shapes_resnet.onnx"
+VERDICTS: tuple[Verdict, ...] = ("pass", "fail", "inconclusive")
+
+
+@dataclass(frozen=True)
+class Row:
+    number: float
+    verdict: Verdict = "pass"
+
+
+@pytest.fixture(scope="module")
+def demo() -> Structure:
+    return analyze(load_model(DEMO), {})
+
+
+def given(output: Path) -> argparse.Namespace:
+    return harness.arguments("Title.\n\nClaim: it\nholds.\n\nMore.", ["m"]).parse_args(
+        ["--output", str(output)]
+    )
+
+
+def test_the_four_benchmarks_are_scripts() -> None:
+    assert SCRIPTS == ["accuracy_before_finetuning", "cold_and_warm", "latency_prediction", "prune_cells"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_states_its_claim_and_explains_its_options(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = importlib.import_module(f"benchmarks.{name}")
+    assert len(harness.claim(script.__doc__)) > len("Claim: something")
+    with pytest.raises(SystemExit, match="0"):
+        script.main(["--help"])
+    assert "Claim:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_are_short_and_their_all_is_exact(name: str) -> None:
+    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 200
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    defined = {n.name for n in ast.parse(text).body if isinstance(n, kinds) and not n.name.startswith("_")}
+    loaded = importlib.import_module("benchmarks" if name == "__init__" else f"benchmarks.{name}")
+    assert defined - set(loaded.__all__) == set()
+    assert all(hasattr(loaded, public) for public in loaded.__all__)
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_noisy_machine_neither_passes_nor_fails(holds: bool) -> None:
+    for noise in (1.001 * NOISE_LIMIT, 1.0, float("inf"), float("nan")):
+        assert judge(holds, noise) == "inconclusive"
+    for noise in (0.0, NOISE_LIMIT):
+        assert judge(holds, noise) == ("pass" if holds else "fail")
+
+
+def test_a_failure_is_never_hidden_and_a_pass_needs_all() -> None:
+    for count in range(4):
+        for verdicts in itertools.product(VERDICTS, repeat=count):
+            whole = combined(verdicts)
+            assert (whole == "fail") == ("fail" in verdicts)
+            assert (whole == "pass") == (verdicts.count("pass") == count > 0)
+
+
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_only_a_broken_claim_exits_with_1(
+    verdict: Verdict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [Row(1.5), Row(float("inf"), verdict)]
+    code = harness.publish("some/where/name.py", given(tmp_path / "new"), rows, verdict, "summary")
+    assert code == (verdict == "fail")
+    assert capsys.readouterr().out.startswith(f"{verdict.upper()}  summary")
+    document = json.loads((tmp_path / "new" / "name.json").read_text())
+    assert document["claim"] == "Claim: it holds."
+    assert document["rows"] == [{"number": 1.5, "verdict": "pass"}, {"number": None, "verdict": verdict}]
+    assert sorted(document["header"]) == ["cpus", "date", "device", "onnxruntime", "python", "threads"]
+
+
+def test_an_expected_error_is_one_line_and_never_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    def failing() -> int:
+        raise MeasurementError("the machine is on fire")
+
+    with pytest.raises(SystemExit, match="2"):
+        harness.run_main(failing)
+    assert capsys.readouterr().err == "error: the machine is on fire\n"
+
+
+def test_a_piped_table_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    harness.print_table("", {f"column {n}": lambda row: str(row.number) for n in range(20)}, [Row(1.25)])
+    assert capsys.readouterr().out.count("1.25") == 20
+
+
+def test_a_process_is_charged_with_its_own_memory() -> None:
+    held = np.ones(50_000_000)  # 400 MB that the child must not inherit
+    small = run_metered(sys.executable, "-c", "import sys; print('out'); sys.exit('no')")
+    large = run_metered(sys.executable, "-c", "x = b'1' * 200_000_000")
+    assert held.nbytes == 4e8
+    assert (small.code, small.stdout, small.complaint) == (1, "out\n", "no")
+    assert small.peak_mb < 100
+    assert 200 < large.peak_mb < 300
+    assert 0 < small.seconds < 60
+
+
+def test_unknown_models_and_a_missing_zoo_are_usage_errors(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ONNX_MDP_ZOO", str(tmp_path))
+    for name in ("nonsense", "resnet20", "absent.onnx"):
+        with pytest.raises(UsageError):
+            model_path(name)
+    assert model_path(str(DEMO)) == DEMO
+
+
+def test_a_second_look_counts_what_the_package_counts() -> None:
+    assert parameters(DEMO) == parameter_count(load_model(DEMO))
+    assert list(input_shapes(DEMO).values()) == [(1, 3, 64, 64)]
+
+
+SOUND = Look(ratio=0.59, noise=0.01, law_error=1e-7, complaint="", checker=None, runtime=None, params=(10, 9))
+DONE = Metered(code=0, seconds=1.0, peak_mb=1.0, stdout="{}", stderr="")
+FOUND = {"status": "met", "measured_ms": 6.0, "target_ms": 6.0}
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"law_error": 2e-5},
+        {"law_error": float("nan")},
+        {"checker": "invalid"},
+        {"runtime": "does not load"},
+        {"params": (10, 10)},
+    ],
+    ids=str,
+)
+def test_every_broken_promise_is_a_flaw_whatever_the_noise(broken: dict[str, Any]) -> None:
+    assert prune_cells.flaws_of(DONE, FOUND, SOUND) == ()
+    assert len(prune_cells.flaws_of(DONE, FOUND, replace(SOUND, noise=0.5, **broken))) == 1
+
+
+def test_an_exit_code_is_a_flaw_unless_only_the_target_was_missed() -> None:
+    failed = replace(DONE, code=1)
+    assert prune_cells.flaws_of(failed, FOUND, SOUND)
+    assert prune_cells.flaws_of(failed, {}, None)
+    assert prune_cells.flaws_of(replace(DONE, code=4), {"status": "infeasible"}, None)
+    assert prune_cells.flaws_of(failed, {"status": "missed"}, None) == ()
+    assert prune_cells.missed_target({"status": "missed"}, None, 0.6, 0.0)
+
+
+@pytest.mark.parametrize(("noise", "tolerance"), [(0.0, 0.02), (0.01, 0.02), (0.015, 0.03)])
+def test_the_target_must_hold_in_both_measurements(noise: float, tolerance: float) -> None:
+    for off, missed in ((0.99 * tolerance, False), (1.01 * tolerance, True)):
+        late = {**FOUND, "measured_ms": 6.0 * (1 + off)}
+        assert prune_cells.missed_target(late, SOUND, 0.6, noise) is missed
+        again = replace(SOUND, ratio=0.6 * (1 + off))
+        assert prune_cells.missed_target(FOUND, again, 0.6, noise) is missed
+
+
+def test_both_exporters_make_one_cell() -> None:
+    verdicts: dict[tuple[str, float], Verdict] = {("a_dynamo", 0.6): "fail"}
+    rows = [
+        prune_cells.Row(
+            name, ratio, False, {}, None, (), False, 0.0, 1.0, 1.0, verdicts.get((name, ratio), "pass")
+        )
+        for name in ("a_torchscript", "a_dynamo", "b")
+        for ratio in (0.8, 0.6)
+    ]
+    assert prune_cells.summary(rows) == "3/4 cells (5/6 rows, 0 inconclusive)"
+
+
+def test_configurations_scale_each_stage_on_its_own(demo: Structure) -> None:
+    choices = {i: tuple(range(1, len(demo.dimensions[i].units) + 1)) for i in demo.prunable}
+    spreads = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        variant = latency_prediction.heterogeneous_variant(demo, choices, rng)
+        assert set(variant.removed_blocks) <= {block.name for block in demo.blocks}
+        stages: dict[tuple[int, ...], list[float]] = {}
+        for i in demo.prunable:
+            producer = demo.shadow.operations[demo.dimensions[i].producer]
+            size = len(demo.dimensions[i].units)
+            share = variant.kept[i] / size
+            assert 0.05 <= share <= 1
+            shape = demo.shadow.shapes[producer.outputs[0]][2:]
+            stages.setdefault(shape, []).append(share)
+        for shares in stages.values():
+            assert max(shares) / min(shares) < 2.2  # 1.25 / 0.8, and one unit of rounding
+        middles = [float(np.median(shares)) for shares in stages.values()]
+        spreads.append(max(middles) / min(middles))
+    assert np.median(spreads) > 2.2
+
+
+def test_ratios_keep_the_order_of_the_plans_over_several_groups(demo: Structure) -> None:
+    rng = np.random.default_rng(0)
+    choices = {i: (1, len(demo.dimensions[i].units)) for i in demo.prunable}
+    small = plan_of_variant(demo, random_variant(demo, choices, rng, low=0.0, high=1e-9))
+    plans = [*[small] * 12, PruningPlan(keep={})]
+    found = measured_ratios(DEMO.read_bytes(), demo, plans, Runtime(), budget_s=0.1)
+    assert len(found.values) == len(plans)
+    assert int(np.argmax(found.values)) == 12
+    assert 0.7 < found.values[12] < 1.4
+    assert found.base_ms > 0
+
+
+@pytest.mark.zoo
+def test_calibration_and_evaluation_images_never_meet() -> None:
+    path = zoo_path("cifar10/resnet20.onnx")
+    samples = samples_for("resnet20", 200)
+    evaluated = {image.tobytes() for image in samples.load(slice(0, 200))}
+    assert not evaluated & {feed["input"].tobytes() for feed in samples.calibration}
+    assert (len(samples.calibration), len(samples.labels)) == (64, 200)
+    assert top1(path.read_bytes(), samples) > 0.85
+    shuffled = replace(samples, labels=np.roll(samples.labels, 1))
+    assert top1(path.read_bytes(), shuffled) < 0.3
+
+
+def test_the_prediction_benchmark_runs_and_leaves_few_configurations_open(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--models", str(DEMO), "--configs", "2", "--output", str(tmp_path)]
+    assert latency_prediction.main(options) == 0
+    assert "INCONCLUSIVE" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "latency_prediction.json").read_text())["rows"]
+    assert {name: len(errors) for name, errors in row["errors"].items()} == {
+        "base_only": 2,
+        "calibrated": 2,
+        "macs": 2,
+    }
+    assert all(0 < ratio < 2 for ratio in row["measured"])

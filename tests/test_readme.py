@@ -1,0 +1,40 @@
+"""The README promises commands; CI runs the one for tests, and every file and option named exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from onnx_mdp.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHELL = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+COMMANDS = sorted(set(re.findall(r"^onnx-mdp (\w+)", "\n".join(SHELL), re.MULTILINE)))
+
+
+def test_ci_runs_the_readme_test_command() -> None:
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert SHELL[1].strip() in ci
+
+
+def test_the_first_command_ends_in_the_demo() -> None:
+    assert SHELL[0].strip().endswith("onnx-mdp demo")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_and_options_exist(command: str) -> None:
+    lines = [line for line in "\n".join(SHELL).replace("\\\n", " ").splitlines()]
+    used = [line.split("#")[0] for line in lines if line.startswith(f"onnx-mdp {command} ")]
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+    for option in re.findall(r"(?<=\s)--?[a-z][a-z-]*", " ".join(used)):
+        assert option in shown
+
+
+def test_named_files_exist() -> None:
+    named = re.findall(r"`((?:benchmarks|models|tests)/[\w./]+)`", README)
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
