@@ -42,18 +42,20 @@ from onnx_mdp.runtime import open_session, runtime
 from onnx_mdp.scoring import score
 from onnx_mdp.structure import Dimension, Extent, Structure
 
-# Concats inside and outside of a block, a block with inner dimensions and one without, a strided and a
-# depthwise convolution, two pools, a resize and a linear layer.
+# A dimension of one unit, concats inside and outside of a block, a block with inner dimensions and one
+# without, a strided and a depthwise convolution, two pools, a resize and a linear layer.
 NET = """
 (float[1,3,16,16] x) => (float[1,10] y)
-<float[24,3,3,3] w0, float[24] b0, float[40,3,1,1] w1, float[32,64,3,3] w2, float[32,1,3,3] w3,
+<float[24,3,3,3] w0, float[24] b0, float[40,3,1,1] w1, float[1,3,1,1] w1s, float[32,65,3,3] w2,
+ float[32,1,3,3] w3,
  float[16,32,1,1] w4, float[24,32,3,3] w5, float[32,40,1,1] w6, float[32,32,1,1] w7,
  float[48,32,3,3] w8, float[10,48] w9, float[10] b9, float[4] up = {1., 1., 2., 2.}>
 {
   a0 = Conv <pads: ints = [1,1,1,1]> (x, w0, b0)
   a = Relu (a0)
   b = Conv (x, w1)
-  c = Concat <axis: int = 1> (a, b)
+  s = Conv (x, w1s)
+  c = Concat <axis: int = 1> (a, b, s)
   d = Conv <pads: ints = [1,1,1,1]> (c, w2)
   dd = Conv <pads: ints = [1,1,1,1], group: int = 32> (d, w3)
   e = Relu (dd)
@@ -96,9 +98,9 @@ TRUE: Mapping[str, tuple[float, float, float, float]] = {
 LAYERS = tuple((key, layer) for key in KEYS for layer in range(1 if key == KEYS[0] else 3))
 
 
-def true_ms(key: str, a: float, b: float) -> float:
+def true_ms(key: str, a: float, b: float, coefficients: Mapping[str, Sequence[float]] = TRUE) -> float:
     u, v = np.ceil(a / STEP), np.ceil(b / STEP)
-    return float(np.dot(TRUE[key], (1.0, u, v, u * v)))
+    return float(np.dot(coefficients[key], (1.0, u, v, u * v)))
 
 
 def widths(rng: np.random.Generator) -> dict[tuple[str, int], tuple[int, int]]:
@@ -111,7 +113,12 @@ def widths(rng: np.random.Generator) -> dict[tuple[str, int], tuple[int, int]]:
 
 
 def synthetic_runs(
-    rng: np.random.Generator, *, noise: float = 0.0, drift: float = 0.0, inflation_ms: float = 0.0
+    rng: np.random.Generator,
+    *,
+    noise: float = 0.0,
+    drift: float = 0.0,
+    inflation_ms: float = 0.0,
+    scale: float = 1.0,
 ) -> list[Run]:
     levels = np.exp(drift * rng.standard_normal(16))
     levels /= np.median(levels)
@@ -120,7 +127,7 @@ def synthetic_runs(
         samples, plain = [], 0.0
         for (key, _), (a, b) in widths(rng).items():
             count = int(rng.integers(1, 4))
-            ms = true_ms(key, a, b) * level
+            ms = scale * true_ms(key, a, b) * level
             plain += ms
             observed = ms * np.exp(noise * rng.standard_normal()) + inflation_ms * count
             samples.append(Sample(key, a, b, float(observed), count))
@@ -165,6 +172,15 @@ def test_noise_drift_and_profiler_inflation_are_removed(seed: int) -> None:
     runs = synthetic_runs(rng, noise=0.02, drift=0.08, inflation_ms=0.004)
     errors = prediction_errors(latency._fit(runs, STEP), rng)
     assert np.abs(errors).max() < 0.02
+
+
+def test_the_profiler_does_not_count_as_work() -> None:
+    small = {key: tuple(0.01 * c for c in coefficients) for key, coefficients in TRUE.items()}
+    runs = synthetic_runs(np.random.default_rng(8), inflation_ms=0.004, scale=0.01)
+    found = latency._fit(runs, STEP)
+    for key in KEYS[1:5]:
+        fitted, true = (true_ms(key, 128, 128, table) for table in (found, small))
+        assert fitted == pytest.approx(true, rel=0.03), key
 
 
 def test_without_the_drift_correction_the_same_runs_are_worse(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +370,7 @@ def test_term_widths_are_the_shapes_of_the_rewritten_weights() -> None:
                 makes, reads = weight.shape[0], weight.shape[1]
                 assert (width(term.makes, kept), width(term.reads, kept)) == (makes, reads), node.name
                 seen += 1
-    assert seen == 8 * 10
+    assert seen == 8 * 11
 
 
 def test_anchors_are_themselves_anchored_and_come_first() -> None:

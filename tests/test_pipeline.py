@@ -87,8 +87,10 @@ def true_ms(data: bytes) -> float:
     return total
 
 
-def biased_table(structure: Structure, bias: Callable[[], float]) -> LatencyTable:
-    """The true table (widths in steps of 8) with every shape key off by a factor of its own."""
+def biased_table(structure: Structure, bias: Callable[[], float], level: float = 1.0) -> LatencyTable:
+    """The true table (widths in steps of 8), as of a machine that ran ``level`` times as slow, with every
+    shape key off by a factor of its own.
+    """
     coefficients: dict[str, tuple[float, ...]] = {}
     for term in cost_terms(structure):
         operation = structure.shadow.operations[term.operation]
@@ -107,7 +109,7 @@ def biased_table(structure: Structure, bias: Callable[[], float]) -> LatencyTabl
         granularity=STEP,
         terms=cost_terms(structure),
         coefficients=coefficients,
-        calibration=Calibration(1.0, FIXED_MS, 0.0, 0.0, 0.0, 0.0),
+        calibration=Calibration(level, level * FIXED_MS, 0.0, 0.0, 0.0, 0.0),
         choices={i: unit_choices(structure.dimensions[i], STEP, 16) for i in structure.prunable},
         measured=0,
         seconds=0.0,
@@ -145,10 +147,14 @@ def pruned(monkeypatch: pytest.MonkeyPatch, store: LutStore) -> Prune:
     """Prune a net on a device, with a table whose keys are off by ``bias()``."""
 
     def call(
-        device: Device, bias: Callable[[], float] = lambda: 1.0, text: str = NET, **request: Any
+        device: Device,
+        bias: Callable[[], float] = lambda: 1.0,
+        text: str = NET,
+        level: float = 1.0,
+        **request: Any,
     ) -> PruneResult:
         model, structure = net(text)
-        table = biased_table(structure, bias)
+        table = biased_table(structure, bias, level)
         monkeypatch.setattr(pipeline, "measure_models", device)
         monkeypatch.setattr(pipeline, "build_table", lambda *_, **__: table)
         return prune(model, structure, Request(**request), store)
@@ -188,30 +194,51 @@ def test_the_true_table_predicts_the_device() -> None:
         assert predict_ms(table, structure, variant) == pytest.approx(true_ms(data), rel=1e-9)
 
 
-@pytest.mark.parametrize("ratio", [0.4, 0.6, 0.8])
-@pytest.mark.parametrize("bias", [0.7, 1.0, 1.3])
-def test_a_table_wrong_by_a_factor_costs_one_iteration(pruned: Prune, ratio: float, bias: float) -> None:
-    result = pruned(Device(), lambda: bias, target_ratio=ratio)
+@pytest.fixture
+def ideal(pruned: Prune) -> Callable[[float], float]:
+    """The share of the importance that can be kept at a ratio: what an exact table finds at once."""
+
+    def share(ratio: float) -> float:
+        result = pruned(Device(), target_ratio=ratio)
+        assert (result.status, result.iterations) == ("met", 1)
+        assert result.plan is not None
+        assert result.plan.importance_share is not None
+        return result.plan.importance_share
+
+    return share
+
+
+def meets_closely(result: PruneResult, ratio: float, ideal_share: float) -> None:
     is_consistent(result)
     assert result.status == "met"
     assert result.measured_ms is not None
-    assert abs(result.measured_ms / result.target_ms - 1) <= 0.02
-    assert result.iterations <= 2
+    assert result.plan is not None
+    assert result.plan.importance_share is not None
+    assert result.base_ms == pytest.approx(BASE_MS)
+    assert result.target_ms == pytest.approx(ratio * BASE_MS)
+    # Widths are coarse in a net this small: an exact table leaves up to 5 % of a target unused.
+    assert 0.92 * result.target_ms <= result.measured_ms <= 1.02 * result.target_ms
+    assert result.plan.importance_share >= 0.97 * ideal_share
 
 
-@pytest.mark.parametrize("ratio", [0.4, 0.6, 0.8])
+@pytest.mark.parametrize("ratio", [0.4, 0.7])
+@pytest.mark.parametrize("bias", [0.7, 1.3])
+def test_a_table_wrong_by_a_factor_costs_little(
+    pruned: Prune, ideal: Callable[[float], float], ratio: float, bias: float
+) -> None:
+    result = pruned(Device(), lambda: bias, target_ratio=ratio)
+    meets_closely(result, ratio, ideal(ratio))
+    assert result.iterations <= 3
+
+
+@pytest.mark.parametrize("ratio", [0.4, 0.7])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_target_is_met_when_every_layer_is_off_by_up_to_30_percent(
-    pruned: Prune, ratio: float, seed: int
+    pruned: Prune, ideal: Callable[[float], float], ratio: float, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     result = pruned(Device(), lambda: float(rng.uniform(0.7, 1.3)), target_ratio=ratio)
-    is_consistent(result)
-    assert result.status == "met"
-    assert result.measured_ms is not None
-    assert abs(result.measured_ms / result.target_ms - 1) <= 0.02
-    assert result.base_ms == pytest.approx(BASE_MS)
-    assert result.target_ms == pytest.approx(ratio * BASE_MS)
+    meets_closely(result, ratio, ideal(ratio))
 
 
 def test_met_is_never_said_above_the_tolerance_whatever_the_device_does(pruned: Prune) -> None:
@@ -301,18 +328,19 @@ def test_best_prefers_fitting_then_value_then_speed() -> None:
     assert pipeline._best([], 1.0) is None
 
 
-def test_an_infeasible_target_carries_the_smallest_reachable_latency(pruned: Prune) -> None:
+@pytest.mark.parametrize("level", [0.7, 1.3])
+def test_an_infeasible_target_carries_the_smallest_reachable_latency(pruned: Prune, level: float) -> None:
     device = Device()
-    result = pruned(device, target_ms=FIXED_MS / 2)
+    result = pruned(device, level=level, target_ms=FIXED_MS / 2)
     is_consistent(result)
     assert result.status == "infeasible"
     assert result.fastest_ms is not None
     assert result.target_ms < result.fastest_ms < BASE_MS
     assert result.iterations == 0
-    reachable = pruned(device, target_ms=result.fastest_ms * 1.001)
+    reachable = pruned(device, level=level, target_ms=result.fastest_ms * 1.001)
     assert reachable.status == "met"
     assert reachable.measured_ms == pytest.approx(result.fastest_ms, rel=1e-3)
-    below = pruned(device, target_ms=result.fastest_ms * 0.999)
+    below = pruned(device, level=level, target_ms=result.fastest_ms * 0.999)
     assert below.status == "infeasible"
 
 
