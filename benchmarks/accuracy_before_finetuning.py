@@ -31,11 +31,12 @@ from benchmarks.harness import (
 from benchmarks.measuring import measured_ratios, table_from_nothing
 from benchmarks.model_files import model_path
 from benchmarks.samples import Samples, samples_for, top1
+from onnx_mdp.closed_loop import tolerance
 from onnx_mdp.errors import UsageError
 from onnx_mdp.formulation import formulate, plan_from_choice, to_ns
 from onnx_mdp.latency import LatencyTable, full_variant, predict_ms
 from onnx_mdp.model_io import load_model, model_bytes
-from onnx_mdp.pipeline import analyze, tolerance
+from onnx_mdp.pipeline import analyze
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import Runtime

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from onnx_mdp.binding import graph_inputs
 from onnx_mdp.calibration import CalibrationData, load_data
+from onnx_mdp.closed_loop import Request, tolerance
 from onnx_mdp.console import Screen
 from onnx_mdp.cost_terms import width
 from onnx_mdp.documents import analyze_document, profile_document, prune_document, verify_document
@@ -23,7 +24,7 @@ from onnx_mdp.figures import structure_svg
 from onnx_mdp.latency import LatencyTable, build_table, full_variant, measure_models, term_ms
 from onnx_mdp.lut_store import open_store
 from onnx_mdp.model_io import check_output, load_model, model_bytes, save_model, write_text
-from onnx_mdp.pipeline import PruneResult, Request, analyze, apply_plan, prune, tolerance
+from onnx_mdp.pipeline import PruneResult, analyze, apply_plan, prune
 from onnx_mdp.plan import PruningPlan, check_plan, load_plan, plan_json
 from onnx_mdp.problem import SolveLimits
 from onnx_mdp.report import analysis_table, cost_table, plan_table, printable

@@ -219,10 +219,10 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     Raises:
         OutputError: with the remedy.
     """
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists; choose another output or pass --overwrite")
     if path.is_dir():
         raise OutputError(f"{path} is a folder; give a file name")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists; choose another output or pass --overwrite")
     folder = path.parent if str(path.parent) else Path(".")
     if not folder.is_dir():
         raise OutputError(f"cannot write {path}: the folder {folder} does not exist; create it first")

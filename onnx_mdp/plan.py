@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,7 @@ __all__ = [
     "from_ranges",
     "kept_units",
     "load_plan",
+    "plan_identity",
     "plan_json",
     "removed_classes",
     "to_ranges",
@@ -134,6 +136,14 @@ def _document_of(plan: PruningPlan) -> dict[str, Any]:
         provenance=dict(plan.provenance),
     )
     return document.model_dump()
+
+
+def plan_identity(plan: PruningPlan) -> str:
+    """A hash of what the plan does, not of how it was found."""
+    bare = PruningPlan(
+        keep=dict(sorted(plan.keep.items())), removed_blocks=tuple(sorted(plan.removed_blocks))
+    )
+    return hashlib.sha256(plan_json(bare).encode()).hexdigest()[:16]
 
 
 def load_plan(path: Path) -> PruningPlan:

@@ -27,7 +27,7 @@ import typer.main
 from onnx import numpy_helper
 from zoo import text_model
 
-from onnx_mdp import cli, latency, pipeline
+from onnx_mdp import cli, closed_loop, latency, pipeline
 from onnx_mdp.errors import MeasurementError, VerificationError
 from onnx_mdp.model_io import load_model
 from onnx_mdp.timing import Timing
@@ -623,11 +623,12 @@ def test_a_target_above_the_base_is_nothing_to_do(run: Run) -> None:
 
 def test_a_missed_target_writes_nothing(kit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files()
-    monkeypatch.setattr(
-        pipeline,
-        "measure_models",
-        lambda models, *_, **__: Timing((1.0, 0.99)[: len(models)], 0.0, 4, ((), ())),
-    )
+    for module in (pipeline, closed_loop):
+        monkeypatch.setattr(
+            module,
+            "measure_models",
+            lambda models, *_, **__: Timing((1.0, 0.99)[: len(models)], 0.0, 4, ((), ())),
+        )
     outcome = kit("prune", "my model.onnx", "--target-ratio", 0.5, "-o", "out.onnx", "--json")
     assert outcome.code == 1
     assert outcome.document["status"] == "missed"

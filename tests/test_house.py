@@ -49,6 +49,7 @@ ORDER = (
     "solvers.pyomo_milp",
     "solvers",
     "formulation",
+    "closed_loop",
     "pipeline",
     "",
     "documents",

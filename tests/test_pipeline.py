@@ -15,14 +15,15 @@ import onnx_ir as ir
 import pytest
 from zoo import analyse, run, text_model
 
-from onnx_mdp import pipeline
+from onnx_mdp import closed_loop, pipeline
+from onnx_mdp.closed_loop import Request, tolerance
 from onnx_mdp.cost_terms import cost_terms
 from onnx_mdp.errors import UnsupportedModelError, VerificationError
 from onnx_mdp.granularity import unit_choices
 from onnx_mdp.latency import Calibration, LatencyTable
 from onnx_mdp.lut_store import LutStore, open_store
 from onnx_mdp.model_io import load_model, model_bytes
-from onnx_mdp.pipeline import PruneResult, Request, apply_plan, prune, tolerance
+from onnx_mdp.pipeline import PruneResult, apply_plan, prune
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.runtime import runtime
 from onnx_mdp.structure import Structure
@@ -155,7 +156,9 @@ def pruned(monkeypatch: pytest.MonkeyPatch, store: LutStore) -> Prune:
     ) -> PruneResult:
         model, structure = net(text)
         table = biased_table(structure, bias, level)
-        monkeypatch.setattr(pipeline, "measure_models", device)
+        device_ = device
+        monkeypatch.setattr(pipeline, "measure_models", device_)
+        monkeypatch.setattr(closed_loop, "measure_models", device_)
         monkeypatch.setattr(pipeline, "build_table", lambda *_, **__: table)
         return prune(model, structure, Request(**request), store)
 
@@ -173,7 +176,7 @@ def is_consistent(result: PruneResult) -> None:
         assert result.plan is not None
         assert result.evidence is not None
         assert result.evidence.verified
-        assert 1 <= result.iterations <= pipeline._LOOP
+        assert 1 <= result.iterations <= closed_loop.MAX_ROUNDS
     else:
         assert result.model is result.plan is result.measured_ms is result.evidence is None
 
@@ -290,13 +293,13 @@ def test_of_the_candidates_that_fit_the_most_valuable_is_returned(
     pruned: Prune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    measure_plan = pipeline._measure_plan
+    measure_plan = closed_loop._measure_plan
 
     def spy(*arguments: Any) -> Any:
         seen.append(measure_plan(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(pipeline, "_measure_plan", spy)
+    monkeypatch.setattr(closed_loop, "_measure_plan", spy)
     # Far below the target, far above it, below it again, and then above it for good.
     factors = iter([0.8, 1.3, 0.9, 1.2, 1.2, 1.2])
     device = Device(disturb=lambda call, ms: [ms[0], ms[1] * next(factors)] if call else ms)
@@ -310,22 +313,22 @@ def test_of_the_candidates_that_fit_the_most_valuable_is_returned(
     assert (result.plan, result.measured_ms) == (best.plan, best.measured_ms)
 
 
-def candidate(measured_ms: float, value: float, noise: float = 0.0) -> pipeline._Candidate:
-    return pipeline._Candidate(PruningPlan({}), net()[0], 1.0, measured_ms, 1.0, noise, value)
+def candidate(measured_ms: float, value: float, noise: float = 0.0) -> closed_loop.Candidate:
+    return closed_loop.Candidate(PruningPlan({}), net()[0], 1.0, measured_ms, 1.0, noise, value)
 
 
 def test_best_prefers_fitting_then_value_then_speed() -> None:
     for order in itertools.permutations(
         [candidate(0.5, 0.2), candidate(1.015, 0.6), candidate(1.03, 0.9), candidate(9.0, 1.0)]
     ):
-        best = pipeline._best(order, 1.0)
+        best = closed_loop.best(order, 1.0)
         assert best is not None
         assert best.value == 0.6
-        assert pipeline._best(order, 0.4) == candidate(0.5, 0.2)
-    noisy = pipeline._best([candidate(1.03, 0.9, noise=0.02), candidate(1.0, 0.5)], 1.0)
+        assert closed_loop.best(order, 0.4) == candidate(0.5, 0.2)
+    noisy = closed_loop.best([candidate(1.03, 0.9, noise=0.02), candidate(1.0, 0.5)], 1.0)
     assert noisy is not None
     assert noisy.value == 0.9
-    assert pipeline._best([], 1.0) is None
+    assert closed_loop.best([], 1.0) is None
 
 
 @pytest.mark.parametrize("level", [0.7, 1.3])
@@ -401,7 +404,7 @@ def test_the_same_request_gives_the_same_plan(pruned: Prune) -> None:
 
 
 def test_a_failed_verification_returns_nothing(pruned: Prune, monkeypatch: pytest.MonkeyPatch) -> None:
-    rewrite = pipeline.rewrite
+    rewrite = closed_loop.rewrite
 
     def wrong(structure: Structure, plan: PruningPlan) -> ir.Model:
         model = rewrite(structure, plan)
@@ -410,14 +413,16 @@ def test_a_failed_verification_returns_nothing(pruned: Prune, monkeypatch: pytes
         value.const_value = ir.tensor(value.const_value.numpy() * np.float32(1.01), name="w6")
         return model
 
-    monkeypatch.setattr(pipeline, "rewrite", wrong)
+    monkeypatch.setattr(closed_loop, "rewrite", wrong)
     with pytest.raises(VerificationError, match="differs from the masked original"):
         pruned(Device(), target_ratio=0.5)
 
 
 def test_progress_names_the_stages_in_order(monkeypatch: pytest.MonkeyPatch, store: LutStore) -> None:
     model, structure = net()
-    monkeypatch.setattr(pipeline, "measure_models", Device())
+    device_ = Device()
+    monkeypatch.setattr(pipeline, "measure_models", device_)
+    monkeypatch.setattr(closed_loop, "measure_models", device_)
     monkeypatch.setattr(pipeline, "build_table", lambda *_, **__: biased_table(structure, lambda: 1.0))
     seen: list[str] = []
     prune(

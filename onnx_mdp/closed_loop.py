@@ -1,0 +1,193 @@
+"""The closed loop: solve, rewrite, measure, scale the table by what was measured, until the target is met."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import onnx_ir as ir
+
+from onnx_mdp._version import __version__
+from onnx_mdp.formulation import Formulation, plan_from_choice, to_ns
+from onnx_mdp.latency import LatencyTable, full_variant, measure_models, predict_ms
+from onnx_mdp.model_io import model_bytes
+from onnx_mdp.plan import PruningPlan, plan_identity
+from onnx_mdp.problem import Solution, SolveLimits
+from onnx_mdp.rewriting import rewrite
+from onnx_mdp.runtime import Runtime
+from onnx_mdp.scoring import Criterion, Importance
+from onnx_mdp.solvers import solve
+from onnx_mdp.structure import Structure
+
+__all__ = ["MAX_ROUNDS", "Candidate", "Clock", "Found", "Loop", "Request", "best", "close_loop", "tolerance"]
+
+MAX_ROUNDS = 6
+_ROUND_SECONDS = 6.0  # of interleaved measuring
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to prune for: exactly one of ``target_ms`` and ``target_ratio`` (of the unpruned latency)."""
+
+    target_ms: float | None = None
+    target_ratio: float | None = None
+    runtime: Runtime = field(default_factory=Runtime)
+    criterion: str | Criterion = "magnitude"
+    solver: str = "highs"
+    limits: SolveLimits = field(default_factory=SolveLimits)
+    max_choices: int = 16
+    seed: int = 0
+    command: str = ""
+
+    def goal_ms(self, base_ms: float) -> float:
+        """The target in milliseconds, for a model that takes ``base_ms`` unpruned."""
+        if self.target_ms is not None:
+            return self.target_ms
+        assert self.target_ratio is not None
+        return self.target_ratio * base_ms
+
+
+class Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        """Start the first stage now."""
+        self.laps: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Charge the time since the last lap to ``stage``."""
+        now = time.perf_counter()
+        self.laps[stage] = self.laps.get(stage, 0.0) + now - self.last
+        self.last = now
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """What stays the same while the loop closes."""
+
+    structure: Structure
+    request: Request
+    importance: Importance
+    table: LatencyTable
+    formulation: Formulation
+    base: bytes
+    clock: Clock
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One plan that was rewritten and measured; ``value`` is its share of the importance."""
+
+    plan: PruningPlan
+    model: ir.Model
+    predicted_ms: float
+    measured_ms: float
+    base_now_ms: float
+    noise: float
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The candidate to deliver, how many were measured, and the smallest reachable latency if known."""
+
+    best: Candidate | None
+    iterations: int
+    fastest_ms: float | None
+
+
+def tolerance(noise: float) -> float:
+    """How far measured and target may differ: 2 %, or twice the noise floor F."""
+    return max(0.02, 2.0 * noise)
+
+
+def close_loop(loop: Loop, target: float, base_ms: float, progress: Progress) -> Found:
+    """Solve, rewrite, measure; scale the table by what was measured; until the target is met."""
+    state = base_ms / predict_ms(loop.table, loop.structure, full_variant(loop.structure))
+    candidates: list[Candidate] = []
+    tried: set[str] = set()
+    fastest: float | None = None
+    for step in range(MAX_ROUNDS):
+        progress("solve", step, MAX_ROUNDS)
+        solution = solve(
+            loop.formulation.problem, to_ns(target / state), loop.request.solver, loop.request.limits
+        )
+        loop.clock.lap("solve")
+        if solution.fastest_ns is not None:
+            fastest = solution.fastest_ns * 1e-6 * state
+        if solution.choice is None:
+            break
+        plan = _plan(loop, solution, state)
+        if (identity := plan_identity(plan)) in tried:
+            break
+        tried.add(identity)
+        candidate = _measure_plan(loop, plan, solution, base_ms, progress, step)
+        candidates.append(candidate)
+        if abs(candidate.measured_ms / target - 1) <= tolerance(candidate.noise):
+            break
+        state *= candidate.measured_ms / candidate.predicted_ms
+    return Found(best(candidates, target), len(candidates), fastest)
+
+
+def _plan(loop: Loop, solution: Solution, state: float) -> PruningPlan:
+    assert solution.choice is not None
+    plan = plan_from_choice(loop.structure, loop.formulation, loop.importance, solution.choice)
+    return replace(
+        plan,
+        predicted_ms=solution.cost_ns * 1e-6 * state,
+        importance_share=solution.value,
+        status=solution.status,
+        bound=solution.bound,
+        gap=solution.gap,
+        solver=solution.solver,
+        seconds=solution.seconds,
+        fastest_ms=None if solution.fastest_ns is None else solution.fastest_ns * 1e-6 * state,
+        provenance={
+            "model": loop.structure.shadow.source,
+            "inputs": {name: list(shape) for name, shape in loop.structure.shadow.inputs.items()},
+            "table": loop.table.key,
+            "context": dict(loop.table.context),
+            "criterion": loop.importance.criterion,
+            "seed": loop.request.seed,
+            "version": __version__,
+            "command": loop.request.command,
+        },
+    )
+
+
+def _measure_plan(
+    loop: Loop, plan: PruningPlan, solution: Solution, base_ms: float, progress: Progress, step: int
+) -> Candidate:
+    model = rewrite(loop.structure, plan)
+    loop.clock.lap("rewrite")
+    timing = measure_models(
+        [loop.base, model_bytes(model)],
+        loop.structure.shadow.inputs,
+        loop.request.runtime,
+        seed=loop.request.seed + step,
+        budget_s=_ROUND_SECONDS,
+        on_round=lambda done, total: progress("measure", done, total),
+    )
+    loop.clock.lap("measure")
+    assert plan.predicted_ms is not None
+    return Candidate(
+        plan=plan,
+        model=model,
+        predicted_ms=plan.predicted_ms,
+        measured_ms=timing.ms[1] * base_ms / timing.ms[0],
+        base_now_ms=timing.ms[0],
+        noise=timing.noise,
+        value=solution.value,
+    )
+
+
+def best(candidates: Sequence[Candidate], target: float) -> Candidate | None:
+    """The most valuable candidate that meets the target; the fastest if none does."""
+    fitting = [c for c in candidates if c.measured_ms <= target * (1 + tolerance(c.noise))]
+    if fitting:
+        return max(fitting, key=lambda c: c.value)
+    return min(candidates, key=lambda c: c.measured_ms, default=None)
