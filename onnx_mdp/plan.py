@@ -121,21 +121,11 @@ def plan_json(plan: PruningPlan) -> str:
 
 def _document_of(plan: PruningPlan) -> dict[str, Any]:
     """The plan as a JSON-ready dictionary."""
-    document = _Document(
-        schema_version=_SCHEMA_VERSION,
-        keep={name: to_ranges(units) for name, units in plan.keep.items()},
-        removed_blocks=list(plan.removed_blocks),
-        predicted_ms=plan.predicted_ms,
-        importance_share=plan.importance_share,
-        status=plan.status,
-        bound=plan.bound,
-        gap=plan.gap,
-        solver=plan.solver,
-        seconds=plan.seconds,
-        fastest_ms=plan.fastest_ms,
-        provenance=dict(plan.provenance),
-    )
-    return document.model_dump()
+    same = {
+        name: getattr(plan, name) for name in _Document.model_fields if name not in ("schema_version", "keep")
+    }
+    ranges = {name: to_ranges(units) for name, units in plan.keep.items()}
+    return _Document(schema_version=_SCHEMA_VERSION, keep=ranges, **same).model_dump()
 
 
 def plan_identity(plan: PruningPlan) -> str:

@@ -739,6 +739,8 @@ def test_an_interrupted_profile_goes_on_where_it_stopped(run: Run, tmp_path: Pat
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A test run in the background inherits an ignored SIGINT, and so would the child.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while stored_runs(tmp_path / "lut.sqlite") < 2 and time.monotonic() < deadline:
