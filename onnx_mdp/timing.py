@@ -44,6 +44,7 @@ _NEIGHBOURS = 4
 _ITERATIONS = 6
 # Timer and session-switching noise are a few µs: below 1 ‰ of a sample this long.
 _MIN_SAMPLE_MS = 2.0
+_MAX_ROUNDS = 300
 _MAX_REPEATS = 1000
 
 _DTYPES = {
@@ -100,7 +101,7 @@ def measure(
     """Time all `sessions` interleaved, each on its own feed, and correct the drift.
 
     Without `rounds`, the budget decides, between the rounds that the models' speed asks for (10 at
-    80 ms, 20 at 30 ms, 50 at 8 ms; more than the budget if need be) and 60. `threads` is the number
+    80 ms, 20 at 30 ms, 50 at 8 ms; more than the budget if need be) and 300. `threads` is the number
     that the sessions run on: the CPU-time filter against preemption needs one thread and the CPU
     provider, and is off otherwise. `on_round` receives (rounds done, rounds in all). Raises
     ``UsageError`` for nothing to measure or fewer than 4 rounds, ``MeasurementError`` if a session
@@ -185,7 +186,7 @@ def _rounds(first_ms: Sequence[float], repeats: Sequence[int], budget_s: float) 
     round_ms = sum(ms * (count + 1) for ms, count in zip(first_ms, repeats, strict=True))
     # Power law through the counts that sufficed: 10 at 80 ms, 20 at 30 ms, 50 at 8 ms.
     enough = float(np.clip(220.0 * np.median(first_ms) ** -0.7, 6, 60))
-    return round(float(np.clip(1e3 * budget_s / round_ms, enough, 60)))
+    return round(float(np.clip(1e3 * budget_s / round_ms, enough, _MAX_ROUNDS)))
 
 
 def _visit(

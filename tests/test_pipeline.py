@@ -319,13 +319,19 @@ def candidate(measured_ms: float, value: float, noise: float = 0.0) -> closed_lo
 
 def test_best_prefers_fitting_then_value_then_speed() -> None:
     for order in itertools.permutations(
-        [candidate(0.5, 0.2), candidate(1.015, 0.6), candidate(1.03, 0.9), candidate(9.0, 1.0)]
+        [
+            candidate(0.5, 0.2),
+            candidate(1.008, 0.6),
+            candidate(1.015, 0.7),
+            candidate(1.03, 0.9),
+            candidate(9.0, 1.0),
+        ]
     ):
         best = closed_loop.best(order, 1.0)
         assert best is not None
         assert best.value == 0.6
         assert closed_loop.best(order, 0.4) == candidate(0.5, 0.2)
-    noisy = closed_loop.best([candidate(1.03, 0.9, noise=0.02), candidate(1.0, 0.5)], 1.0)
+    noisy = closed_loop.best([candidate(1.015, 0.9, noise=0.02), candidate(1.0, 0.5)], 1.0)
     assert noisy is not None
     assert noisy.value == 0.9
     assert closed_loop.best([], 1.0) is None
