@@ -1,13 +1,13 @@
 """How well the latency table predicts pruned models that it never saw.
 
-Claim: over at least 20 heterogeneous configurations of each model, scaled by the unpruned model alone, the
+Claim: over at least 20 heterogeneous configurations of each model, as ratios to the unpruned model, the
 table's error has a median of at most max(3 %, 2F) and a maximum of at most max(10 %, 5F), where F is the
 split-half error of the measurement.
 
 The configurations are a hard set: every stage (resolution) of the network has its own factor, so that no
 common scale describes the model, and up to 60 % of the blocks are gone. The table is built from nothing in a
-temporary store. Beside it stand its error with all of its calibration, and that of a proxy: latency in
-proportion to multiply-accumulates.
+temporary store. Beside it stand its error without the affine calibration (the sum of the terms, scaled by the
+unpruned model alone), and that of a proxy: latency in proportion to multiply-accumulates.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _resolution(structure: Structure, index: int) -> tuple[int, ...]:
 def _errors(
     structure: Structure, table: LatencyTable, variants: Sequence[Variant], ratios: Ratios
 ) -> dict[str, tuple[float, ...]]:
-    """Relative errors of the table scaled by its base alone, of the table as it is, and of the proxy."""
+    """Signed relative errors of the table without and with its calibration, and of the proxy."""
     bare = replace(table, calibration=replace(table.calibration, scale=1.0, offset_ms=0.0))
     totals = [plan_totals(structure, plan_of_variant(structure, variant)).macs for variant in variants]
     predicted = {
@@ -98,7 +98,7 @@ def _errors(
         "macs": [after / before for before, after in totals],
     }
     measured = np.asarray(ratios.values)
-    return {name: tuple(np.abs(np.asarray(p) / measured - 1).tolist()) for name, p in predicted.items()}
+    return {name: tuple((np.asarray(p) / measured - 1).tolist()) for name, p in predicted.items()}
 
 
 def _predicted_ratios(structure: Structure, table: LatencyTable, variants: Sequence[Variant]) -> list[float]:
@@ -122,7 +122,7 @@ def _predict(name: str, given: argparse.Namespace) -> Prediction:
         on_group=lambda done, total: note(f"{name}: {done} of {total} configurations measured"),
     )
     errors = _errors(structure, table, variants, ratios)
-    verdict = _verdict(errors["base_only"], ratios.noise)
+    verdict = _verdict(np.abs(errors["calibrated"]).tolist(), ratios.noise)
     return Prediction(name, table.seconds, ratios.base_ms, ratios.noise, ratios.values, errors, verdict)
 
 
@@ -133,7 +133,7 @@ def _verdict(errors: Sequence[float], noise: float) -> Verdict:
 
 
 def _two(errors: Sequence[float]) -> str:
-    return f"{np.median(errors):.1%} / {max(errors):.1%}"
+    return f"{np.median(np.abs(errors)):.1%} / {np.abs(errors).max():.1%}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,13 +149,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "configs": lambda r: str(len(r.measured)),
         "of base": lambda r: f"{min(r.measured):.2f} … {max(r.measured):.2f}",
         "F": lambda r: f"{r.noise:.1%}",
-        "error, base only": lambda r: _two(r.errors["base_only"]),
-        "calibrated": lambda r: _two(r.errors["calibrated"]),
+        "table": lambda r: _two(r.errors["calibrated"]),
+        "uncalibrated": lambda r: _two(r.errors["base_only"]),
         "MACs proxy": lambda r: _two(r.errors["macs"]),
         "verdict": lambda r: r.verdict,
     }
     print_table("prediction error, median / worst", columns, rows)
-    summary = " · ".join(f"{r.model} {_two(r.errors['base_only'])}, F {r.noise:.1%}" for r in rows)
+    summary = " · ".join(f"{r.model} {_two(r.errors['calibrated'])}, F {r.noise:.1%}" for r in rows)
     return publish(__file__, given, rows, combined([row.verdict for row in rows]), summary)
 
 

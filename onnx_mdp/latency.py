@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import nnls
+from scipy.optimize import lsq_linear, nnls
 
 from onnx_mdp.cost_terms import CostTerm, cost_terms, width
 from onnx_mdp.granularity import granularity, unit_choices
@@ -371,7 +371,11 @@ def _calibrate(
 
 
 def _affine(predicted: npt.NDArray[np.float64], measured: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """Scale and offset that minimise relative errors; neither is negative."""
+    """Scale and offset that minimise relative errors.
+
+    Small models run in warmer caches than the sum of their parts says, so the offset may be negative, but
+    not by more than half of the fastest measurement: every plan must cost something.
+    """
     system = np.stack([predicted, np.ones_like(predicted)], 1) / measured[:, None]
-    (scale, offset), _ = nnls(system, np.ones_like(measured))
-    return float(scale), float(offset)
+    fit = lsq_linear(system, np.ones_like(measured), ([0.0, -0.5 * measured.min()], [np.inf, np.inf]))
+    return float(fit.x[0]), float(fit.x[1])
