@@ -52,6 +52,10 @@ Store = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")]
+Data = Annotated[
+    Path | None, typer.Option(help="Calibration inputs: an .npz of named inputs or a folder of images.")
+]
+Preprocess = Annotated[str | None, typer.Option(help="How images become inputs, such as imagenet.")]
 Choices = Annotated[int, typer.Option("--choices", min=2, max=256, help="Most widths offered a dimension.")]
 
 
@@ -149,12 +153,8 @@ def prune(
     criterion: Annotated[
         str | None, typer.Option(help="magnitude, activation or drift; default: drift with --data.")
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Calibration inputs: an .npz of named inputs or a folder of images.")
-    ] = None,
-    preprocess: Annotated[
-        str | None, typer.Option(help="How images become inputs, such as imagenet.")
-    ] = None,
+    data: Data = None,
+    preprocess: Preprocess = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples to use.")] = 64,
     solver: Annotated[str, typer.Option(help="highs, or exhaustive for tiny models.")] = "highs",
     time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds for one solve.")] = 60.0,
@@ -228,6 +228,8 @@ def verify(
     pruned: Annotated[Path, typer.Argument(metavar="PRUNED.onnx", help="The pruned model.")],
     plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="What `prune` wrote.")],
     max_ms: Annotated[float | None, typer.Option(help="Fail if the pruned model is slower.")] = None,
+    data: Data = None,
+    preprocess: Preprocess = None,
     ep: Provider = "cpu",
     ep_option: ProviderOption = None,
     threads: Threads = 1,
@@ -238,7 +240,8 @@ def verify(
     from onnx_mdp.commands import run_verify
 
     options = _options(as_json=as_json, quiet=quiet, provider=ep, provider_options=ep_option, threads=threads)
-    raise typer.Exit(run_verify(original, pruned, plan, options, max_ms=max_ms))
+    code = run_verify(original, pruned, plan, options, max_ms=max_ms, data=data, preprocess=preprocess)
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -194,7 +194,14 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
         for output in outputs:
             check_output(output, overwrite=wanted.overwrite)
     model, structure = _load(path, options)
-    data = _calibration(structure, model, wanted, options)
+    data = None
+    if wanted.data is not None:
+        data = _calibration(structure, model, wanted.data, wanted.preprocess, wanted.samples, options)
+    else:
+        options.screen.warn(
+            "no --data: units are ranked by weight magnitude alone, which costs accuracy; "
+            "pass calibration inputs (an .npz or a folder of images)"
+        )
     request = Request(
         target_ms=wanted.target_ms,
         target_ratio=wanted.target_ratio,
@@ -208,6 +215,8 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
     )
     with open_store(options.store) as store, options.screen.progress() as progress:
         result = prune(model, structure, request, store, feeds=data.feeds if data else (), progress=progress)
+    if result.evidence is not None:
+        _warn_of_constant(result.evidence, options)
     written = _write(result, outputs, wanted)
     if result.plan is not None and not options.screen.as_json:
         options.screen.table(plan_table(structure, result.plan))
@@ -216,20 +225,26 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
 
 
 def _calibration(
-    structure: Structure, model: ir.Model, wanted: PruneOptions, options: Options
-) -> CalibrationData | None:
-    if wanted.data is None:
-        options.screen.warn(
-            "no --data: units are ranked by weight magnitude alone, which costs accuracy; "
-            "pass calibration inputs (an .npz or a folder of images)"
-        )
-        return None
+    structure: Structure,
+    model: ir.Model,
+    source: Path,
+    preprocess: str | None,
+    samples: int,
+    options: Options,
+) -> CalibrationData:
     dtypes = {str(v.name): np.dtype(v.dtype.numpy()) for v in graph_inputs(model) if v.dtype is not None}
-    data = load_data(
-        wanted.data, structure.shadow.inputs, dtypes, preprocess=wanted.preprocess, samples=wanted.samples
-    )
+    data = load_data(source, structure.shadow.inputs, dtypes, preprocess=preprocess, samples=samples)
     options.screen.note(f"calibration: {printable(data.source)}")
     return data
+
+
+def _warn_of_constant(evidence: Evidence, options: Options) -> None:
+    """An output that no input changes would hide a wrong cut: say so."""
+    if evidence.constant:
+        names = ", ".join(map(printable, evidence.constant))
+        options.screen.warn(
+            f"the inputs tried hardly change {names}, so comparing it proves little; pass inputs with --data"
+        )
 
 
 def _write(
@@ -272,6 +287,7 @@ def run_apply(path: Path, plan_path: Path, output: Path, options: Options, *, ov
     plan = load_plan(plan_path)
     model, structure = _load(path, _with_plan_inputs(options, plan))
     pruned, evidence = apply_plan(model, structure, plan)
+    _warn_of_constant(evidence, options)
     save_model(pruned, output, overwrite=overwrite)
     line = f"APPLIED  verified, error {evidence.worst:.1e} of the scale → {output}"
     document = verify_document(evidence, None) | {"output": str(output)}
@@ -289,14 +305,23 @@ def _with_plan_inputs(options: Options, plan: PruningPlan) -> Options:
 
 
 def run_verify(
-    original: Path, pruned: Path, plan_path: Path, options: Options, *, max_ms: float | None
+    original: Path,
+    pruned: Path,
+    plan_path: Path,
+    options: Options,
+    *,
+    max_ms: float | None,
+    data: Path | None = None,
+    preprocess: str | None = None,
 ) -> int:
     """Check that a pruned file equals the masked original, and optionally that it is fast enough."""
     plan = load_plan(plan_path)
     model, structure = _load(original, _with_plan_inputs(options, plan))
     check_plan(plan, structure)
     slim = load_model(pruned)
-    evidence = verify(model, structure, slim, plan)
+    feeds = _calibration(structure, model, data, preprocess, 2, options).feeds if data else ()
+    evidence = verify(model, structure, slim, plan, feeds=feeds)
+    _warn_of_constant(evidence, options)
     measured = None
     if max_ms is not None:
         timing = measure_models([model_bytes(slim)], structure.shadow.inputs, options.runtime(), budget_s=5.0)

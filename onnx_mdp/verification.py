@@ -34,6 +34,7 @@ __all__ = ["TOLERANCE", "Drift", "Evidence", "masked_model", "require", "verify"
 TOLERANCE = 1e-5  # of the largest absolute output, in float32
 _NOISE_LIMIT = 1e-2  # of the scale; a runtime that is worse than this proves nothing
 _NOISE_FACTOR = 4.0
+_CONSTANT = 1e-3  # of the scale; an output that varies by less over the inputs hides what was cut
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 
@@ -54,7 +55,8 @@ class Evidence:
     largest absolute masked output, both where their ratio ``worst`` is largest. The law holds when
     ``worst <= TOLERANCE``, or when it stays within four times ``runtime_noise``: the ratio by which the
     masked model differs from *itself* when ONNX Runtime optimises it (measured only where needed; a
-    sigmoid that saturates near zero has such noise, and no slicing error is that small).
+    sigmoid that saturates near zero has such noise, and no slicing error is that small). ``constant``
+    names the outputs that stayed the same over all inputs tried: about those the law says little.
     """
 
     verified: bool
@@ -65,6 +67,7 @@ class Evidence:
     drift: Mapping[str, Drift]
     runtime_noise: float | None = None
     checker: str | None = None
+    constant: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +208,16 @@ def verify(
         drift=_drifts(names, dense.run(names, tried[0]), slim.run(names, tried[0])),
         runtime_noise=noise,
         checker=complaint,
+        constant=_constant_outputs(names, expected),
+    )
+
+
+def _constant_outputs(names: Sequence[str], expected: Sequence[Sequence[Any]]) -> tuple[str, ...]:
+    """Outputs that hardly differ from one input to the next of the same size."""
+    return tuple(
+        name
+        for name, (first, *others) in zip(names, zip(*expected, strict=True), strict=True)
+        if all(_error(first, o).ratio < _CONSTANT for o in others if np.shape(o) == np.shape(first))
     )
 
 

@@ -12,7 +12,8 @@ import pytest
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Export a model of ``models.catalog`` once a session; skips without torch."""
     pytest.importorskip("torch")
-    export = pytest.importorskip("models.export").export
+    from models.export import export
+
     folder = tmp_path_factory.mktemp("exports")
 
     def exported_file(name: str, exporter: str = "torchscript", *, dynamic_batch: bool = False) -> Path:

@@ -97,7 +97,15 @@ PLAN_KEYS = {
     "provenance",
     "schema_version",
 }
-VERIFY_KEYS = {"verified", "max_error", "scale", "inputs_tried", "drift", "measured_ms"}
+VERIFY_KEYS = {
+    "verified",
+    "max_error",
+    "scale",
+    "inputs_tried",
+    "constant_outputs",
+    "drift",
+    "measured_ms",
+}
 
 
 @dataclass(frozen=True)
@@ -526,6 +534,16 @@ def test_verify_passes_on_the_pruned_file(kit: Run) -> None:
     assert outcome.document.keys() >= VERIFY_KEYS
     assert outcome.document["verified"] is True
     assert outcome.document["drift"]["y"].keys() >= {"cosine", "max_abs"}
+
+
+def test_verify_compares_on_given_inputs_too(kit: Run) -> None:
+    files_ = ("my model.onnx", "slim model.onnx", "slim model.plan.json")
+    alone = kit("verify", *files_, "--json").document
+    np.savez("given.npz", x=np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32))
+    given = kit("verify", *files_, "--data", "given.npz", "--json").document
+    assert given["inputs_tried"] == alone["inputs_tried"] + 2
+    assert given["constant_outputs"] == []
+    is_refused(kit("verify", *files_, "--data", "missing.npz"), 2, "missing.npz does not exist")
 
 
 def test_verify_fails_on_a_tampered_file(kit: Run) -> None:

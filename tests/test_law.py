@@ -30,6 +30,7 @@ from zoo import (
 )
 
 from onnx_mdp import rewriting
+from onnx_mdp.documents import verify_document
 from onnx_mdp.errors import VerificationError
 from onnx_mdp.model_io import model_bytes
 from onnx_mdp.plan import PruningPlan, removed_classes
@@ -553,3 +554,32 @@ def test_require_accepts_what_is_verified() -> None:
     evidence = verify(model, structure, rewrite(structure, PruningPlan(keep={})), PruningPlan(keep={}))
     assert isinstance(evidence, Evidence)
     require(evidence)
+
+
+DEAD = """
+(float[1, 4, 6, 6] x) => (float[1, 5] y, float[1, 3] flat)
+<
+    float[6, 4, 1, 1] w1,
+    float[6] low = {-1e6, -1e6, -1e6, -1e6, -1e6, -1e6},
+    float[5, 6] w2,
+    float[3, 6] w3
+>
+{
+    h = Conv(x, w1)
+    p = GlobalAveragePool(h)
+    f = Flatten(p)
+    y = Gemm<transB=1>(f, w2)
+    dead = Add(f, low)
+    r = Relu(dead)
+    flat = Gemm<transB=1>(r, w3)
+}"""
+
+
+def test_an_output_that_no_input_changes_is_reported() -> None:
+    """All units behind the Relu are off: whatever is cut there, the output stays the same."""
+    model, structure = analyse(text_model(DEAD))
+    plan = PruningPlan(keep={structure.dimensions[structure.prunable[0]].name: (0, 2, 3)})
+    evidence = verify(model, structure, rewrite(structure, plan), plan)
+    assert evidence.verified
+    assert evidence.constant == ("flat",)
+    assert verify_document(evidence, None)["constant_outputs"] == ["flat"]
