@@ -5,10 +5,10 @@ from both exporters of torch: 21 rows) at 0.8, 0.6 and 0.4 of their latency, ``o
 and writes a model that measures at most its target + max(2 %, 2F), equals the masked original within 1e-5 of
 the scale, passes the full ONNX checker, runs in plain ONNX Runtime and has fewer parameters.
 
-Nothing of that is believed: the latency is measured again beside the unpruned model, ``onnx-mdp verify``
-compares the files, and parameters are counted here. F is the larger of the tool's noise and that of the
-second measurement. The first ratio of a model starts with an empty store (*cold*); the others find its
-table (*warm*).
+Nothing of that is believed: the latency is measured again beside the unpruned model in three fresh processes,
+``onnx-mdp verify`` compares the files, and parameters are counted here. F is the larger of the tool's noise
+and that of the second measurement, half the range of the three. The first ratio of a model starts with an
+empty store (*cold*); the others find its table (*warm*).
 """
 
 from __future__ import annotations

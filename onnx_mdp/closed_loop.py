@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from onnx_mdp._version import __version__
-from onnx_mdp.formulation import Formulation, plan_from_choice, to_ns
+from onnx_mdp.formulation import Formulation, plan_from_solution, to_ns
 from onnx_mdp.latency import LatencyTable, full_variant, measure_models, predict_ms
 from onnx_mdp.model_io import model_bytes
 from onnx_mdp.plan import PruningPlan, plan_identity
@@ -37,7 +36,7 @@ class Request:
     target_ratio: float | None = None
     runtime: Runtime = field(default_factory=Runtime)
     criterion: str | Criterion = "magnitude"
-    solver: str = "highs"
+    solver: str = "exact"
     limits: SolveLimits = field(default_factory=SolveLimits)
     max_choices: int = 16
     seed: int = 0
@@ -130,7 +129,16 @@ def close_loop(loop: Loop, target: float, base_ms: float, progress: Progress) ->
             continue
         if solution.choice is None:
             break
-        plan = _plan(loop, solution, state)
+        plan = plan_from_solution(
+            loop.structure,
+            loop.formulation,
+            loop.importance,
+            loop.table,
+            solution,
+            state=state,
+            seed=loop.request.seed,
+            command=loop.request.command,
+        )
         if (identity := plan_identity(plan)) in tried:
             break
         tried.add(identity)
@@ -140,32 +148,6 @@ def close_loop(loop: Loop, target: float, base_ms: float, progress: Progress) ->
             break
         state *= candidate.measured_ms / candidate.predicted_ms
     return Found(best(candidates, target), len(candidates), fastest)
-
-
-def _plan(loop: Loop, solution: Solution, state: float) -> PruningPlan:
-    assert solution.choice is not None
-    plan = plan_from_choice(loop.structure, loop.formulation, loop.importance, solution.choice)
-    return replace(
-        plan,
-        predicted_ms=solution.cost_ns * 1e-6 * state,
-        importance_share=solution.value,
-        status=solution.status,
-        bound=solution.bound,
-        gap=solution.gap,
-        solver=solution.solver,
-        seconds=solution.seconds,
-        fastest_ms=None if solution.fastest_ns is None else solution.fastest_ns * 1e-6 * state,
-        provenance={
-            "model": loop.structure.shadow.source,
-            "inputs": {name: list(shape) for name, shape in loop.structure.shadow.inputs.items()},
-            "table": loop.table.key,
-            "context": dict(loop.table.context),
-            "criterion": loop.importance.criterion,
-            "seed": loop.request.seed,
-            "version": __version__,
-            "command": loop.request.command,
-        },
-    )
 
 
 def _measure_plan(

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "Block",
+    "Budget",
     "Choice",
     "Factor",
     "PruningProblem",
@@ -41,6 +42,7 @@ Status = Literal["optimal", "feasible", "infeasible"]
 _MAX_ARITY = 4
 # Beyond 2**53 neighbouring integers share one float64, and a linear solver could not tell them apart.
 _MAX_TOTAL_NS = 2**53
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +126,49 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
+class Budget:
+    """One more resource that may run out: ``offset + Σ_f A_f(x_f) <= limit``, in any unit.
+
+    The amounts A are the `value` tables of `factors`: the parameters, the operations, the latency on another
+    device. With `peak` the largest of them counts and not their sum, as for memory that is used again. A sum
+    may exceed the limit by rounding, 1e-12 of the largest possible sum.
+    """
+
+    name: str
+    limit: float
+    factors: tuple[Factor, ...]
+    offset: float = 0.0
+    peak: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", tuple(self.factors))
+        if not (math.isfinite(self.limit) and math.isfinite(self.offset)):
+            raise ValueError(f"budget {self.name!r}: limit and offset must be finite")
+        if any(factor.value is None or factor.cost_ns is not None for factor in self.factors):
+            raise ValueError(f"budget {self.name!r}: its factors have amounts as values, and no costs")
+
+    @property
+    def allowance(self) -> float:
+        """The limit with the room that rounding needs."""
+        tables = [factor.value for factor in self.factors if factor.value is not None]
+        return self.limit + _ROUNDING * (abs(self.offset) + sum(float(abs(t).max(initial=0)) for t in tables))
+
+    def amount(self, choice: Sequence[int]) -> float:
+        """Return what a choice uses."""
+        used = [self.offset]
+        for factor in self.factors:
+            assert factor.value is not None
+            used.append(float(factor.value[tuple(choice[index] for index in factor.scope)]))
+        return self.offset + max(used[1:], default=0.0) if self.peak else math.fsum(used)
+
+
+@dataclass(frozen=True, slots=True)
 class PruningProblem:
     """Variables, factors over them, the laws between widths, and the cost that no choice changes.
 
-    Raises ValueError when an index, a shape or an absent state does not fit, or when the widest choice
-    (every variable at its last option, the unpruned model) breaks a width sum or a block.
+    `budgets` hold beside the one for the cost that a solver is given. Raises ValueError when an index, a
+    shape or an absent state does not fit, or when the widest choice (every variable at its last option, the
+    unpruned model) breaks a width sum or a block.
     """
 
     variables: tuple[Variable, ...]
@@ -136,9 +176,10 @@ class PruningProblem:
     sums: tuple[WidthSum, ...] = ()
     blocks: tuple[Block, ...] = ()
     offset_ns: int = 0
+    budgets: tuple[Budget, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in ("variables", "factors", "sums", "blocks"):
+        for field in ("variables", "factors", "sums", "blocks", "budgets"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         object.__setattr__(self, "offset_ns", int(self.offset_ns))
         _check_indices(self)
@@ -181,6 +222,10 @@ class PruningProblem:
             for law in self.sums
         ) and all(len({choice[member] == 0 for member in block.members}) == 1 for block in self.blocks)
 
+    def within_budgets(self, choice: Sequence[int]) -> bool:
+        """Tell whether the choice fits all of `budgets`; what it costs is not asked."""
+        return all(budget.amount(choice) <= budget.allowance for budget in self.budgets)
+
 
 @dataclass(frozen=True, slots=True)
 class SolveLimits:
@@ -200,7 +245,8 @@ class Solution:
 
     Status `optimal`: `choice` is within the asked gap of the best. `feasible`: `choice` fits the budget,
     but the solver stopped early. `infeasible`: nothing fits; `choice` is None, `value` and `bound` are
-    -inf, and `cost_ns` repeats `fastest_ns`, the smallest cost that can be reached.
+    -inf, and `cost_ns` repeats `fastest_ns`, the smallest cost that can be reached (0 and None where the
+    other budgets of the problem cannot be met at any cost).
 
     `bound` is never below the value of any choice that fits. `fastest_ns` is None where it was not needed.
     """
@@ -222,10 +268,10 @@ class Solution:
         return (self.bound - self.value) / max(abs(self.bound), np.finfo(np.float64).tiny)
 
     @classmethod
-    def infeasible(cls, fastest_ns: int, solver: str, seconds: float) -> Solution:
+    def infeasible(cls, fastest_ns: int | None, solver: str, seconds: float) -> Solution:
         """Return the answer that nothing fits, with the smallest reachable cost in nanoseconds."""
         nothing = -math.inf
-        return cls(None, nothing, fastest_ns, nothing, "infeasible", fastest_ns, solver, seconds)
+        return cls(None, nothing, fastest_ns or 0, nothing, "infeasible", fastest_ns, solver, seconds)
 
 
 def valued_by_cost(problem: PruningProblem) -> PruningProblem:
@@ -261,7 +307,7 @@ def _names_options(problem: PruningProblem, choice: Sequence[int]) -> bool:
 
 
 def _check_indices(problem: PruningProblem) -> None:
-    named = [(f"factor over {factor.scope}", factor.scope) for factor in problem.factors]
+    named = [(f"factor over {factor.scope}", factor.scope) for factor in _all_factors(problem)]
     named += [(f"width sum {law}", (law.total, *(part for part, _ in law.parts))) for law in problem.sums]
     named += [(f"block {block.name!r}", block.members) for block in problem.blocks]
     for what, indices in named:
@@ -269,9 +315,13 @@ def _check_indices(problem: PruningProblem) -> None:
             raise ValueError(f"{what} names a variable outside 0..{len(problem.variables) - 1}")
 
 
+def _all_factors(problem: PruningProblem) -> list[Factor]:
+    return [*problem.factors, *(factor for budget in problem.budgets for factor in budget.factors)]
+
+
 def _check_shapes(problem: PruningProblem) -> None:
     largest_ns = abs(problem.offset_ns)
-    for factor in problem.factors:
+    for factor in _all_factors(problem):
         shape = tuple(len(problem.variables[index].widths) for index in factor.scope)
         for what, table in (("values", factor.value), ("costs", factor.cost_ns)):
             if table is not None and table.shape != shape:

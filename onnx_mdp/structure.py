@@ -20,6 +20,7 @@ __all__ = [
     "Structure",
     "analyze_shadow",
     "extent",
+    "label_extent",
     "macs",
     "operation_macs",
 ]
@@ -181,14 +182,18 @@ def extent(structure: Structure, name: str, axis: int) -> Extent:
     labels = structure.graph.tensors.get(name)
     if labels is None or axis not in varying(labels):
         return Extent(size, ())
-    vector = structure.graph.vector(name, axis)
+    return label_extent(structure, structure.graph.vector(name, axis))
+
+
+def label_extent(structure: Structure, vector: npt.NDArray[np.int32]) -> Extent:
+    """How long an axis with these index classes is, given how many units each dimension keeps."""
     owners = np.where(vector > 0, structure.dimension_of[vector], -1)
     terms = []
     for index in np.unique(owners[owners >= 0]).tolist():
         dimension = structure.dimensions[index]
         if dimension.frozen is None:
             terms.append((index, int((owners == index).sum()) // len(dimension.units)))
-    fixed = size - sum(c * len(structure.dimensions[i].units) for i, c in terms)
+    fixed = len(vector) - sum(c * len(structure.dimensions[i].units) for i, c in terms)
     return Extent(fixed, tuple(terms))
 
 

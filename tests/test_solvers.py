@@ -331,9 +331,13 @@ def test_a_sum_over_one_part_maps_options():
     assert fastest(flat).cost_ns == 1
 
 
-@pytest.mark.parametrize("name", sorted(SOLVERS))
+@pytest.mark.parametrize("name", sorted(set(SOLVERS) - {"mindtpy"}))
 def test_every_solver_of_the_registry_answers(name: str):
     problem = random_problem(3)
+    if name in ("greedy", "linear"):  # they prove nothing, and may not find the one choice that fits
+        assert solve(problem, 10**6, name).value <= solve(problem, 10**6).value
+        assert solve(problem, fastest(problem).cost_ns - 1, name).status == "infeasible"
+        return
     low = fastest(problem, name).cost_ns
     assert solve(problem, low, name).cost_ns == low
     assert solve(problem, low - 1, name).status == "infeasible"
@@ -359,7 +363,7 @@ def test_a_solver_may_be_a_function_and_its_answer_is_checked():
 
 
 def test_an_unknown_solver_lists_the_known_ones():
-    with pytest.raises(UsageError, match="exhaustive, highs"):
+    with pytest.raises(UsageError, match="exhaustive, greedy, highs"):
         solve(random_problem(0), 1, "cplex")
 
 

@@ -28,22 +28,23 @@ def solve_exhaustively(problem: PruningProblem, budget_ns: int, limits: SolveLim
     started = time.perf_counter()
     best: tuple[float, int, tuple[int, ...]] | None = None
     fastest_ns: int | None = None
-    for choices in _consistent_choices(problem):
+    for consistent in _consistent_choices(problem):
+        choices = consistent[_are_within_budgets(problem, consistent)]
+        if not len(choices):
+            continue
         value, cost_ns = _evaluate_all(problem, choices)
-        fastest_ns = min(int(cost_ns.min()), cost_ns.max() if fastest_ns is None else fastest_ns)
+        least = int(cost_ns.min())
+        fastest_ns = least if fastest_ns is None else min(least, fastest_ns)
         fits = np.flatnonzero(cost_ns <= budget_ns)
         if fits.size:
             first = fits[np.lexsort((cost_ns[fits], -value[fits]))[0]]
             found = (float(value[first]), -int(cost_ns[first]), tuple(int(i) for i in choices[first]))
             best = found if best is None or found[:2] > best[:2] else best
-    assert fastest_ns is not None  # the widest choice is always consistent
     seconds = time.perf_counter() - started
-    if best is None:
-        return Solution.infeasible(int(fastest_ns), "exhaustive", seconds)
+    if best is None or fastest_ns is None:
+        return Solution.infeasible(fastest_ns, "exhaustive", seconds)
     best_value, best_cost = problem.evaluate(best[2])
-    return Solution(
-        best[2], best_value, best_cost, best_value, "optimal", int(fastest_ns), "exhaustive", seconds
-    )
+    return Solution(best[2], best_value, best_cost, best_value, "optimal", fastest_ns, "exhaustive", seconds)
 
 
 def _consistent_choices(problem: PruningProblem) -> Iterator[_Choices]:
@@ -72,6 +73,18 @@ def _are_consistent(problem: PruningProblem, choices: _Choices) -> NDArray[np.bo
         absent = choices[:, block.members] == 0
         right &= absent.all(axis=1) | ~absent.any(axis=1)
     return right
+
+
+def _are_within_budgets(problem: PruningProblem, choices: _Choices) -> NDArray[np.bool_]:
+    within = np.ones(len(choices), dtype=bool)
+    for budget in problem.budgets:
+        amount = np.full(len(choices), -np.inf if budget.peak and budget.factors else 0.0)
+        for factor in budget.factors:
+            assert factor.value is not None
+            used = factor.value[tuple(choices[:, index] for index in factor.scope)]
+            amount = np.maximum(amount, used) if budget.peak else amount + used
+        within &= budget.offset + amount <= budget.allowance
+    return within
 
 
 def _widths(problem: PruningProblem, choices: _Choices, index: int) -> _Choices:

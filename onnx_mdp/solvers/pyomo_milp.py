@@ -6,7 +6,7 @@ variables a continuous y[f, t] >= 0. With S = budget - Σ minimal costs and cost
     maximise   Σ V_v[i] w[v, i] + Σ V_f[t] y[f, t]
     such that  Σ_i w[v, i] = 1                                  for every variable v
                Σ_{t: t_v = i} y[f, t] = w[v, i]                 for every factor f, v in f, option i
-               Σ C_v[i] w[v, i] / S + Σ C_f[t] y[f, t] / S <= 1
+               Σ C_v[i] w[v, i] / S + Σ C_f[t] y[f, t] / S <= 1          and so for every other budget
                w[m, absent] equal for all members m of a block
                Σ_i width_i w[total, i] = offset + Σ_p c_p Σ_i width_i w[p, i]   for every width sum.
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +34,7 @@ from pyomo.core.expr.numeric_expr import LinearExpression  # type: ignore[import
 
 from onnx_mdp.errors import SolverError
 from onnx_mdp.problem import Choice, PruningProblem, Solution, SolveLimits, Status, WidthSum, valued_by_cost
+from onnx_mdp.solvers.milp_tables import MilpTable, live_options, merged, milp_tables, restricted
 
 __all__ = ["solve_milp"]
 
@@ -48,9 +49,6 @@ _ROOM = 1e-6
 _NO_AGGREGATOR = 1 << 12
 _MAX_CUTS = 20
 _PATIENCE_SECONDS = 30.0
-# Dearer than any sum of costs that a problem may hold.
-_NEVER_NS = 2**53
-
 _STATUS: dict[Any, Status] = {
     TerminationCondition.optimal: "optimal",
     TerminationCondition.maxTimeLimit: "feasible",
@@ -61,16 +59,6 @@ _STATUS: dict[Any, Status] = {
 _Ints = NDArray[np.int64]
 _Floats = NDArray[np.float64]
 _Mask = NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True)
-class _Table:
-    """One factor over ascending variables: value, cost, and which tuples may be used at all."""
-
-    scope: tuple[int, ...]
-    value: _Floats
-    cost: _Ints
-    allowed: _Mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +105,9 @@ def solve_milp(problem: PruningProblem, budget_ns: int, limits: SolveLimits) -> 
     if not problem.variables:
         return _answer(problem, (), bound, "optimal", started)
     model, solver = _model(program), _highs(limits.gap)
-    paying = {index for factor in problem.factors if factor.cost_ns is not None for index in factor.scope}
+    metered = [f for f in problem.factors if f.cost_ns is not None]
+    metered += [f for budget in problem.budgets for f in budget.factors]
+    paying = {index for factor in metered for index in factor.scope}
     for _ in range(_MAX_CUTS):
         solver.config.time_limit = max(limits.seconds - (time.perf_counter() - started), 0.01)
         result = solver.solve(model)
@@ -132,7 +122,7 @@ def solve_milp(problem: PruningProblem, budget_ns: int, limits: SolveLimits) -> 
             return _fall_back(problem, budget_ns, limits, started, bound)
         taken = _largest(program, model, result)
         choice = tuple(program.options[column] for column in taken)
-        if problem.evaluate(choice)[1] <= budget_ns:
+        if problem.evaluate(choice)[1] <= budget_ns and problem.within_budgets(choice):
             return _answer(problem, choice, bound, status, started)
         model.cuts.add(sum(model.w[taken[index]] for index in paying) <= len(paying) - 1)
     raise SolverError(f"HiGHS returned {_MAX_CUTS} choices just over the budget; lower the budget slightly")
@@ -152,11 +142,16 @@ def _fall_back(
     """Answer where HiGHS gave no choice; `bound` None says that it, or simple bounds, saw that none fits."""
     ceiling = sum(float(factor.value.max()) for factor in problem.factors if factor.value is not None)
     known = ceiling if bound is None else bound
-    if problem.evaluate(problem.widest())[1] <= budget_ns:
-        return _answer(problem, problem.widest(), known, "feasible", started)
+    widest = problem.widest()
+    if problem.evaluate(widest)[1] <= budget_ns and problem.within_budgets(widest):
+        return _answer(problem, widest, known, "feasible", started)
     patience = SolveLimits(max(limits.seconds, _PATIENCE_SECONDS), gap=0.0)
+    if bound is None and not any(factor.cost_ns is not None for factor in problem.factors):
+        fastest_ns = problem.offset_ns if problem.offset_ns > budget_ns and not problem.budgets else None
+        return Solution.infeasible(fastest_ns, _NAME, time.perf_counter() - started)
     fast = solve_milp(valued_by_cost(problem), 0, patience)
-    assert fast.choice is not None  # without costs the widest choice always fits
+    if fast.choice is None:
+        return Solution.infeasible(None, _NAME, time.perf_counter() - started)
     fastest_ns = problem.evaluate(fast.choice)[1]
     if fastest_ns <= budget_ns:
         return replace(_answer(problem, fast.choice, known, "feasible", started), fastest_ns=fastest_ns)
@@ -165,114 +160,13 @@ def _fall_back(
     return Solution.infeasible(fastest_ns, _NAME, time.perf_counter() - started)
 
 
-def _tables(problem: PruningProblem) -> list[_Table]:
-    """Return the factors, those of equal scope merged, with the tuples that blocks forbid."""
-    tables = []
-    for factor in problem.factors:
-        shape = tuple(len(problem.variables[index].widths) for index in factor.scope)
-        value = np.zeros(shape) if factor.value is None else factor.value
-        cost = np.zeros(shape, np.int64) if factor.cost_ns is None else factor.cost_ns
-        order = np.argsort(factor.scope)
-        scope = tuple(factor.scope[axis] for axis in order)
-        tables.append(_Table(scope, value.transpose(order), cost.transpose(order), _possible(problem, scope)))
-    return _merged(tables)
-
-
-def _possible(problem: PruningProblem, scope: tuple[int, ...]) -> _Mask:
-    """Return which tuples hold all or none of the absent states of a block, bool[options of each]."""
-    shape = tuple(len(problem.variables[index].widths) for index in scope)
-    grid = dict(zip(scope, np.indices(shape, sparse=True), strict=True))
-    possible = np.ones(shape, dtype=bool)
-    for block in problem.blocks:
-        inside = [grid[member] == 0 for member in block.members if member in grid]
-        for absent in inside[1:]:
-            possible &= absent == inside[0]
-    return possible
-
-
-def _merged(tables: Iterable[_Table]) -> list[_Table]:
-    merged: dict[tuple[int, ...], _Table] = {}
-    for table in tables:
-        if table.scope in merged:
-            one = merged[table.scope]
-            both = one.allowed & table.allowed
-            table = _Table(table.scope, one.value + table.value, one.cost + table.cost, both)
-        merged[table.scope] = table
-    return list(merged.values())
-
-
-def _live_options(problem: PruningProblem, tables: Sequence[_Table], budget_ns: int) -> list[_Mask] | None:
-    """Return the options that simple bounds leave to each variable, or None when nothing can fit."""
-    live = [np.ones(len(variable.widths), dtype=bool) for variable in problem.variables]
-    before = None
-    while before != (before := [int(mask.sum()) for mask in live]):
-        if not all(before) or not _keep_affordable(live, tables, budget_ns - problem.offset_ns):
-            return None
-        for law in problem.sums:
-            _keep_reachable(live, law, problem)
-        for block in problem.blocks:
-            _keep_together(live, block.members)
-    return live
-
-
-def _keep_affordable(live: list[_Mask], tables: Sequence[_Table], slack: int) -> bool:
-    """Drop options whose cost, beside the least of everything else, exceeds the budget; False if all do."""
-    extra = [np.zeros(len(mask), dtype=np.int64) for mask in live]
-    usable = [np.ones(len(mask), dtype=bool) for mask in live]
-    for table in tables:
-        dear = np.where(table.allowed, table.cost, _NEVER_NS)[_among(table, live)]
-        least = int(dear.min())
-        slack -= least
-        for axis, index in enumerate(table.scope):
-            cheapest = dear.min(axis=tuple(other for other in range(dear.ndim) if other != axis))
-            usable[index][live[index]] &= cheapest < _NEVER_NS
-            extra[index][live[index]] += np.where(cheapest < _NEVER_NS, cheapest - least, 0)
-    for mask, added, possible in zip(live, extra, usable, strict=True):
-        mask &= possible & (added <= slack)
-    return slack >= 0
-
-
-def _keep_reachable(live: list[_Mask], law: WidthSum, problem: PruningProblem) -> None:
-    """Drop the options of the total and the parts of a width sum that complete no solution of it."""
-    terms = [c * np.asarray(problem.variables[part].widths, np.int64) for part, c in law.parts]
-    before = [np.array([law.offset])]
-    for (part, _), term in zip(law.parts, terms, strict=True):
-        before.append(np.unique(np.add.outer(before[-1], term[live[part]])))
-    totals = np.asarray(problem.variables[law.total].widths, np.int64)
-    live[law.total] &= np.isin(totals, before[-1])
-    after = totals[live[law.total]]
-    for (part, _), term, sums in zip(law.parts[::-1], terms[::-1], before[-2::-1], strict=True):
-        live[part] &= np.isin(np.add.outer(term, sums), after).any(axis=1)
-        after = np.unique(np.subtract.outer(after, term[live[part]]))
-
-
-def _keep_together(live: list[_Mask], members: tuple[int, ...]) -> None:
-    absent = all(live[member][0] for member in members)
-    present = all(live[member][1:].any() for member in members)
-    for member in members:
-        live[member][0] &= absent
-        live[member][1:] &= present
-
-
-def _among(table: _Table, live: Sequence[_Mask]) -> tuple[_Ints, ...]:
-    return np.ix_(*(np.flatnonzero(live[index]) for index in table.scope))
-
-
-def _restricted(table: _Table, live: Sequence[_Mask]) -> _Table:
-    """Drop dead options, and variables with one option left: a pair with such a variable becomes unary."""
-    at = _among(table, live)
-    value, cost, allowed = table.value[at], table.cost[at], table.allowed[at]
-    scope = tuple(index for index, size in zip(table.scope, value.shape, strict=True) if size > 1)
-    return _Table(scope, value.squeeze(), cost.squeeze(), allowed.squeeze())
-
-
 def _formulate(problem: PruningProblem, budget_ns: int) -> _Program | None:
     """Return the program over what simple bounds leave, or None when nothing can fit."""
-    tables = _tables(problem)
-    live = _live_options(problem, tables, budget_ns)
+    tables = milp_tables(problem)
+    live = live_options(problem, tables, budget_ns)
     if live is None:
         return None
-    tables = _merged(_restricted(table, live) for table in tables)
+    tables = merged(restricted(table, live) for table in tables)
     if not all(table.allowed.any() for table in tables):
         return None
     least = sum(int(table.cost[table.allowed].min()) for table in tables)
@@ -282,14 +176,19 @@ def _formulate(problem: PruningProblem, budget_ns: int) -> _Program | None:
     return _program(problem, [np.flatnonzero(mask) for mask in live], tables, slack)
 
 
-def _program(problem: PruningProblem, options: list[_Ints], tables: list[_Table], slack: int) -> _Program:
+def _program(problem: PruningProblem, options: list[_Ints], tables: list[MilpTable], slack: int) -> _Program:
     first = np.cumsum([0, *(len(kept) for kept in options)])
     values, costs = [np.zeros(first[-1])], [np.zeros(first[-1], np.int64)]
+    amounts = [np.zeros((len(problem.budgets), first[-1]))]
+    rooms = np.array([budget.allowance - budget.offset for budget in problem.budgets])
     rows = [_Row(np.arange(a, b), np.ones(b - a), 1.0, 1.0) for a, b in itertools.pairwise(first)]
     columns, offset, extent = int(first[-1]), 0.0, 0.0
     for table in tables:
         low, cheap = float(table.value[table.allowed].min()), int(table.cost[table.allowed].min())
         value, cost = table.value - low, table.cost - cheap
+        frugal = table.amounts[:, table.allowed].min(axis=1, initial=np.inf)
+        amount = table.amounts - frugal.reshape(-1, *([1] * len(table.scope)))
+        rooms = rooms - frugal
         used = table.allowed & (cost <= slack)
         offset += low
         extent += float(value[used].max())
@@ -297,12 +196,15 @@ def _program(problem: PruningProblem, options: list[_Ints], tables: list[_Table]
             at = slice(first[table.scope[0]], first[table.scope[0] + 1])
             values[0][at] += value
             costs[0][at] += cost
-        elif value[used].any() or cost[used].any() or not used.all():
+            amounts[0][:, at] += amount
+        elif value[used].any() or cost[used].any() or amount[:, used].any() or not used.all():
             rows += _marginal_rows(table.scope, used, columns, first)
             values.append(value[used])
             costs.append(cost[used])
+            amounts.append(amount[:, used])
             columns += len(values[-1])
     rows.append(_budget_row(np.concatenate(costs), slack))
+    rows += [_amount_row(line, room) for line, room in zip(np.hstack(amounts), rooms, strict=True)]
     rows += [row for law in problem.sums for row in _sum_rows(problem, law, options, first)]
     rows += [row for block in problem.blocks for row in _block_rows(block.members, options, first)]
     flat = tuple(int(option) for kept in options for option in kept)
@@ -314,6 +216,13 @@ def _budget_row(costs: _Ints, slack: int) -> _Row:
     paid = np.flatnonzero(costs)
     unit = max(slack, 1)
     return _Row(paid, costs[paid] / unit, -np.inf, slack / unit + _ROOM)
+
+
+def _amount_row(amounts: _Floats, room: float) -> _Row:
+    """What is used above the least fits the room, relative to it."""
+    used = np.flatnonzero(amounts)
+    unit = max(abs(room), float(np.abs(amounts).max(initial=0.0)) * 1e-9, 1e-300)
+    return _Row(used, amounts[used] / unit, -np.inf, room / unit + _ROOM)
 
 
 def _marginal_rows(scope: tuple[int, ...], used: _Mask, start: int, first: _Ints) -> Iterator[_Row]:

@@ -1,0 +1,201 @@
+"""Elimination order and buckets: how the tables of a factor graph are summed and maximised, bucket by bucket.
+
+Buckets too large for the cache are summed and reduced one option at a time and never stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "MAX_BUCKET",
+    "Bucket",
+    "Floats",
+    "TooWideError",
+    "View",
+    "blocks",
+    "build_buckets",
+    "elimination",
+    "gather",
+    "kept_shape",
+    "largest",
+]
+
+Floats = NDArray[np.float64]
+
+MAX_BUCKET = 30_000_000  # entries that one pass may visit in one bucket: about 0.1 s
+_WHOLE = 1 << 15  # entries of a bucket that is summed at once; larger ones go option by option
+
+
+class TooWideError(Exception):
+    """A bucket would have more than `MAX_BUCKET` entries: the graph's treewidth is too large."""
+
+    def __init__(self, entries: float) -> None:
+        """Keep the size that was refused."""
+        super().__init__(f"a bucket of {entries:.1e} entries")
+        self.entries = entries
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How an array over some variables lies in a bucket: transpose, then one new axis for each other."""
+
+    order: tuple[int, ...]
+    expand: tuple[slice | None, ...]
+    others: tuple[int, ...]
+
+    def of(self, array: Floats) -> Floats:
+        return array.transpose(self.order)[self.expand]
+
+    def back(self, array: Floats) -> Floats:
+        """From the bucket's axis order, the other axes gone, to the array's own."""
+        return array.transpose(np.argsort(self.order))
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """What is summed when a variable is eliminated; axis 0 of ``scope`` is the variable, the rest stays.
+
+    ``children`` are indices of earlier buckets whose message arrives here, each with its place.
+    """
+
+    scope: tuple[int, ...]
+    shape: tuple[int, ...]
+    tables: tuple[tuple[int, View], ...]
+    children: tuple[tuple[int, View], ...]
+
+    @property
+    def entries(self) -> int:
+        """Tuples of the scope."""
+        return math.prod(self.shape)
+
+
+def kept_shape(shape: Sequence[int], view: View) -> tuple[int, ...]:
+    return tuple(size for axis, size in enumerate(shape) if axis not in view.others)
+
+
+def gather(into: Floats, block: Floats, first: int, view: View) -> None:
+    """Take the maximum of a block over the axes that a child does not have."""
+    largest = block.max(axis=view.others) if view.others else block
+    if 0 in view.others:
+        np.maximum(into, largest, out=into)
+    else:
+        into[first : first + len(block)] = largest
+
+
+def _total(parts: Sequence[Floats], shape: tuple[int, ...]) -> Floats:
+    total = np.zeros(())
+    for part in sorted(parts, key=np.size):
+        total = total + part
+    return total if total.shape == shape else np.broadcast_to(total, shape)
+
+
+def largest(parts: Sequence[Floats], shape: tuple[int, ...]) -> Floats:
+    """The maximum over axis 0 of the sum of the parts, float64[shape[1:]]."""
+    if math.prod(shape) <= _WHOLE:
+        largest: Floats = _total(parts, shape).max(axis=0)
+        return largest
+    still = [part for part in parts if part.shape[0] == 1]
+    moving = sorted((part for part in parts if part.shape[0] > 1), key=np.size)
+    found = np.full(shape[1:], -np.inf)
+    buffer = np.empty(shape[1:])
+    for option in range(shape[0]):
+        np.maximum(found, _summed([part[option] for part in moving], buffer), out=found)
+    for part in still:
+        found += part[0]
+    return found
+
+
+def blocks(parts: Sequence[Floats], shape: tuple[int, ...]) -> Iterable[tuple[int, Floats]]:
+    """The sum of the parts, whole or one option of axis 0 at a time, each with its first option."""
+    if math.prod(shape) <= _WHOLE:
+        yield 0, _total(parts, shape)
+        return
+    still = _total([part for part in parts if part.shape[0] == 1], (1, *shape[1:]))[0]
+    moving = sorted((part for part in parts if part.shape[0] > 1), key=np.size)
+    buffer = np.empty(shape[1:])
+    for option in range(shape[0]):
+        yield option, _summed([*(part[option] for part in moving), still], buffer)[None]
+
+
+def _summed(slices: Sequence[Floats], buffer: Floats) -> Floats:
+    if len(slices) == 1:
+        return np.broadcast_to(slices[0], buffer.shape)
+    np.add(slices[0], slices[1], out=buffer)
+    for one in slices[2:]:
+        buffer += one
+    return buffer
+
+
+def elimination(
+    scopes: Iterable[tuple[int, ...]], sizes: Sequence[int]
+) -> tuple[list[int], list[tuple[int, ...]]]:
+    """A greedy order, smallest bucket first, and what is left beside each variable when it goes."""
+    beside: list[set[int]] = [set() for _ in sizes]
+    for scope in scopes:
+        for v in scope:
+            beside[v].update(scope)
+    for v, others in enumerate(beside):
+        others.discard(v)
+
+    def entries(v: int) -> float:
+        return math.prod((float(sizes[u]) for u in beside[v]), start=float(sizes[v]))
+
+    weight = {v: entries(v) for v in range(len(sizes))}
+    order, separators = [], []
+    while weight:
+        v = min(weight, key=lambda u: (weight[u], u))
+        if weight[v] > MAX_BUCKET:
+            raise TooWideError(weight[v])
+        del weight[v]
+        order.append(v)
+        # The longest axis last: numpy's inner loop.
+        separators.append(tuple(sorted(beside[v], key=lambda u: (sizes[u], u))))
+        for u in beside[v]:
+            beside[u] |= beside[v]
+            beside[u] -= {u, v}
+        for u in beside[v]:
+            weight[u] = entries(u)
+    return order, separators
+
+
+def build_buckets(
+    scopes: Sequence[tuple[int, ...]],
+    order: Sequence[int],
+    separators: Sequence[tuple[int, ...]],
+    sizes: Sequence[int],
+) -> tuple[Bucket, ...]:
+    """The buckets in elimination order; a part of the graph that ends early hangs on the last one."""
+    place = {v: i for i, v in enumerate(order)}
+    local: list[list[int]] = [[] for _ in order]
+    children: list[list[int]] = [[] for _ in order]
+    for index, held in enumerate(scopes):
+        local[min(place[v] for v in held)].append(index)
+    for i, separator in enumerate(separators[:-1]):
+        children[min((place[v] for v in separator), default=len(order) - 1)].append(i)
+    buckets = []
+    for i, v in enumerate(order):
+        scope = (v, *separators[i])
+        buckets.append(
+            Bucket(
+                scope,
+                tuple(sizes[u] for u in scope),
+                tuple((index, _view_of(scopes[index], scope)) for index in local[i]),
+                tuple((child, _view_of(separators[child], scope)) for child in children[i]),
+            )
+        )
+    return tuple(buckets)
+
+
+def _view_of(inner: tuple[int, ...], scope: tuple[int, ...]) -> View:
+    places = [scope.index(v) for v in inner]
+    return View(
+        tuple(int(i) for i in np.argsort(places)),
+        tuple(slice(None) if v in inner else None for v in scope),
+        tuple(axis for axis, v in enumerate(scope) if v not in inner),
+    )

@@ -1,0 +1,107 @@
+"""A latency table as a JSON file: measured on one machine, solved on another, without ONNX Runtime."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from onnx_mdp.cost_terms import cost_terms
+from onnx_mdp.errors import UsageError
+from onnx_mdp.latency import Calibration, LatencyTable, table_key
+from onnx_mdp.structure import Structure
+
+__all__ = ["load_table", "table_json"]
+
+_SCHEMA_VERSION = 1
+
+
+class _Calibration(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    scale: float
+    offset_ms: float
+    base_ms: float
+    median_error: float
+    worst_error: float
+    noise: float
+
+
+class _Document(BaseModel):
+    """``choices`` are the widths, in units, that the table was made for, by dimension name."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    schema_version: int
+    context: dict[str, str | int]
+    key: str
+    granularity: int
+    coefficients: dict[str, tuple[float, float, float, float]]
+    calibration: _Calibration
+    choices: dict[str, list[int]]
+
+
+def table_json(structure: Structure, table: LatencyTable) -> str:
+    """The table as JSON with sorted keys."""
+    calibration = table.calibration
+    document = _Document(
+        schema_version=_SCHEMA_VERSION,
+        context=dict(table.context),
+        key=table.key,
+        granularity=table.granularity,
+        coefficients={key: (c[0], c[1], c[2], c[3]) for key, c in table.coefficients.items()},
+        calibration=_Calibration(**{name: getattr(calibration, name) for name in Calibration.__slots__}),
+        choices={structure.dimensions[i].name: list(widths) for i, widths in table.choices.items()},
+    )
+    return json.dumps(document.model_dump(), indent=1, sort_keys=True) + "\n"
+
+
+def load_table(path: Path, structure: Structure) -> LatencyTable:
+    """Read a table file for the model that it was measured on.
+
+    Raises:
+        UsageError: missing, not a table, of a newer schema, or of another model or other input shapes.
+    """
+    try:
+        raw = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the table {path} cannot be read; `onnx-mdp profile -o` writes one") from error
+    try:
+        document = _Document.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise UsageError(f"{path} is not a latency table: {place}: {first['msg']}") from error
+    if document.schema_version > _SCHEMA_VERSION:
+        raise UsageError(f"{path} was written by a newer onnx-mdp; upgrade")
+    if document.key != table_key(structure):
+        raise UsageError(f"{path} was measured on another model or at other input shapes")
+    if document.granularity < 1:
+        raise UsageError(f"{path} is not a latency table: granularity: must be at least 1")
+    return LatencyTable(
+        context=document.context,
+        key=document.key,
+        granularity=document.granularity,
+        terms=cost_terms(structure),
+        coefficients=document.coefficients,
+        calibration=Calibration(**document.calibration.model_dump()),
+        choices=_choices(path, document, structure),
+        measured=0,
+        seconds=0.0,
+    )
+
+
+def _choices(path: Path, document: _Document, structure: Structure) -> dict[int, tuple[int, ...]]:
+    choices = {}
+    for index in structure.prunable:
+        dimension = structure.dimensions[index]
+        widths = document.choices.get(dimension.name, [])
+        ascending = all(a < b for a, b in itertools.pairwise(widths))
+        if not widths or not ascending or widths[0] < 1 or widths[-1] != len(dimension.units):
+            raise UsageError(
+                f"{path} does not offer widths of {dimension.name} that end at its {len(dimension.units)}"
+            )
+        choices[index] = tuple(widths)
+    return choices

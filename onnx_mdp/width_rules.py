@@ -1,0 +1,93 @@
+"""Which widths and block removals a user allows, by name patterns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from onnx_mdp.errors import UsageError
+from onnx_mdp.structure import Dimension, Structure
+
+__all__ = ["WidthRules", "allowed_widths", "kept_blocks"]
+
+
+@dataclass(frozen=True, slots=True)
+class WidthRules:
+    """Shell patterns over names of dimensions and blocks, widths in channels; later entries win.
+
+    ``exclude`` keeps dimensions and blocks as they are. ``least`` gives dimensions a minimum: a share of
+    their channels below 1, else a number of channels. ``fixed`` gives them one width. ``multiple`` lets all
+    others have only multiples of it, besides their full width.
+    """
+
+    exclude: tuple[str, ...] = ()
+    least: tuple[tuple[str, float], ...] = ()
+    fixed: tuple[tuple[str, int], ...] = ()
+    multiple: int = 1
+
+
+def allowed_widths(
+    structure: Structure, choices: Mapping[int, tuple[int, ...]], rules: WidthRules
+) -> dict[int, tuple[int, ...]]:
+    """The widths in units that the rules leave to each dimension of ``choices``; never none.
+
+    Raises:
+        UsageError: a pattern matches nothing, or a width does not exist.
+    """
+    _check_patterns(structure, rules)
+    return {
+        index: _allowed(structure.dimensions[index], offered, rules) for index, offered in choices.items()
+    }
+
+
+def kept_blocks(structure: Structure, rules: WidthRules) -> frozenset[str]:
+    """The blocks that may not go: those excluded, and those around an excluded or fixed dimension."""
+    patterns = [*rules.exclude, *(pattern for pattern, _ in rules.fixed)]
+    kept = {block.name for block in structure.blocks if _matches(block.name, rules.exclude)}
+    kept |= {d.block for d in structure.dimensions if d.block is not None and _matches(d.name, patterns)}
+    return frozenset(kept)
+
+
+def _allowed(dimension: Dimension, offered: tuple[int, ...], rules: WidthRules) -> tuple[int, ...]:
+    full, step = len(dimension.units), dimension.channels
+    for pattern, channels in reversed(rules.fixed):
+        if fnmatchcase(dimension.name, pattern):
+            units, rest = divmod(channels, step)
+            if rest or not 1 <= units <= full:
+                raise UsageError(
+                    f"{dimension.name} cannot have {channels} channels: "
+                    f"it has {full * step}, in steps of {step}"
+                )
+            return (units,)
+    if _matches(dimension.name, rules.exclude):
+        return (full,)
+    least = 0.0
+    for pattern, wanted in rules.least:
+        if fnmatchcase(dimension.name, pattern):
+            least = wanted * full * step if wanted < 1 else wanted
+    if least > full * step:
+        raise UsageError(f"{dimension.name} cannot keep {least:g} channels: it has {full * step}")
+    return tuple(
+        units
+        for units in offered
+        if units == full or (units * step >= least and units * step % rules.multiple == 0)
+    )
+
+
+def _matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_patterns(structure: Structure, rules: WidthRules) -> None:
+    dimensions = [structure.dimensions[index].name for index in structure.prunable]
+    blocks = [block.name for block in structure.blocks]
+    wanted = [("exclude", pattern, [*dimensions, *blocks]) for pattern in rules.exclude]
+    wanted += [("min-width", pattern, dimensions) for pattern, _ in rules.least]
+    wanted += [("width", pattern, dimensions) for pattern, _ in rules.fixed]
+    for option, pattern, names in wanted:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UsageError(
+                f"--{option} {pattern!r} matches no prunable dimension or block; "
+                "`onnx-mdp analyze` lists them"
+            )
