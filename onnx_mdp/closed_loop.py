@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from onnx_mdp.formulation import Formulation, plan_from_solution, to_ns
+from onnx_mdp.formulation import Caps, Formulation, plan_from_solution, to_ns
 from onnx_mdp.latency import LatencyTable, full_variant, measure_models, predict_ms
 from onnx_mdp.model_io import model_bytes
 from onnx_mdp.plan import PruningPlan, plan_identity
@@ -18,6 +18,7 @@ from onnx_mdp.runtime import Runtime
 from onnx_mdp.scoring import Criterion, Importance
 from onnx_mdp.solvers import solve
 from onnx_mdp.structure import Structure
+from onnx_mdp.width_rules import WidthRules
 
 __all__ = ["MAX_ROUNDS", "Candidate", "Clock", "Found", "Loop", "Request", "best", "close_loop", "tolerance"]
 
@@ -30,7 +31,11 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to prune for: exactly one of ``target_ms`` and ``target_ratio`` (of the unpruned latency)."""
+    """What to prune for: exactly one of ``target_ms`` and ``target_ratio`` (of the unpruned latency).
+
+    ``rules`` and ``caps`` hold besides; a latency that is met already is no reason to stop where caps are
+    set.
+    """
 
     target_ms: float | None = None
     target_ratio: float | None = None
@@ -41,6 +46,8 @@ class Request:
     max_choices: int = 16
     seed: int = 0
     command: str = ""
+    rules: WidthRules = field(default_factory=WidthRules)
+    caps: Caps = field(default_factory=Caps)
 
     def goal_ms(self, base_ms: float) -> float:
         """The target in milliseconds, for a model that takes ``base_ms`` unpruned."""

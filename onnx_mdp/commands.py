@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-import shlex
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx_ir as ir
-
-from onnx_mdp.binding import graph_inputs
-from onnx_mdp.calibration import CalibrationData, load_data
 from onnx_mdp.closed_loop import Request, tolerance
-from onnx_mdp.console import Screen
+from onnx_mdp.command_options import (
+    Options,
+    PlanOptions,
+    calibration,
+    command_line,
+    load_structure,
+    read_inputs,
+)
 from onnx_mdp.cost_terms import width
 from onnx_mdp.documents import analyze_document, profile_document, prune_document, verify_document
 from onnx_mdp.errors import UsageError
@@ -24,18 +24,14 @@ from onnx_mdp.figures import structure_svg
 from onnx_mdp.latency import LatencyTable, build_table, full_variant, measure_models, term_ms
 from onnx_mdp.lut_store import open_store
 from onnx_mdp.model_io import check_output, load_model, model_bytes, save_model, write_text
-from onnx_mdp.pipeline import PruneResult, analyze, apply_plan, prune
+from onnx_mdp.pipeline import PruneResult, apply_plan, prune
 from onnx_mdp.plan import PruningPlan, check_plan, load_plan, plan_json
-from onnx_mdp.problem import SolveLimits
 from onnx_mdp.report import analysis_table, cost_table, plan_table, printable
-from onnx_mdp.runtime import Runtime, runtime
-from onnx_mdp.scoring import CRITERIA
-from onnx_mdp.solvers import SOLVERS
 from onnx_mdp.structure import Structure
+from onnx_mdp.table_file import table_json
 from onnx_mdp.verification import Evidence, verify
 
 __all__ = [
-    "Options",
     "PruneOptions",
     "run_analyze",
     "run_apply",
@@ -51,80 +47,21 @@ _EXIT = {"met": 0, "nothing_to_do": 0, "missed": 1, "infeasible": 4}
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """What all commands that read a model share."""
-
-    screen: Screen = field(default_factory=Screen)
-    input_shapes: tuple[str, ...] = ()
-    batch: int = 1
-    provider: str = "cpu"
-    provider_options: tuple[str, ...] = ()
-    threads: int = 1
-    seed: int = 0
-    store: Path | None = None
-
-    def runtime(self) -> Runtime:
-        """The runtime that models are measured on."""
-        pairs = [option.partition("=") for option in self.provider_options]
-        if any(not equals for _, equals, _ in pairs):
-            raise UsageError("--ep-option takes KEY=VALUE")
-        return runtime(self.provider, self.threads, [(key, value) for key, _, value in pairs])
-
-
-@dataclass(frozen=True, slots=True)
 class PruneOptions:
     """What `prune` takes besides the common options."""
 
     target_ms: float | None = None
     target_ratio: float | None = None
     output: Path | None = None
-    criterion: str | None = None
-    data: Path | None = None
-    preprocess: str | None = None
-    samples: int = 64
-    solver: str = "highs"
-    time_limit: float = 60.0
-    gap: float = 1e-4
+    plan: PlanOptions = field(default_factory=PlanOptions)
     choices: int = 16
     overwrite: bool = False
     dry_run: bool = False
 
 
-def _load(path: Path, options: Options) -> tuple[ir.Model, Structure]:
-    model = load_model(path)
-    shapes = _parse_shapes(options.input_shapes, model)
-    structure = analyze(model, shapes, options.batch)
-    bound = {name: shape for name, shape in structure.shadow.inputs.items() if _symbolic(model, name)}
-    for name, shape in bound.items():
-        options.screen.note(f"input {printable(name)} is symbolic: pruning for the shape {list(shape)}")
-    for key in structure.graph.unsupported:
-        options.screen.warn(f"no rule for operator {printable(key)}: what it touches is not pruned")
-    return model, structure
-
-
-def _symbolic(model: ir.Model, name: str) -> bool:
-    value = next(v for v in graph_inputs(model) if v.name == name)
-    return value.shape is None or any(not isinstance(d, int) or d < 1 for d in value.shape)
-
-
-def _parse_shapes(texts: Sequence[str], model: ir.Model) -> dict[str, tuple[int, ...]]:
-    """Read ``NAME:1,3,224,224``; a model with one input may leave the name out."""
-    names = [str(v.name) for v in graph_inputs(model)]
-    shapes = {}
-    for text in texts:
-        name, colon, dims = text.rpartition(":")
-        if not colon and len(names) != 1:
-            raise UsageError(f"--input-shape must name the input, such as {names[0]}:1,3,224,224")
-        try:
-            shapes[name if colon else names[0]] = tuple(int(d) for d in dims.split(","))
-        except ValueError:
-            raise UsageError(f"--input-shape {text!r} is not NAME:1,3,224,224") from None
-    return shapes
-
-
 def run_analyze(path: Path, options: Options) -> int:
     """Print what can be pruned, what cannot and why."""
-    _, structure = _load(path, options)
+    _, structure = load_structure(path, options)
     if options.screen.as_json:
         options.screen.result("", analyze_document(structure))
     else:
@@ -132,13 +69,24 @@ def run_analyze(path: Path, options: Options) -> int:
     return 0
 
 
-def run_profile(path: Path, options: Options, *, choices: int = 16) -> int:
-    """Measure the latency table of a model, or show the stored one."""
-    _, structure = _load(path, options)
+def run_profile(
+    path: Path,
+    options: Options,
+    *,
+    choices: int = 16,
+    output: Path | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Measure the latency table of a model, or show the stored one; write it to a file if wanted."""
+    if output is not None:
+        check_output(output, overwrite=overwrite)
+    _, structure = load_structure(path, options)
     with open_store(options.store) as store, options.screen.progress() as progress:
         table = build_table(
             structure, options.runtime(), store, seed=options.seed, max_choices=choices, progress=progress
         )
+    if output is not None:
+        write_text(table_json(structure, table), output, overwrite=overwrite)
     if not options.screen.as_json:
         options.screen.table(cost_table(structure, _base_terms(structure, table)))
     calibration = table.calibration
@@ -152,7 +100,8 @@ def run_profile(path: Path, options: Options, *, choices: int = 16) -> int:
         f"held-out error median {calibration.median_error:.1%}, worst {calibration.worst_error:.1%} · "
         f"noise F {calibration.noise:.1%} · {source} in {table.seconds:.1f} s"
     )
-    options.screen.result(line, profile_document(structure, table))
+    document = profile_document(structure, table) | {"output": None if output is None else str(output)}
+    options.screen.result(line if output is None else f"{line} → {output}", document)
     return 0
 
 
@@ -162,22 +111,12 @@ def _base_terms(structure: Structure, table: LatencyTable) -> dict[int, float]:
 
 
 def _check_wanted(wanted: PruneOptions) -> None:
-    """Refuse wrong options before minutes of measuring and not after."""
+    wanted.plan.check()
     targets = [t for t in (wanted.target_ms, wanted.target_ratio) if t is not None]
     if len(targets) != 1:
         raise UsageError("give exactly one of --target-ms and --target-ratio")
     if not 0 < targets[0] < math.inf:
         raise UsageError("the target must be a number larger than 0")
-    if wanted.solver not in SOLVERS:
-        raise UsageError(f"unknown solver {wanted.solver!r}; choose one of {', '.join(sorted(SOLVERS))}")
-    if wanted.criterion is not None and wanted.criterion not in CRITERIA:
-        raise UsageError(
-            f"unknown criterion {wanted.criterion!r}; choose one of {', '.join(sorted(CRITERIA))}"
-        )
-    if wanted.data is None and wanted.criterion not in (None, "magnitude"):
-        raise UsageError(f"criterion {wanted.criterion!r} needs calibration inputs; pass --data")
-    if wanted.data is None and wanted.preprocess is not None:
-        raise UsageError("--preprocess says how --data images become inputs; pass --data too")
 
 
 def _outputs(path: Path, output: Path | None) -> tuple[Path, Path, Path]:
@@ -193,49 +132,32 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
     if not wanted.dry_run:
         for output in outputs:
             check_output(output, overwrite=wanted.overwrite)
-    model, structure = _load(path, options)
-    data = None
-    if wanted.data is not None:
-        data = _calibration(structure, model, wanted.data, wanted.preprocess, wanted.samples, options)
-    else:
-        options.screen.warn(
-            "no --data: units are ranked by weight magnitude alone, which costs accuracy; "
-            "pass calibration inputs (an .npz or a folder of images)"
-        )
+    model, structure = load_structure(path, options)
+    data = calibration(structure, model, wanted.plan, options)
     request = Request(
         target_ms=wanted.target_ms,
         target_ratio=wanted.target_ratio,
         runtime=options.runtime(),
-        criterion=wanted.criterion or ("drift" if data else "magnitude"),
-        solver=wanted.solver,
-        limits=SolveLimits(wanted.time_limit, wanted.gap),
+        criterion=wanted.plan.ranking,
+        solver=wanted.plan.solver,
+        limits=wanted.plan.limits,
         max_choices=wanted.choices,
         seed=options.seed,
-        command=shlex.join([Path(sys.argv[0]).name, *(Path(a).name for a in sys.argv[1:])]),
+        command=command_line(),
+        rules=wanted.plan.rules(),
+        caps=wanted.plan.caps(structure),
     )
     with open_store(options.store) as store, options.screen.progress() as progress:
         result = prune(model, structure, request, store, feeds=data.feeds if data else (), progress=progress)
     if result.evidence is not None:
         _warn_of_constant(result.evidence, options)
+    if result.plan is not None and "note" in result.plan.provenance:
+        options.screen.warn(str(result.plan.provenance["note"]))
     written = _write(result, outputs, wanted)
     if result.plan is not None and not options.screen.as_json:
         options.screen.table(plan_table(structure, result.plan))
     options.screen.result(_summary(result, written[0]), prune_document(result, written))
     return _EXIT[result.status]
-
-
-def _calibration(
-    structure: Structure,
-    model: ir.Model,
-    source: Path,
-    preprocess: str | None,
-    samples: int,
-    options: Options,
-) -> CalibrationData:
-    dtypes = {str(v.name): np.dtype(v.dtype.numpy()) for v in graph_inputs(model) if v.dtype is not None}
-    data = load_data(source, structure.shadow.inputs, dtypes, preprocess=preprocess, samples=samples)
-    options.screen.note(f"calibration: {printable(data.source)}")
-    return data
 
 
 def _warn_of_constant(evidence: Evidence, options: Options) -> None:
@@ -285,7 +207,7 @@ def run_apply(path: Path, plan_path: Path, output: Path, options: Options, *, ov
     """Replay a plan on the model that it was made for."""
     check_output(output, overwrite=overwrite)
     plan = load_plan(plan_path)
-    model, structure = _load(path, _with_plan_inputs(options, plan))
+    model, structure = load_structure(path, _with_plan_inputs(options, plan))
     pruned, evidence = apply_plan(model, structure, plan)
     _warn_of_constant(evidence, options)
     save_model(pruned, output, overwrite=overwrite)
@@ -316,10 +238,10 @@ def run_verify(
 ) -> int:
     """Check that a pruned file equals the masked original, and optionally that it is fast enough."""
     plan = load_plan(plan_path)
-    model, structure = _load(original, _with_plan_inputs(options, plan))
+    model, structure = load_structure(original, _with_plan_inputs(options, plan))
     check_plan(plan, structure)
     slim = load_model(pruned)
-    feeds = _calibration(structure, model, data, preprocess, 2, options).feeds if data else ()
+    feeds = read_inputs(structure, model, data, preprocess, 2, options).feeds if data else ()
     evidence = verify(model, structure, slim, plan, feeds=feeds)
     _warn_of_constant(evidence, options)
     measured = None

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from onnx_mdp.commands import Options, PruneOptions, run_prune
+from onnx_mdp.command_options import Options, PlanOptions
+from onnx_mdp.commands import PruneOptions, run_prune
 from onnx_mdp.errors import OutputError
 from onnx_mdp.runtime import Runtime, open_session
 from onnx_mdp.shapes_data import shapes
@@ -38,7 +39,9 @@ def run_demo(folder: Path, target_ratio: float, options: Options, *, overwrite: 
         before = accuracy(model, pictures, labels)
         screen.note(f"the embedded model names {before:.1%} of {_PICTURES} held-out pictures")
         np.savez(data, image=shapes(64, _CALIBRATION_SEED)[0])
-        wanted = PruneOptions(target_ratio=target_ratio, output=slim, data=data, overwrite=overwrite)
+        wanted = PruneOptions(
+            target_ratio=target_ratio, output=slim, plan=PlanOptions(data=data), overwrite=overwrite
+        )
         code = run_prune(model, options, wanted)
         if code == 0 and slim.is_file():
             after = accuracy(slim, pictures, labels)

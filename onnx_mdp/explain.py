@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ import numpy as np
 from onnx_mdp.formulation import Formulation
 from onnx_mdp.problem import Budget, Factor, PruningProblem, Solution, SolveLimits
 from onnx_mdp.solvers import solve
+from onnx_mdp.solvers.buckets import TooWideError
 from onnx_mdp.solvers.exact import price
 from onnx_mdp.solvers.greedy import cuts
 
@@ -71,11 +73,18 @@ def explain(
     cheapest = heapq.nsmallest(most, cuts(problem, solution.choice), key=lambda cut: cut.price)
     removed = [name for name, switch in formulation.switch.items() if solution.choice[switch] == 0]
     return Explanation(
-        price=price(problem, budget_ns) * 1e6,
+        price=_price(problem, budget_ns) * 1e6,
         next_cuts=tuple(NextCut(cut.name, cut.value_lost, cut.saved_ns * 1e-6) for cut in cheapest),
         limits=tuple(_uses(problem, budget_ns, solution, limits)),
         blocks=tuple(_reason(formulation, name, budget_ns, solution, limits) for name in removed),
     )
+
+
+def _price(problem: PruningProblem, budget_ns: int) -> float:
+    try:
+        return price(problem, budget_ns)
+    except TooWideError:
+        return math.nan
 
 
 def _uses(

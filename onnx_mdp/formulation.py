@@ -59,6 +59,11 @@ class Caps:
     memory: float | None = None
     latencies: tuple[tuple[LatencyTable, float], ...] = ()
 
+    @property
+    def any(self) -> bool:
+        """Whether anything is limited."""
+        return bool(self.latencies) or any(c is not None for c in (self.params, self.macs, self.memory))
+
 
 @dataclass(frozen=True, slots=True)
 class Formulation:
@@ -324,6 +329,7 @@ def plan_from_solution(
             "seed": seed,
             "version": __version__,
             "command": command,
+            **({} if solution.note is None else {"note": solution.note}),
         },
     )
 

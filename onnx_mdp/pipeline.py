@@ -102,7 +102,7 @@ def prune(
     base_ms, target = base.ms[0], request.goal_ms(base.ms[0])
     clock.lap("measure")
     unpruned = _unpruned(original, structure, target, base, clock)
-    if target >= base_ms:
+    if target >= base_ms and not request.caps.any:
         return unpruned
     importance = score(structure, request.criterion, feeds, progress)
     clock.lap("score")
@@ -115,7 +115,8 @@ def prune(
         progress=progress,
     )
     clock.lap("profile")
-    loop = Loop(structure, request, importance, table, formulate(structure, importance, table), data, clock)
+    formulation = formulate(structure, importance, table, request.rules, request.caps)
+    loop = Loop(structure, request, importance, table, formulation, data, clock)
     found = close_loop(loop, target, base_ms, progress)
     if found.best is None:
         return replace(unpruned, status="infeasible", fastest_ms=found.fastest_ms, table=table)

@@ -232,7 +232,7 @@ class SolveLimits:
     """What a solver may spend: wall-clock seconds, and the relative gap at which it may stop."""
 
     seconds: float = 60.0
-    gap: float = 1e-4
+    gap: float = 1e-6
 
     def __post_init__(self) -> None:
         if not (self.seconds > 0 and 0 <= self.gap < 1):
@@ -249,6 +249,7 @@ class Solution:
     other budgets of the problem cannot be met at any cost).
 
     `bound` is never below the value of any choice that fits. `fastest_ns` is None where it was not needed.
+    `note` is a sentence for the user about how it was solved, if that was unusual.
     """
 
     choice: Choice | None
@@ -259,6 +260,7 @@ class Solution:
     fastest_ns: int | None
     solver: str
     seconds: float
+    note: str | None = None
 
     @property
     def gap(self) -> float:

@@ -7,9 +7,11 @@ at most, so a session counts only after it has named the wanted provider itself.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import platform
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ __all__ = [
     "Runtime",
     "context",
     "device_name",
+    "has_onnxruntime",
     "import_onnxruntime",
     "one_line",
     "open_session",
@@ -111,6 +114,13 @@ def runtime(name: str = "cpu", threads: int = 1, options: Sequence[tuple[str, st
     if threads < 1:
         raise UsageError(f"A model cannot run on {threads} threads: use at least 1.")
     return Runtime(provider, tuple(sorted((str(key), str(value)) for key, value in options)), threads)
+
+
+def has_onnxruntime() -> bool:
+    """Whether ONNX Runtime is there; a broken one counts, so that its fault is named."""
+    if "onnxruntime" in sys.modules:
+        return sys.modules["onnxruntime"] is not None
+    return importlib.util.find_spec("onnxruntime") is not None
 
 
 def import_onnxruntime() -> Any:

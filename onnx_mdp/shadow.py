@@ -22,7 +22,8 @@ import onnx_ir as ir
 from onnx_mdp.binding import doubled_shapes
 from onnx_mdp.errors import MeasurementError, UnsupportedModelError
 from onnx_mdp.model_io import clone, content_hash, model_bytes
-from onnx_mdp.runtime import Runtime, import_onnxruntime, open_session
+from onnx_mdp.runtime import Runtime, has_onnxruntime, import_onnxruntime, open_session
+from onnx_mdp.static_shapes import infer_statically
 from onnx_mdp.timing import random_feeds
 
 __all__ = ["Operation", "Shadow", "drop_unread", "prepare"]
@@ -179,11 +180,16 @@ def _subgraphs(node: ir.Node) -> list[ir.Graph]:
 def _observe(
     model: ir.Model, shapes: Mapping[str, tuple[int, ...]], pure: Sequence[str], *, all_shapes: bool = True
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, Array]]:
-    """Run the model as written; return the shapes of all tensors and the values of the pure ones."""
+    """Run the model as written; return the shapes of all tensors and the values of the pure ones.
+
+    Where there is no ONNX Runtime they are inferred.
+    """
     wanted = [str(v.name) for n in model.graph for v in n.outputs if v.name] if all_shapes else list(pure)
     if not wanted:
         return {}, {}
     proto = onnx.ModelProto.FromString(model_bytes(model))
+    if not has_onnxruntime():
+        return infer_statically(proto, shapes, wanted, pure)
     outputs = {o.name for o in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in outputs)
     session = open_session(proto.SerializeToString(), Runtime(), optimize=False)

@@ -78,8 +78,9 @@ def load_table(path: Path, structure: Structure) -> LatencyTable:
         raise UsageError(f"{path} was written by a newer onnx-mdp; upgrade")
     if document.key != table_key(structure):
         raise UsageError(f"{path} was measured on another model or at other input shapes")
-    if document.granularity < 1:
-        raise UsageError(f"{path} is not a latency table: granularity: must be at least 1")
+    worst = min((min(c) for c in document.coefficients.values()), default=0.0)
+    if document.granularity < 1 or worst < 0 or document.calibration.scale < 0:
+        raise UsageError(f"{path} is not a latency table: granularity, scale or a coefficient is negative")
     return LatencyTable(
         context=document.context,
         key=document.key,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command_line import Outcome, call
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +24,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return path
 
     return exported_file
+
+
+@pytest.fixture
+def run(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., Outcome]:
+    """Run a command in an empty folder with a store of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ONNX_MDP_STORE", str(tmp_path / "lut.sqlite"))
+    monkeypatch.setenv("COLUMNS", "110")
+    return lambda *arguments: call(capfd, monkeypatch, *arguments)

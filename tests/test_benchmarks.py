@@ -56,8 +56,14 @@ def given(output: Path) -> argparse.Namespace:
     )
 
 
-def test_the_four_benchmarks_are_scripts() -> None:
-    assert SCRIPTS == ["accuracy_before_finetuning", "cold_and_warm", "latency_prediction", "prune_cells"]
+def test_the_benchmarks_are_scripts() -> None:
+    assert SCRIPTS == [
+        "accuracy_before_finetuning",
+        "cold_and_warm",
+        "latency_prediction",
+        "prune_cells",
+        "solver",
+    ]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ import onnx
 import pyomo.environ  # noqa: F401
 import pytest
 import typer.main
+from command_line import Outcome, Run, is_refused
 from onnx import numpy_helper
 from zoo import text_model
 
@@ -108,46 +109,6 @@ VERIFY_KEYS = {
 }
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What one command did."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> dict[str, Any]:
-        """The one JSON document on stdout; json.loads refuses anything beside it."""
-        found = json.loads(self.out)
-        assert found["schema_version"] == 1
-        return dict(found)
-
-
-Run = Callable[..., Outcome]
-
-
-def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Outcome:
-    """Call ``main`` in this process; the capture is that of file descriptors, so C code counts too."""
-    monkeypatch.setattr(sys, "argv", ["onnx-mdp", *map(str, arguments)])
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    captured = capfd.readouterr()
-    return Outcome(int(stop.value.code or 0), captured.out, captured.err)
-
-
-@pytest.fixture
-def run(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Callable[..., Outcome]:
-    """Run a command in an empty folder with a store of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ONNX_MDP_STORE", str(tmp_path / "lut.sqlite"))
-    monkeypatch.setenv("COLUMNS", "110")
-    return lambda *arguments: call(capfd, monkeypatch, *arguments)
-
-
 def save(model: onnx.ModelProto, name: str = "model.onnx") -> Path:
     path = Path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,19 +129,6 @@ def files() -> set[str]:
 def measured_nothing() -> bool:
     """Whether no command has opened the store."""
     return not Path("lut.sqlite").exists()
-
-
-def is_refused(outcome: Outcome, code: int, *fragments: str) -> None:
-    """One error sentence that holds the fragments ends stderr, if need be with an indented list."""
-    assert outcome.code == code, outcome
-    assert outcome.out == ""
-    assert "Traceback" not in outcome.err
-    before, _, error = f"\n{outcome.err}".partition("\nerror: ")
-    assert "error" not in before
-    sentence, *choices = error.splitlines()
-    assert all(line.startswith("  ") for line in choices), error
-    for fragment in fragments:
-        assert fragment in sentence
 
 
 # --- models that cannot be read, or cannot be pruned -------------------------------------------------

@@ -36,9 +36,14 @@ def _solve_exhaustive(problem: PruningProblem, budget_ns: int, limits: SolveLimi
 
 
 def _solve_exact(problem: PruningProblem, budget_ns: int, limits: SolveLimits) -> Solution:
+    from onnx_mdp.solvers.buckets import TooWideError
     from onnx_mdp.solvers.exact import solve_exact
 
-    return solve_exact(problem, budget_ns, limits)
+    try:
+        return solve_exact(problem, budget_ns, limits)
+    except TooWideError as error:
+        answer = _solve_highs(problem, budget_ns, limits)
+        return replace(answer, note=f"too many widths depend on each other ({error}): solved with highs")
 
 
 def _solve_greedily(problem: PruningProblem, budget_ns: int, limits: SolveLimits) -> Solution:
@@ -62,13 +67,17 @@ def _solve_mindtpy(problem: PruningProblem, budget_ns: int, limits: SolveLimits)
 
 def _checked(heuristic: Solver, problem: PruningProblem, budget_ns: int, limits: SolveLimits) -> Solution:
     """Answer by a method that proves nothing; the exact one tells whether anything fits, and the bound."""
+    from onnx_mdp.solvers.buckets import TooWideError
     from onnx_mdp.solvers.exact import upper_bound
 
     least_ns = _fastest_within_budgets(problem, "exact", limits)
     if least_ns is None or least_ns > budget_ns:
         return Solution.infeasible(least_ns, "exact", 0.0)
     answer = heuristic(problem, budget_ns, limits)
-    bound = max(answer.value, upper_bound(problem, budget_ns))
+    try:
+        bound = max(answer.value, upper_bound(problem, budget_ns))
+    except TooWideError:
+        bound = math.inf
     return replace(answer, bound=bound, status="feasible", fastest_ns=least_ns)
 
 

@@ -6,7 +6,7 @@ Buckets too large for the cache are summed and reduced one option at a time and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,8 +28,9 @@ __all__ = [
 
 Floats = NDArray[np.float64]
 
-MAX_BUCKET = 30_000_000  # entries that one pass may visit in one bucket: about 0.1 s
-_WHOLE = 1 << 15  # entries of a bucket that is summed at once; larger ones go option by option
+MAX_BUCKET = 4_000_000  # entries that one pass may visit in one bucket: about 30 ms
+_WHOLE = 1 << 15  # entries that are summed at once, about what a cache holds
+_WIDE = 1 << 12  # entries from which an option of a larger bucket is summed alone, into one buffer
 
 
 class TooWideError(Exception):
@@ -98,29 +99,37 @@ def _total(parts: Sequence[Floats], shape: tuple[int, ...]) -> Floats:
 def largest(parts: Sequence[Floats], shape: tuple[int, ...]) -> Floats:
     """The maximum over axis 0 of the sum of the parts, float64[shape[1:]]."""
     if math.prod(shape) <= _WHOLE:
-        largest: Floats = _total(parts, shape).max(axis=0)
-        return largest
+        top: Floats = _total(parts, shape).max(axis=0)
+        return top
     still = [part for part in parts if part.shape[0] == 1]
-    moving = sorted((part for part in parts if part.shape[0] > 1), key=np.size)
     found = np.full(shape[1:], -np.inf)
-    buffer = np.empty(shape[1:])
-    for option in range(shape[0]):
-        np.maximum(found, _summed([part[option] for part in moving], buffer), out=found)
+    for _, block in blocks([part for part in parts if part.shape[0] > 1], shape):
+        np.maximum(found, block[0] if len(block) == 1 else block.max(axis=0), out=found)
     for part in still:
         found += part[0]
     return found
 
 
-def blocks(parts: Sequence[Floats], shape: tuple[int, ...]) -> Iterable[tuple[int, Floats]]:
-    """The sum of the parts, whole or one option of axis 0 at a time, each with its first option."""
+def blocks(parts: Sequence[Floats], shape: tuple[int, ...]) -> Iterator[tuple[int, Floats]]:
+    """The sum of the parts, some options of axis 0 at a time, each block with its first option.
+
+    A block must not be kept: the next one may take its memory.
+    """
+    width = math.prod(shape[1:])
     if math.prod(shape) <= _WHOLE:
         yield 0, _total(parts, shape)
-        return
-    still = _total([part for part in parts if part.shape[0] == 1], (1, *shape[1:]))[0]
-    moving = sorted((part for part in parts if part.shape[0] > 1), key=np.size)
-    buffer = np.empty(shape[1:])
-    for option in range(shape[0]):
-        yield option, _summed([*(part[option] for part in moving), still], buffer)[None]
+    elif width < _WIDE:
+        step = _WHOLE // width
+        for first in range(0, shape[0], step):
+            some = [part[first : first + step] if part.shape[0] > 1 else part for part in parts]
+            yield first, _total(some, (min(step, shape[0] - first), *shape[1:]))
+    else:
+        still = _total([part for part in parts if part.shape[0] == 1], (1, *shape[1:]))[0]
+        moving = sorted((part for part in parts if part.shape[0] > 1), key=np.size)
+        buffer = np.empty(shape[1:])
+        lone = [still] if any(part.shape[0] == 1 for part in parts) else []
+        for option in range(shape[0]):
+            yield option, _summed([*(part[option] for part in moving), *lone], buffer)[None]
 
 
 def _summed(slices: Sequence[Floats], buffer: Floats) -> Floats:

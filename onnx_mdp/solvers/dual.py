@@ -19,6 +19,7 @@ from onnx_mdp.solvers.network import Network, Point
 __all__ = ["Dual", "solve_dual"]
 
 _WALKS = 60
+_ERROR = 1e-14  # of the terms of a bound; large multipliers make them large
 _SAME = 1e-11  # relative; the pass found nothing above the segment
 # The bound can still fall by at most this share of its distance to the best value: labels close that faster.
 _GOOD_ENOUGH = 0.05
@@ -53,7 +54,8 @@ class _Passes:
         total, point = self.network.best(weight, multipliers)
         if (point.cost <= self.allowance).all() and (self.best is None or point.value > self.best.value):
             self.best = point
-        bound = total + float(multipliers @ self.allowance)
+        reach = np.abs(multipliers) @ (np.abs(self.allowance) + np.abs(point.cost))
+        bound = total + float(multipliers @ self.allowance) + _ERROR * float(reach)
         if weight and bound < self.bound:
             self.bound, self.multipliers = bound, multipliers
         return total, point
@@ -98,11 +100,16 @@ def _walk(passes: _Passes, start: float | None) -> Dual:
 
     over, under = _bracket(visit, limit, start)
     if over is None:
-        _, over = visit(0.0)
+        total, over = visit(0.0)
+        if total == -np.inf:  # whatever it costs, no choice is allowed
+            return passes.result()
         if over.cost[0] <= limit:
             return passes.result(reached=True)
     if under is None:
-        _, under = visit(1.0, weight=0.0)
+        total, under = visit(1.0, weight=0.0)
+        if total == -np.inf:
+            passes.bound = -np.inf
+            return passes.result()
         if under.cost[0] > limit:
             return passes.result(cheapest=under)
     for _ in range(_WALKS):

@@ -96,9 +96,10 @@ class Exact:
         finite = [t.value[np.isfinite(t.value)] for t in tables]
         self.possible = np.isfinite(self.network.value) and all(len(values) for values in finite)
         constant = self.network.value if self.possible else 0.0
-        self.lowest = constant + sum(float(v.min(initial=0.0)) for v in finite)
         largest = abs(constant) + sum(float(np.abs(v).max(initial=0.0)) for v in finite)
         self.rounding = _ROUNDING * (largest or 1.0)
+        least = constant + sum(float(v.min(initial=0.0)) for v in finite)
+        self.lowest = least - 1e9 * self.rounding  # a bound so low proves that nothing fits
         self.in_sums = {v for law in problem.sums for v in (law.total, *(part for part, _ in law.parts))}
         self.marginals: list[tuple[Floats, float, list[Floats]]] = []
         self.multipliers: Floats | None = None  # of the solve before

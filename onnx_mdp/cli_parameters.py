@@ -1,0 +1,210 @@
+"""The parameters that several commands share, in groups: declared once, lent to each command by `given`."""
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from onnx_mdp.command_options import Options, PlanOptions
+
+__all__ = [
+    "AsJson",
+    "Choices",
+    "Data",
+    "Model",
+    "Overwrite",
+    "Preprocess",
+    "Table",
+    "TargetMs",
+    "TargetRatio",
+    "given",
+    "measuring_options",
+    "model_options",
+    "output_options",
+    "plan_options",
+    "runtime_options",
+    "store_options",
+]
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The ONNX file.")]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option("--input-shape", metavar="NAME:1,3,224,224", help="Size to prune a symbolic input for."),
+]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Size of a symbolic first dimension.")]
+Provider = Annotated[str, typer.Option("--ep", help="Execution provider: cpu, or a full name.")]
+ProviderOption = Annotated[
+    list[str] | None, typer.Option("--ep-option", metavar="KEY=VALUE", help="Provider option; repeatable.")
+]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of the runtime.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")]
+Store = Annotated[
+    Path | None, typer.Option("--store", metavar="FILE", help="Where measured latencies are kept.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")]
+Data = Annotated[
+    Path | None, typer.Option(help="Calibration inputs: an .npz of named inputs or a folder of images.")
+]
+Preprocess = Annotated[str | None, typer.Option(help="How images become inputs, such as imagenet.")]
+Criterion = Annotated[
+    str | None, typer.Option(help="magnitude, activation or drift; default: drift with --data.")
+]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration samples to use.")]
+SolverName = Annotated[
+    str, typer.Option("--solver", help="exact, highs, mindtpy, greedy, linear, or exhaustive.")
+]
+TimeLimit = Annotated[float, typer.Option(min=0.1, help="Seconds for one solve.")]
+Gap = Annotated[float, typer.Option(min=0.0, max=0.5, help="Relative gap at which a solve may stop.")]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Leave these dimensions and blocks alone; repeatable."),
+]
+MinWidth = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN=N", help="Least channels, or a share below 1; repeatable."),
+]
+FixedWidth = Annotated[
+    list[str] | None, typer.Option("--width", metavar="PATTERN=N", help="Exactly so many channels.")
+]
+Multiple = Annotated[int, typer.Option(min=1, help="Keep only multiples of so many channels.")]
+MaxParams = Annotated[float | None, typer.Option(min=0, help="Most parameters, such as 2e6.")]
+MaxMacs = Annotated[float | None, typer.Option(min=0, help="Most multiply-accumulates.")]
+MaxMemory = Annotated[
+    float | None, typer.Option(min=0, help="Most bytes of activations alive at once, none reused in place.")
+]
+Also = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TABLE.json=MS", help="Meet this latency by this table too; repeatable."),
+]
+TargetMs = Annotated[float | None, typer.Option(help="Latency to reach, in milliseconds.")]
+TargetRatio = Annotated[float | None, typer.Option(help="Latency to reach, relative to the model's.")]
+Table = Annotated[Path, typer.Argument(metavar="TABLE.json", help="What `profile -o` wrote.")]
+Choices = Annotated[int, typer.Option("--choices", min=2, max=256, help="Most widths offered a dimension.")]
+
+
+def output_options(as_json: AsJson = False, quiet: Quiet = False) -> "Options":
+    """Where a command prints."""
+    from onnx_mdp.command_options import Options
+    from onnx_mdp.console import Screen
+
+    return Options(screen=Screen(quiet=quiet, as_json=as_json))
+
+
+def model_options(
+    input_shape: Shapes = None,
+    batch: Batch = 1,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> "Options":
+    """How a model is read, without measuring it."""
+    shapes = tuple(input_shape or ())
+    return replace(output_options(as_json, quiet), input_shapes=shapes, batch=batch, seed=seed)
+
+
+def store_options(store: Store = None, as_json: AsJson = False, quiet: Quiet = False) -> "Options":
+    """Where measurements are kept."""
+    return replace(output_options(as_json, quiet), store=store)
+
+
+def runtime_options(
+    ep: Provider = "cpu",
+    ep_option: ProviderOption = None,
+    threads: Threads = 1,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> "Options":
+    """What a model is measured on."""
+    options = tuple(ep_option or ())
+    return replace(output_options(as_json, quiet), provider=ep, provider_options=options, threads=threads)
+
+
+def measuring_options(
+    input_shape: Shapes = None,
+    batch: Batch = 1,
+    ep: Provider = "cpu",
+    ep_option: ProviderOption = None,
+    threads: Threads = 1,
+    seed: Seed = 0,
+    store: Store = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> "Options":
+    """How a model is read and measured."""
+    return replace(
+        runtime_options(ep, ep_option, threads, as_json, quiet),
+        input_shapes=tuple(input_shape or ()),
+        batch=batch,
+        seed=seed,
+        store=store,
+    )
+
+
+def plan_options(
+    criterion: Criterion = None,
+    data: Data = None,
+    preprocess: Preprocess = None,
+    samples: Samples = 64,
+    solver: SolverName = "exact",
+    time_limit: TimeLimit = 60.0,
+    gap: Gap = 1e-6,
+    exclude: Exclude = None,
+    min_width: MinWidth = None,
+    width: FixedWidth = None,
+    multiple: Multiple = 1,
+    max_params: MaxParams = None,
+    max_macs: MaxMacs = None,
+    max_memory: MaxMemory = None,
+    also: Also = None,
+) -> "PlanOptions":
+    """How a plan is made."""
+    from onnx_mdp.command_options import PlanOptions
+
+    return PlanOptions(
+        criterion=criterion,
+        data=data,
+        preprocess=preprocess,
+        samples=samples,
+        solver=solver,
+        time_limit=time_limit,
+        gap=gap,
+        exclude=tuple(exclude or ()),
+        least=tuple(min_width or ()),
+        fixed=tuple(width or ()),
+        multiple=multiple,
+        max_params=max_params,
+        max_macs=max_macs,
+        max_memory=max_memory,
+        also=tuple(also or ()),
+    )
+
+
+def given(**groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the parameters of each group, and what the group makes of them under its name."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command).parameters.values() if p.name not in groups]
+        lent = {name: list(inspect.signature(group).parameters.values()) for name, group in groups.items()}
+        every = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *itertools.chain(*lent.values()))]
+
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            made = {
+                name: groups[name](*(values.pop(p.name) for p in parameters))
+                for name, parameters in lent.items()
+            }
+            command(**values, **made)
+
+        run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in every}
+        return run
+
+    return decorate

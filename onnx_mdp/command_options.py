@@ -1,0 +1,194 @@
+"""What the commands are told: common options, how a plan is made, and the model and data they name."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_mdp.binding import graph_inputs
+from onnx_mdp.calibration import CalibrationData, load_data
+from onnx_mdp.console import Screen
+from onnx_mdp.errors import UsageError
+from onnx_mdp.formulation import Caps
+from onnx_mdp.model_io import load_model
+from onnx_mdp.pipeline import analyze
+from onnx_mdp.problem import SolveLimits
+from onnx_mdp.report import printable
+from onnx_mdp.runtime import Runtime, runtime
+from onnx_mdp.scoring import CRITERIA
+from onnx_mdp.solvers import SOLVERS
+from onnx_mdp.structure import Structure
+from onnx_mdp.table_file import load_table
+from onnx_mdp.width_rules import WidthRules
+
+__all__ = ["Options", "PlanOptions", "calibration", "command_line", "load_structure", "read_inputs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What all commands that read a model share."""
+
+    screen: Screen = field(default_factory=Screen)
+    input_shapes: tuple[str, ...] = ()
+    batch: int = 1
+    provider: str = "cpu"
+    provider_options: tuple[str, ...] = ()
+    threads: int = 1
+    seed: int = 0
+    store: Path | None = None
+
+    def runtime(self) -> Runtime:
+        """The runtime that models are measured on."""
+        pairs = [option.partition("=") for option in self.provider_options]
+        if any(not equals for _, equals, _ in pairs):
+            raise UsageError("--ep-option takes KEY=VALUE")
+        return runtime(self.provider, self.threads, [(key, value) for key, _, value in pairs])
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """How units are ranked, what may be cut, what else is limited, and how it is solved.
+
+    Patterns are shell patterns of names; ``least`` and ``fixed`` hold ``PATTERN=WIDTH``, ``also`` holds
+    ``TABLE.json=MS``.
+    """
+
+    criterion: str | None = None
+    data: Path | None = None
+    preprocess: str | None = None
+    samples: int = 64
+    solver: str = "exact"
+    time_limit: float = 60.0
+    gap: float = 1e-6
+    exclude: tuple[str, ...] = ()
+    least: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
+    multiple: int = 1
+    max_params: float | None = None
+    max_macs: float | None = None
+    max_memory: float | None = None
+    also: tuple[str, ...] = ()
+
+    @property
+    def limits(self) -> SolveLimits:
+        """What one solve may spend."""
+        return SolveLimits(self.time_limit, self.gap)
+
+    @property
+    def ranking(self) -> str:
+        """The criterion, by default the best one that the inputs allow."""
+        return self.criterion or ("drift" if self.data is not None else "magnitude")
+
+    def check(self) -> None:
+        """Refuse wrong options before minutes of measuring and not after."""
+        if self.solver not in SOLVERS:
+            raise UsageError(f"unknown solver {self.solver!r}; choose one of {', '.join(sorted(SOLVERS))}")
+        if self.criterion is not None and self.criterion not in CRITERIA:
+            raise UsageError(
+                f"unknown criterion {self.criterion!r}; choose one of {', '.join(sorted(CRITERIA))}"
+            )
+        if self.data is None and self.criterion not in (None, "magnitude"):
+            raise UsageError(f"criterion {self.criterion!r} needs calibration inputs; pass --data")
+        if self.data is None and self.preprocess is not None:
+            raise UsageError("--preprocess says how --data images become inputs; pass --data too")
+        self.rules()
+
+    def rules(self) -> WidthRules:
+        """The widths that the options allow."""
+        least = tuple((p, float(_number("--min-width", t, v))) for t, p, v in map(_pair, self.least))
+        fixed = tuple((p, int(_number("--width", t, v))) for t, p, v in map(_pair, self.fixed))
+        return WidthRules(self.exclude, least, fixed, self.multiple)
+
+    def caps(self, structure: Structure) -> Caps:
+        """The limits beside the latency; reads the further tables."""
+        tables = []
+        for text, path, ms in map(_pair, self.also):
+            tables.append((load_table(Path(path), structure), _number("--also", text, ms)))
+        return Caps(self.max_params, self.max_macs, self.max_memory, tuple(tables))
+
+
+def _pair(text: str) -> tuple[str, str, str]:
+    """``(text, name, value)`` of ``NAME=VALUE``."""
+    name, _, value = text.rpartition("=")
+    return text, name, value
+
+
+def _number(option: str, text: str, value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf or text.startswith("="):
+        raise UsageError(f"{option} {text!r} is not NAME=NUMBER with a number larger than 0")
+    return number
+
+
+def load_structure(path: Path, options: Options) -> tuple[ir.Model, Structure]:
+    model = load_model(path)
+    shapes = _parse_shapes(options.input_shapes, model)
+    structure = analyze(model, shapes, options.batch)
+    bound = {name: shape for name, shape in structure.shadow.inputs.items() if _symbolic(model, name)}
+    for name, shape in bound.items():
+        options.screen.note(f"input {printable(name)} is symbolic: pruning for the shape {list(shape)}")
+    for key in structure.graph.unsupported:
+        options.screen.warn(f"no rule for operator {printable(key)}: what it touches is not pruned")
+    return model, structure
+
+
+def _symbolic(model: ir.Model, name: str) -> bool:
+    value = next(v for v in graph_inputs(model) if v.name == name)
+    return value.shape is None or any(not isinstance(d, int) or d < 1 for d in value.shape)
+
+
+def _parse_shapes(texts: Sequence[str], model: ir.Model) -> dict[str, tuple[int, ...]]:
+    """Read ``NAME:1,3,224,224``; a model with one input may leave the name out."""
+    names = [str(v.name) for v in graph_inputs(model)]
+    shapes = {}
+    for text in texts:
+        name, colon, dims = text.rpartition(":")
+        if not colon and len(names) != 1:
+            raise UsageError(f"--input-shape must name the input, such as {names[0]}:1,3,224,224")
+        try:
+            shapes[name if colon else names[0]] = tuple(int(d) for d in dims.split(","))
+        except ValueError:
+            raise UsageError(f"--input-shape {text!r} is not NAME:1,3,224,224") from None
+    return shapes
+
+
+def command_line() -> str:
+    """The command as it was typed, with names of files and no folders."""
+    return shlex.join([Path(sys.argv[0]).name, *(Path(a).name for a in sys.argv[1:])])
+
+
+def calibration(
+    structure: Structure, model: ir.Model, plan: PlanOptions, options: Options
+) -> CalibrationData | None:
+    """The inputs that units are ranked by; a warning where there are none."""
+    if plan.data is None:
+        options.screen.warn(
+            "no --data: units are ranked by weight magnitude alone, which costs accuracy; "
+            "pass calibration inputs (an .npz or a folder of images)"
+        )
+        return None
+    return read_inputs(structure, model, plan.data, plan.preprocess, plan.samples, options)
+
+
+def read_inputs(
+    structure: Structure,
+    model: ir.Model,
+    source: Path,
+    preprocess: str | None,
+    samples: int,
+    options: Options,
+) -> CalibrationData:
+    dtypes = {str(v.name): np.dtype(v.dtype.numpy()) for v in graph_inputs(model) if v.dtype is not None}
+    data = load_data(source, structure.shadow.inputs, dtypes, preprocess=preprocess, samples=samples)
+    options.screen.note(f"calibration: {printable(data.source)}")
+    return data
