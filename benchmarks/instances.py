@@ -8,100 +8,21 @@ Identity blocks of the residual networks, and attention and MLP of the transform
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from onnx_mdp.problem import Block, Budget, Factor, PruningProblem, Variable
+from benchmarks.roofline import Device, Draft
+from onnx_mdp.problem import Block, Budget, Factor, PruningProblem
 
-__all__ = ["INSTANCES", "Device", "bottleneck_resnet", "mobilenet_v2", "transformer", "with_budgets"]
-
-Device = Literal["gpu", "cpu", "params", "macs"]
-Floats = NDArray[np.float64]
-
-_NOISE = 0.01
-_TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.85), (64, 64, 0.7), (64, 32, 0.5))
-
-
-@dataclass
-class _Draft:
-    """A problem being drawn; a resource of the builders below."""
-
-    device: Device
-    rng: np.random.Generator
-    variables: list[Variable] = field(default_factory=list)
-    factors: list[Factor] = field(default_factory=list)
-    blocks: list[Block] = field(default_factory=list)
-
-    def dimension(self, name: str, full: int, group: int, *, removable: bool = False) -> int:
-        widths = [*range(group, full, group), full]
-        self.variables.append(Variable(name, tuple([0, *widths] if removable else widths)))
-        return len(self.variables) - 1
-
-    def widths(self, variable: int) -> Floats:
-        return np.asarray(self.variables[variable].widths, np.float64)
-
-    def worth(self, variable: int, scale: float, gate: int | None = None, sigma: float = 1.2) -> None:
-        """What the units of a variable are worth, if the block of ``gate`` is there."""
-        widths = self.widths(variable).astype(int)
-        scores = np.sort(self.rng.lognormal(0.0, sigma, widths[-1]))[::-1]
-        line = np.append(0.0, np.cumsum(scores / scores.sum() * scale))[widths]
-        if gate is None:
-            self.factors.append(Factor((variable,), line))
-        else:
-            there = self.widths(gate) > 0
-            self.factors.append(Factor((gate, variable), there[:, None] * line[None]))
-
-    def cost(self, scope: tuple[int, ...], microseconds: Floats) -> None:
-        noise = self.rng.normal(0.0, _NOISE, microseconds.shape) if self.device in ("gpu", "cpu") else 0.0
-        table = np.rint(1e3 * microseconds * np.exp(noise)).astype(np.int64)
-        self.factors.append(Factor(scope, cost_ns=table))
-
-    def product(self, rows: float, columns: Floats, inner: Floats) -> Floats:
-        """Microseconds of a matrix product; no time where a width is 0."""
-        columns, inner = np.broadcast_arrays(columns, inner)
-        if self.device == "gpu":
-            best = np.full(columns.shape, np.inf)
-            for high, wide, share in _TILES:
-                waves = np.ceil(np.ceil(rows / high) * np.ceil(columns / wide) / 80)
-                best = np.minimum(best, waves * high * wide * np.ceil(inner / 32) * 64 / (1.3e6 * share))
-            moved = 2 * (rows * inner + inner * columns + rows * columns)
-            time = np.maximum(best, moved / 7.5e5) + 2.0
-        elif self.device == "cpu":
-            padded = 2 * np.ceil(rows / 6) * 6 * np.ceil(columns / 16) * 16 * np.ceil(inner / 4) * 4
-            time = np.maximum(padded / 6e4, 4 * (rows * inner + inner * columns + rows * columns) / 1e4) + 1.0
-        elif self.device == "params":
-            time = columns * inner / 1e3
-        else:
-            time = 2 * rows * columns * inner / 1e6
-        return np.where((columns <= 0) | (inner <= 0), 0.0, time)
-
-    def layer(self, reads: int, makes: int, rows: float, kernel: int = 1) -> None:
-        """A convolution or linear layer between two variables."""
-        table = self.product(rows, self.widths(makes)[None], self.widths(reads)[:, None] * kernel**2)
-        self.cost((reads, makes), table)
-
-    def depthwise(self, variable: int, rows: float) -> None:
-        widths = self.widths(variable)
-        if self.device in ("params", "macs"):
-            self.cost((variable,), widths * 9 / 1e3 if self.device == "params" else 18 * rows * widths / 1e6)
-            return
-        gpu = self.device == "gpu"
-        padded = rows * np.ceil(widths / (32 if gpu else 16)) * (32 if gpu else 16)
-        time = padded * (4 / 7.5e5 + 18 / 3e6 if gpu else 8 / 1e4 + 18 / 2e4) + 1.0
-        self.cost((variable,), np.where(widths > 0, time, 0.0))
-
-    def problem(self) -> PruningProblem:
-        return PruningProblem(tuple(self.variables), tuple(self.factors), (), tuple(self.blocks))
+__all__ = ["INSTANCES", "bottleneck_resnet", "mobilenet_v2", "transformer", "with_budgets"]
 
 
 def bottleneck_resnet(
     blocks: tuple[int, ...], group: int, device: Device, seed: int, batch: int = 128
 ) -> PruningProblem:
     """ResNet-50 and its deeper relatives: a stream a stage, two inner dimensions a block."""
-    draft = _Draft(device, np.random.default_rng(seed))
+    draft = Draft(device, np.random.default_rng(seed))
     rng = draft.rng
     before = draft.dimension("stem", 64, group)
     draft.cost((before,), draft.product(batch * 112**2, draft.widths(before), np.asarray(147.0)))
@@ -138,7 +59,7 @@ def bottleneck_resnet(
 
 def mobilenet_v2(group: int, device: Device, seed: int, batch: int = 128) -> PruningProblem:
     """Inverted residuals: a stream a stage, one expanded dimension a block."""
-    draft = _Draft(device, np.random.default_rng(seed))
+    draft = Draft(device, np.random.default_rng(seed))
     rng = draft.rng
     before = draft.dimension("stem", 32, group)
     draft.cost((before,), draft.product(batch * 112**2, draft.widths(before), np.asarray(27.0)))
@@ -179,7 +100,7 @@ def transformer(
     depth: int, embed: int, heads: int, hidden: int, device: Device, seed: int, batch: int = 256
 ) -> PruningProblem:
     """A vision transformer: embedding, and heads, query/key, value and hidden widths of every layer."""
-    draft = _Draft(device, np.random.default_rng(seed))
+    draft = Draft(device, np.random.default_rng(seed))
     rng, rows, tokens = draft.rng, batch * 197, 197
     stream = draft.dimension("embedding", embed, 32)
     edge = draft.product(rows, draft.widths(stream), np.asarray(768.0))
@@ -214,6 +135,7 @@ def transformer(
 Builder = Callable[[Device, int], PruningProblem]
 
 INSTANCES: dict[str, Builder] = {
+    "resnet50 by 128": lambda device, seed: bottleneck_resnet((3, 4, 6, 3), 128, device, seed),
     "resnet50 by 32": lambda device, seed: bottleneck_resnet((3, 4, 6, 3), 32, device, seed),
     "resnet50 by 16": lambda device, seed: bottleneck_resnet((3, 4, 6, 3), 16, device, seed),
     "resnet50 by 8": lambda device, seed: bottleneck_resnet((3, 4, 6, 3), 8, device, seed),

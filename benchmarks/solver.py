@@ -19,20 +19,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-
 from benchmarks.harness import Verdict, arguments, combined, note, print_table, publish, run_main
-from benchmarks.instances import INSTANCES, Device, with_budgets
+from benchmarks.instances import INSTANCES
 from benchmarks.metered import run_metered
+from benchmarks.roofline import Device
+from benchmarks.solver_tasks import RATIOS, Row, outcome_of, ratio_budget, task_rows, timed
 from onnx_mdp.errors import MdpError
-from onnx_mdp.problem import PruningProblem, Solution
-from onnx_mdp.solvers import SolveLimits, cheapest, solve
-from onnx_mdp.solvers.fronts import solve_front
+from onnx_mdp.solvers import SolveLimits, solve
 
-__all__ = ["Row", "main", "outcome_of", "ratio_budget"]
+__all__ = ["main"]
 
 _LIMITS_S = {
     "resnet50 by 32": 0.2,
@@ -43,63 +40,9 @@ _LIMITS_S = {
     "vit_large": 0.6,
     "resnet152 by 8": 0.9,
 }
-_GAP = 1e-6
-_MEMORY_MB = 250.0
-_RATIOS = (0.3, 0.5, 0.7)
 _DEVICES: tuple[Device, ...] = ("gpu", "cpu")
 _OTHERS = ("highs", "mindtpy", "greedy", "linear")
-_HARDEST = {"highs": "resnet50 by 8", "mindtpy": "resnet50 by 32"}  # larger ones exceed any patience
-_FRONT = 20
-_SHARES = (0.8, 0.9, 0.97)
-_BUDGETS: tuple[tuple[Device, ...], ...] = (
-    ("gpu", "cpu"),
-    ("gpu", "cpu", "params"),
-    ("gpu", "cpu", "params", "macs"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What one solver did on one network: medians and worst of its runs.
-
-    ``below`` is the largest relative distance of its value to that of `exact`, ``gap`` the largest proven
-    one; ``limit_s`` is 0 where nothing is claimed.
-    """
-
-    task: str
-    instance: str
-    solver: str
-    runs: int
-    median_s: float
-    worst_s: float
-    gap: float
-    below: float
-    peak_mb: float
-    limit_s: float
-    trouble: str
-    verdict: Verdict
-
-
-def outcome_of(gap: float, below: float, median_s: float, limit_s: float, peak_mb: float) -> Verdict:
-    """Whether a row of `exact` holds; without a limit only its gap counts.
-
-    >>> outcome_of(1e-7, 0.0, 0.1, 0.2, 99.0), outcome_of(1e-3, 0.0, 0.1, 0.2, 99.0)
-    ('pass', 'fail')
-    """
-    sound = gap <= _GAP and below <= 1e-9
-    quick = not limit_s or (median_s <= limit_s and peak_mb <= _MEMORY_MB)
-    return "pass" if sound and quick else "fail"
-
-
-def ratio_budget(problem: PruningProblem, ratio: float) -> int:
-    """The budget that is a share of the unpruned latency, in nanoseconds."""
-    return int(ratio * problem.evaluate(problem.widest())[1])
-
-
-def _timed(run: Callable[[], Solution]) -> tuple[Solution, float]:
-    started = time.process_time()
-    answer = run()
-    return answer, time.process_time() - started
+_HARDEST = {"highs": "resnet50 by 8", "mindtpy": "resnet50 by 128"}  # larger ones exceed any patience
 
 
 def _exact_rows(given: argparse.Namespace) -> Iterator[Row]:
@@ -109,12 +52,12 @@ def _exact_rows(given: argparse.Namespace) -> Iterator[Row]:
         for device in _DEVICES:
             for seed in range(given.seeds):
                 problem = INSTANCES[name](device, seed)
-                for ratio in _RATIOS:
+                for ratio in RATIOS:
                     budget_ns = ratio_budget(problem, ratio)
-                    answer, spent = _timed(partial(solve, problem, budget_ns))
+                    answer, spent = timed(partial(solve, problem, budget_ns))
                     seconds.append(spent)
                     gaps.append(answer.gap)
-        median, limit = statistics.median(seconds), 0.0 if given.quick else _LIMITS_S[name]
+        median, limit = statistics.median(seconds), 0.0 if given.quick else _LIMITS_S.get(name, 0.0)
         peak = _peak_mb(name)
         verdict = outcome_of(max(gaps), 0.0, median, limit, peak)
         yield Row(
@@ -133,7 +76,7 @@ def _other_rows(given: argparse.Namespace) -> Iterator[Row]:
         for name in given.models:
             if order.index(name) > order.index(_HARDEST.get(solver, order[-1])):
                 continue
-            if given.quick and name != order[0]:
+            if given.quick and name != "resnet50 by 32":
                 continue
             note(f"{name}, {solver} …")
             yield _other_row(name, solver, given)
@@ -143,7 +86,7 @@ def _other_row(name: str, solver: str, given: argparse.Namespace) -> Row:
     problem = INSTANCES[name]("gpu", 0)
     limits = SolveLimits(given.time_limit, 1e-4)
     seconds, gaps, below, trouble = [], [], [], ""
-    for ratio in _RATIOS:
+    for ratio in RATIOS:
         budget_ns = ratio_budget(problem, ratio)
         best = solve(problem, budget_ns)
         started = time.process_time()
@@ -170,72 +113,6 @@ def _other_row(name: str, solver: str, given: argparse.Namespace) -> Row:
         trouble,
         sound,
     )
-
-
-def _task_rows(given: argparse.Namespace) -> Iterator[Row]:
-    small = [n for n in given.models if n in ("resnet50 by 32", "mobilenet_v2 by 8")]
-    for name in small if given.quick else given.models:
-        note(f"{name}, fronts and smallest latencies …")
-        problem = INSTANCES[name]("gpu", 0)
-        whole = problem.evaluate(problem.widest())
-        once = [_timed(partial(solve, problem, ratio_budget(problem, r)))[1] for r in _RATIOS]
-        budgets = [ratio_budget(problem, r) for r in np.linspace(0.15, 0.95, _FRONT)]
-        started = time.process_time()
-        answers = [a for a in solve_front(problem, budgets) if a.choice is not None]
-        spent = time.process_time() - started
-        yield _task_row("20 budgets", name, answers, [spent], 10 * statistics.median(once), given)
-        found = [_timed(partial(cheapest, problem, s * whole[0])) for s in _SHARES]
-        yield _task_row("least latency", name, [a for a, _ in found], [s for _, s in found], 0.5, given)
-    for name in small if given.quick else [*small, *(n for n in given.models if n == "resnet50 by 8")]:
-        for devices in _BUDGETS:
-            note(f"{name}, {' + '.join(devices)} …")
-            answers, seconds = [], []
-            for tight in (0.97, 0.9):
-                problem, budget_ns = _tight(name, devices, tight)
-                limits = SolveLimits(seconds=3.0, gap=1e-4)
-                answer, spent = _timed(partial(solve, problem, budget_ns, limits=limits))
-                answers.append(answer)
-                seconds.append(spent)
-            gap = max(a.gap for a in answers)
-            verdict: Verdict = "pass" if given.quick or gap <= 1e-4 or max(seconds) > 3.0 else "fail"
-            task = f"{len(devices)} budgets at once"
-            yield Row(
-                task,
-                name,
-                "exact",
-                2,
-                statistics.median(seconds),
-                max(seconds),
-                gap,
-                0.0,
-                0.0,
-                3.0,
-                "",
-                verdict,
-            )
-
-
-def _task_row(
-    task: str,
-    name: str,
-    answers: Sequence[Solution],
-    seconds: Sequence[float],
-    limit: float,
-    given: argparse.Namespace,
-) -> Row:
-    gap, median = max(a.gap for a in answers), statistics.median(seconds)
-    verdict = outcome_of(gap, 0.0, median, 0.0 if given.quick else limit, 0.0)
-    return Row(task, name, "exact", len(answers), median, max(seconds), gap, 0.0, 0.0, limit, "", verdict)
-
-
-def _tight(name: str, devices: tuple[Device, ...], tight: float) -> tuple[PruningProblem, int]:
-    """Half the latency, and of everything else a little less than the best plan for that would use."""
-    free = with_budgets(INSTANCES[name], devices, (10.0,) * (len(devices) - 1), 0)
-    budget_ns = ratio_budget(free, 0.5)
-    answer = solve(free, budget_ns)
-    assert answer.choice is not None
-    used = tuple(tight * b.amount(answer.choice) * 10 / b.limit for b in free.budgets)
-    return with_budgets(INSTANCES[name], devices, used, 0), budget_ns
 
 
 _COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -270,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.quick:
         given.seeds, given.time_limit = 1, 10.0
         given.solvers = [s for s in given.solvers if s != "mindtpy"]
-    rows = [*_exact_rows(given), *_other_rows(given), *_task_rows(given)]
+    rows = [*_exact_rows(given), *_other_rows(given), *task_rows(given)]
     print_table("solvers", _COLUMNS, rows)
     slow = [f"{r.task} {r.instance}" for r in rows if r.verdict == "fail"]
     exact = [r for r in rows if r.solver == "exact" and r.task == "solve"]

@@ -31,6 +31,9 @@ def infer_statically(
         MissingBackendError: inference finds no static shape for one of them.
     """
     static = onnx.ModelProto.FromString(proto.SerializeToString())
+    del static.graph.value_info[:]  # what a file says of its inner sizes may hold for other inputs
+    for value in static.graph.output:
+        value.type.tensor_type.ClearField("shape")
     for value in static.graph.input:
         for dim, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
             dim.dim_value = size

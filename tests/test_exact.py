@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from onnx_mdp.errors import SolverError
+from onnx_mdp.errors import MissingBackendError, SolverError
 from onnx_mdp.problem import Block, Budget, Factor, PruningProblem, Variable, WidthSum
-from onnx_mdp.solvers import SolveLimits, cheapest, fastest, solve
+from onnx_mdp.solvers import SolveLimits, cheapest, fastest, mindtpy, solve
 from onnx_mdp.solvers.exact import Exact, price, upper_bound
 from onnx_mdp.solvers.fronts import solve_front
 
@@ -309,3 +309,34 @@ def test_outer_approximation_is_wrong_where_exact_is_right():
     assert problem.widths(answer.choice) == (3, 3)
     assert answer.value == 9.0
     assert answer.gap <= 1e-9
+    paper = solve(problem, 9, "mindtpy")
+    assert paper.value == 7.0
+    assert paper.status == "feasible"
+    assert paper.bound >= 9.0
+    assert paper.gap > 0.2
+
+
+def test_outer_approximation_keeps_blocks_sums_and_budgets():
+    problem = PruningProblem(
+        (Variable("a", (0, 8, 16)), Variable("b", (0, 8)), Variable("joined", (0, 8, 16, 24))),
+        (
+            Factor((0,), [0.0, 1.0, 1.5]),
+            Factor((1,), [0.0, 1.0]),
+            Factor((0, 2), None, np.outer((0, 8, 16), (0, 8, 16, 24))),
+        ),
+        (WidthSum(2, ((0, 1), (1, 1))),),
+        (Block("branch", (0, 1)),),
+        5,
+        (Budget("channels", 16.0, (Factor((2,), [0.0, 8.0, 16.0, 24.0]),)),),
+    )
+    answer = solve(problem, 400, "mindtpy")
+    assert answer.choice == solve(problem, 400, limits=EXACT).choice == (1, 1, 2)
+    assert solve(problem, 4, "mindtpy").status == "infeasible"
+
+
+def test_without_a_nonlinear_solver_the_install_command_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(mindtpy, "_has_cyipopt", lambda: False)
+    monkeypatch.setattr(mindtpy.shutil, "which", lambda _: None)
+    monkeypatch.setattr(mindtpy.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(MissingBackendError, match="mindtpy"):
+        solve(chain(np.random.default_rng(0), 2, 3), 10**6, "mindtpy")

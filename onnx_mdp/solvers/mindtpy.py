@@ -8,11 +8,18 @@ is none, and is not used: `solvers.solve` evaluates the answer on the tables and
 
 from __future__ import annotations
 
+import atexit
+import functools
+import importlib.util
 import logging
 import math
+import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +32,6 @@ from onnx_mdp.problem import Choice, PruningProblem, Solution, SolveLimits
 __all__ = ["build_minlp", "solve_by_outer_approximation"]
 
 _NAME = "mindtpy"
-_INSTALL = "see 'The paper's solver' in the README for two tested ways to install one"
 
 
 def solve_by_outer_approximation(problem: PruningProblem, budget_ns: int, limits: SolveLimits) -> Solution:
@@ -37,18 +43,17 @@ def solve_by_outer_approximation(problem: PruningProblem, budget_ns: int, limits
     started = time.perf_counter()
     backend = _nonlinear_solver()
     model = build_minlp(problem, budget_ns)
-    quiet = logging.getLogger("onnx_mdp.mindtpy")
-    quiet.setLevel(logging.CRITICAL)
     try:
-        pyo.SolverFactory("mindtpy").solve(
-            model,
-            strategy="OA",
-            init_strategy="FP",
-            mip_solver="appsi_highs",
-            nlp_solver=backend,
-            time_limit=limits.seconds,
-            logger=quiet,
-        )
+        with _on_path(backend), _silence() as quiet:
+            pyo.SolverFactory("mindtpy").solve(
+                model,
+                strategy="OA",
+                init_strategy="FP",
+                mip_solver="appsi_highs",
+                nlp_solver="ipopt" if isinstance(backend, Path) else backend,
+                time_limit=limits.seconds,
+                logger=quiet,
+            )
     except (ValueError, RuntimeError, ArithmeticError, AttributeError, TypeError) as error:
         raise SolverError(f"MindtPy failed: {str(error).splitlines()[0][:200]}") from error
     choice = _choice(problem, model)
@@ -77,7 +82,7 @@ def build_minlp(problem: PruningProblem, budget_ns: int) -> Any:
         parts = sum(c * _width(problem, model, part) for part, c in law.parts)
         model.laws.add(_width(problem, model, law.total) == law.offset + parts)
     worth = [t for f in problem.factors if f.value is not None for t in _products(model, f.scope, f.value)]
-    model.worth = pyo.Objective(expr=pyo.quicksum(worth, linear=False), sense=pyo.maximize)
+    model.worth = pyo.Objective(expr=pyo.quicksum(worth), sense=pyo.maximize)
     room = float(budget_ns - problem.offset_ns)
     costs = [(f.scope, f.cost_ns / max(room, 1.0)) for f in problem.factors if f.cost_ns is not None]
     model.budgets = pyo.ConstraintList()
@@ -88,7 +93,7 @@ def build_minlp(problem: PruningProblem, budget_ns: int) -> Any:
     for row in rows:
         terms = [t for scope, table in row for t in _products(model, scope, table)]
         if terms:
-            model.budgets.add(pyo.quicksum(terms, linear=False) <= 1.0)
+            model.budgets.add(pyo.quicksum(terms) <= 1.0)
     return model
 
 
@@ -109,13 +114,57 @@ def _choice(problem: PruningProblem, model: Any) -> Choice:
     return tuple(chosen)
 
 
-def _nonlinear_solver() -> str:
-    """The name under which MindtPy finds a nonlinear solver here."""
+def _nonlinear_solver() -> str | Path:
+    """The name under which MindtPy finds a nonlinear solver here, or a program to find under ``ipopt``."""
     if _has_cyipopt():
         return "cyipopt"
     if shutil.which("ipopt"):
         return "ipopt"
-    raise MissingBackendError(f"solver 'mindtpy' needs Ipopt or a replacement for it; {_INSTALL}")
+    spec = importlib.util.find_spec("pyomo_ripopt")
+    if spec is not None and spec.origin is not None:
+        program = Path(spec.origin).parent / "bin" / "ripopt"
+        if program.is_file():
+            return program
+    raise MissingBackendError(
+        "solver 'mindtpy' needs Ipopt or a replacement for it: run `pip install onnx-mdp[mindtpy]`, or see "
+        "'The paper's solver' in the README"
+    )
+
+
+@contextmanager
+def _on_path(backend: str | Path) -> Iterator[None]:
+    """Let a program be found as ``ipopt``, the only name of the kind that MindtPy knows."""
+    if isinstance(backend, str):
+        yield
+        return
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = f"{_alias(backend)}{os.pathsep}{before}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
+@functools.cache
+def _alias(program: Path) -> str:
+    """A folder with a link called ``ipopt``; it lasts as long as this process: Pyomo remembers the path."""
+    folder = tempfile.mkdtemp(prefix="onnx-mdp-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (Path(folder) / "ipopt").symlink_to(program)
+    return folder
+
+
+@contextmanager
+def _silence() -> Iterator[logging.Logger]:
+    """Yield a silent logger for MindtPy, and keep Pyomo's own warnings about its transformations back."""
+    quiet, pyomo = logging.getLogger("onnx_mdp.mindtpy"), logging.getLogger("pyomo")
+    quiet.setLevel(logging.CRITICAL)
+    level = pyomo.level
+    pyomo.setLevel(logging.ERROR)
+    try:
+        yield quiet
+    finally:
+        pyomo.setLevel(level)
 
 
 def _has_cyipopt() -> bool:
