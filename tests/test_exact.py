@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from onnx_mdp.errors import MissingBackendError, SolverError
 from onnx_mdp.problem import Block, Budget, Factor, PruningProblem, Variable, WidthSum
 from onnx_mdp.solvers import SolveLimits, cheapest, fastest, mindtpy, solve
+from onnx_mdp.solvers import exact as exact_module
 from onnx_mdp.solvers.exact import Exact, price, upper_bound
 from onnx_mdp.solvers.fronts import solve_front
 
@@ -122,6 +124,22 @@ def test_exact_is_brute_force(problem: PruningProblem, share: float):
 def test_exact_is_brute_force_under_several_budgets(problem: PruningProblem, share: float):
     budget_ns = budget_between(problem, share)
     truth, answer = solve(problem, budget_ns, "exhaustive"), solve(problem, budget_ns, limits=EXACT)
+    assert answer.status == truth.status
+    assert agree(answer.value, truth.value)
+    assert agree(answer.bound, truth.value)
+    if truth.choice is None:
+        assert answer.fastest_ns == truth.fastest_ns
+
+
+@LAWS
+@given(st.one_of(problems(), problems(budgets=True)), SHARES)
+def test_every_stage_is_exact_where_small_problems_reach_it(problem: PruningProblem, share: float):
+    """Two options on the first look, one in the first window, and branching as soon as there is a label."""
+    budget_ns = budget_between(problem, share)
+    truth = solve(problem, budget_ns, "exhaustive")
+    eager = {"_COARSE": 2, "_FEW": 1, "_NEARLY": 2.0, "_CROWDED": 1, "_HUB_LEAST": 0, "_HUB_SHARE": 0.0}
+    with mock.patch.multiple(exact_module, **eager):
+        answer = solve(problem, budget_ns, limits=EXACT)
     assert answer.status == truth.status
     assert agree(answer.value, truth.value)
     assert agree(answer.bound, truth.value)

@@ -281,6 +281,7 @@ class _Search:
             if not self._single(branch) and not self.stop():
                 self._search_network(branch, multipliers)
             reached = max(reached, self.bound)
+            self.infeasible, self.cheapest_ns = False, None  # said of the branch alone
         self.bound = outer
         self.lower(reached)
 
