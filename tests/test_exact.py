@@ -7,6 +7,7 @@ import math
 import time
 from unittest import mock
 
+import highspy
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -350,6 +351,15 @@ def test_outer_approximation_keeps_blocks_sums_and_budgets():
     answer = solve(problem, 400, "mindtpy")
     assert answer.choice == solve(problem, 400, limits=EXACT).choice == (1, 1, 2)
     assert solve(problem, 4, "mindtpy").status == "infeasible"
+
+
+def test_highs_answers_after_another_user_of_its_threads():
+    """HiGHS makes one thread pool a process, and MindtPy lets it take all cores."""
+    problem = chain(np.random.default_rng(4), 4, 4)
+    budget_ns = budget_of(problem, 0.5)
+    highspy.Highs.resetGlobalScheduler(True)
+    solve(problem, budget_ns, "mindtpy")
+    assert agree(solve(problem, budget_ns, "highs", EXACT).value, solve(problem, budget_ns).value)
 
 
 def test_without_a_nonlinear_solver_the_install_command_is_named(monkeypatch: pytest.MonkeyPatch):

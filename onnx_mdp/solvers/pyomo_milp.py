@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import highspy
 import numpy as np
 import pyomo.environ as pyo  # type: ignore[import-untyped]
 from numpy.typing import NDArray
@@ -287,6 +288,8 @@ def _linear(variables: list[Any], columns: _Ints, coefficients: _Floats) -> Any:
 
 
 def _highs(gap: float) -> Any:
+    # HiGHS keeps one pool of threads a process and refuses to run with another count than it was made for.
+    highspy.Highs.resetGlobalScheduler(True)
     solver = Highs()
     solver.config.load_solution = False
     solver.config.mip_gap = gap
