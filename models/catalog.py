@@ -14,9 +14,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from models.convnext import convnext
+from models.detr import detr
 from models.efficientnet import efficientnet_b0
 from models.mobilenet import mobilenet_v1, mobilenet_v2
+from models.pvt import pvt
 from models.resnet import cifar_resnet, resnet18, resnet50, resnet101, shapes_resnet
+from models.swin import swin
+from models.vit import deit, vit
 
 __all__ = ["CATALOG", "Architecture", "build"]
 
@@ -34,7 +39,8 @@ class Architecture:
     input_shape: tuple[int, int, int]
 
 
-# A small variant has every node of the full one, few channels and less than 1 MB of weights.
+# A small variant has every node of the full one, few channels and less than 1 MB of weights; transformers,
+# whose papers call a size "small" already, have micro variants of two layers.
 CATALOG: dict[str, Architecture] = {
     "resnet18": Architecture(resnet18, _IMAGENET),
     "resnet50": Architecture(resnet50, _IMAGENET),
@@ -45,6 +51,14 @@ CATALOG: dict[str, Architecture] = {
     "cifar_resnet20": Architecture(partial(cifar_resnet, 20), (3, 32, 32)),
     "cifar_resnet56": Architecture(partial(cifar_resnet, 56), (3, 32, 32)),
     "shapes_resnet": Architecture(shapes_resnet, (3, 64, 64)),
+    "deit_tiny": Architecture(partial(deit, 192, 3), _IMAGENET),
+    "deit_small": Architecture(partial(deit, 384, 6), _IMAGENET),
+    "deit_base": Architecture(partial(deit, 768, 12), _IMAGENET),
+    "vit_base": Architecture(partial(vit, 768, 12), _IMAGENET),
+    "convnext_tiny": Architecture(convnext, _IMAGENET),
+    "swin_tiny": Architecture(swin, _IMAGENET),
+    "pvt_v2_b0": Architecture(pvt, _IMAGENET),
+    "detr": Architecture(detr, (3, 256, 256)),
     "resnet18_small": Architecture(partial(resnet18, _NARROW, 10), (3, 64, 64)),
     "resnet50_small": Architecture(partial(resnet50, _NARROW, 10), (3, 64, 64)),
     "resnet101_small": Architecture(partial(resnet101, (8, 8, 8, 16), 10), (3, 64, 64)),
@@ -53,6 +67,19 @@ CATALOG: dict[str, Architecture] = {
     "efficientnet_b0_small": Architecture(partial(efficientnet_b0, 0.125, 10), (3, 64, 64)),
     "cifar_resnet8_small": Architecture(partial(cifar_resnet, 8, "projection"), (3, 32, 32)),
     "cifar_resnet8_pad_small": Architecture(partial(cifar_resnet, 8, "pad"), (3, 32, 32)),
+    "deit_micro": Architecture(partial(deit, 24, 3, layers=2, image=32, patch=8, classes=10), (3, 32, 32)),
+    "deit_distilled_micro": Architecture(
+        partial(deit, 32, 4, layers=2, image=32, patch=8, classes=10, distilled=True), (3, 32, 32)
+    ),
+    "convnext_micro": Architecture(partial(convnext, (8, 16), (1, 2), 10), (3, 32, 32)),
+    "swin_micro": Architecture(
+        partial(swin, 16, (2, 2), (2, 4), window=4, image=32, classes=10), (3, 32, 32)
+    ),
+    "pvt_micro": Architecture(partial(pvt, (16, 24), (1, 2), (2, 3), 10), (3, 32, 32)),
+    "detr_micro": Architecture(
+        partial(detr, 8, 32, 4, 48, layers=2, queries=6, classes=5, image=32), (3, 32, 32)
+    ),
+    "vit_micro": Architecture(partial(vit, 32, 4, layers=2, image=32, patch=8, classes=10), (3, 32, 32)),
 }
 
 
@@ -78,12 +105,12 @@ def build(name: str, seed: int = 0) -> nn.Module:
 
 
 def _randomise(layer: nn.Module) -> None:
-    """Draw He-normal weights, small biases, and BatchNorm scales in [0.5, 1.5]."""
+    """Draw He-normal weights, small biases, and scales of normalisations in [0.5, 1.5]."""
     if isinstance(layer, nn.Conv2d | nn.Linear):
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         if layer.bias is not None:
             layer.bias.normal_(0, 0.2)
-    elif isinstance(layer, nn.BatchNorm2d):
+    elif isinstance(layer, nn.BatchNorm2d | nn.LayerNorm):
         layer.weight.uniform_(0.5, 1.5)
         layer.bias.normal_(0, 0.2)
 

