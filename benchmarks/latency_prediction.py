@@ -75,7 +75,7 @@ def heterogeneous_variant(
         stage = _resolution(structure, index)
         factor = factors.setdefault(stage, float(rng.choice(_STAGE_FACTORS)))
         share = min(1.0, max(0.05, level * factor * rng.uniform(0.8, 1.25)))
-        wanted = share * len(structure.dimensions[index].units)
+        wanted = share * structure.dimensions[index].count
         kept[index] = next((k for k in options if k >= wanted), options[-1])
     gone = frozenset(b.name for b in structure.blocks if rng.random() < drop)
     return Variant(kept, gone)

@@ -7,7 +7,7 @@ MatMul and no graph output. Blocks that change the shape exclude themselves: the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from onnx_mdp.shadow import Operation, Shadow
@@ -19,7 +19,7 @@ _WEIGHTED = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A removable residual branch.
+    """A removable residual branch; its kind is ``attention``, ``conv`` or ``mlp`` (linear layers alone).
 
     ``joint`` is the Add, ``shortcut`` the tensor that replaces its output, ``branch`` the input of the
     Add that the region computes, ``operations`` the region (the Add excluded), in graph order.
@@ -67,10 +67,16 @@ def _block_at(
         region = _dead_region(shadow, joint, branch, shortcut, producers, readers)
         operations = [shadow.operations[i] for i in region]
         if any(op.op_type in _WEIGHTED for op in operations):
-            kind = "attention" if any(op.op_type == "Softmax" for op in operations) else "conv"
             name = joint.name or joint.outputs[0]
-            return Block(name, kind, joint.index, shortcut, branch, tuple(region))
+            return Block(name, _kind(operations), joint.index, shortcut, branch, tuple(region))
     return None
+
+
+def _kind(operations: Sequence[Operation]) -> str:
+    types = {operation.op_type for operation in operations}
+    if "Softmax" in types:
+        return "attention"
+    return "conv" if types & {"Conv", "ConvTranspose"} else "mlp"
 
 
 def _depends(name: str, ancestor: str, producers: Mapping[str, Operation]) -> bool:

@@ -4,11 +4,15 @@ Runtimes fuse a convolution with what follows it (normalisation, activation, res
 element-wise operation is charged to the operation that computes its largest-index input of equal shape, its
 **anchor**; what remains are convolutions, linear layers, pools, concats, resizes: one `CostTerm` each, with
 the widths it reads (``a``) and makes (``b``). Terms of equal `key` are the same computation at other widths.
+Projections read or make heads × width; products of query and key, or scores and value, are terms of the
+width ``a`` and the number of heads ``b``: together the tables C_qk(embedding, heads, qk),
+C_v(embedding, heads, value) and C_mlp(embedding, mlp) of the paper.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +21,10 @@ from onnx_mdp.rules import varying
 from onnx_mdp.shadow import Operation
 from onnx_mdp.structure import Extent, Structure, extent
 
-__all__ = ["CONTRACTIONS", "CostTerm", "anchors", "cost_terms", "width"]
+__all__ = ["CONTRACTIONS", "HEADS", "CostTerm", "anchors", "cost_terms", "width"]
 
 CONTRACTIONS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
+HEADS = "heads"  # the kind of a term that makes heads: these are counted one by one
 _ELEMENTWISE = frozenset(
     (
         "Abs Add BatchNormalization Cast Ceil Clip Div Dropout Elu Erf Exp Floor Gelu HardSigmoid "
@@ -76,8 +81,8 @@ def cost_terms(structure: Structure) -> tuple[CostTerm, ...]:
 
 
 def width(extent_: Extent, kept: Mapping[int, int]) -> int:
-    """The width of an extent when dimension ``i`` keeps ``kept[i]`` units."""
-    return extent_.fixed + sum(coefficient * kept[index] for index, coefficient in extent_.terms)
+    """The width of an extent when dimension ``i`` keeps ``kept[i]`` units (of each head)."""
+    return extent_.fixed + sum(c * math.prod(kept[index] for index in scope) for scope, c in extent_.terms)
 
 
 def _term(structure: Structure, operation: Operation, joined: bool) -> CostTerm:
@@ -90,7 +95,8 @@ def _term(structure: Structure, operation: Operation, joined: bool) -> CostTerm:
     described["in"] = _without_width(structure, operation.inputs[0]) if operation.inputs else []
     described["out"] = _without_width(structure, operation.outputs[0])
     if operation.op_type in CONTRACTIONS:
-        described["weight"] = list(shapes[operation.inputs[1]][2:])
+        if operation.inputs[1] in structure.shadow.constants:
+            described["weight"] = list(shapes[operation.inputs[1]][2:])
         described["add"] = joined
     return CostTerm(
         operation.index, json.dumps(described, sort_keys=True, separators=(",", ":")), reads, makes
@@ -104,21 +110,20 @@ def _plain(value: Any) -> Any:
 
 
 def _without_width(structure: Structure, name: str) -> list[int]:
-    """The shape of a tensor with its channel axis set to -1."""
+    """The shape of a tensor with its channel axes set to -1."""
     shape = list(structure.shadow.shapes.get(name, ()))
-    axis = _width_axis(structure, name)
-    if axis is not None:
+    for axis in _width_axes(structure, name):
         shape[axis] = -1
     return shape
 
 
-def _width_axis(structure: Structure, name: str) -> int | None:
-    """The labelled axis, else the channel axis of a feature map, else the last axis of a matrix."""
+def _width_axes(structure: Structure, name: str) -> tuple[int, ...]:
+    """The labelled axes, else the channel axis of a feature map, else the last axis of a matrix."""
     labels = structure.graph.tensors.get(name)
     if labels is not None and varying(labels):
-        return varying(labels)[0]
+        return varying(labels)
     rank = len(structure.shadow.shapes.get(name, ()))
-    return {0: None, 1: 0, 2: 1, 3: 2}.get(rank, 1)
+    return {0: (), 1: (0,), 2: (1,), 3: (2,)}.get(rank, (1,))
 
 
 def _widths(structure: Structure, operation: Operation) -> tuple[Extent, Extent, str]:
@@ -130,13 +135,48 @@ def _widths(structure: Structure, operation: Operation) -> tuple[Extent, Extent,
         if groups > 1 and groups == structure.shadow.shapes[operation.inputs[0]][1]:
             return one, makes, "depthwise"
         return reads, makes, f"groups {groups}"
+    if operation.op_type == "MatMul":
+        return _product_widths(structure, operation)
     source = next((n for n in operation.inputs if n and n not in structure.shadow.constants), "")
     makes = _width(structure, operation.outputs[0])
+    kind = HEADS if _counts_heads(structure, operation.outputs[0]) else "moves"
     if not makes.terms and source:
         return one, _width(structure, source), "moves"
-    return one, makes, "moves"
+    return one, makes, kind
+
+
+def _product_widths(structure: Structure, operation: Operation) -> tuple[Extent, Extent, str]:
+    """The labelled matrix axis and the labelled batch axis of a product of two activations."""
+    found = {False: Extent(1, ()), True: Extent(1, ())}
+    for name in operation.inputs[:2]:
+        rank = len(structure.shadow.shapes[name])
+        labels = structure.graph.tensors.get(name)
+        for axis in () if labels is None else varying(labels):
+            found[axis < rank - 2] = extent(structure, name, axis)
+    return found[False], found[True], HEADS
+
+
+def _counts_heads(structure: Structure, name: str) -> bool:
+    """Whether the only labelled axis of a tensor counts heads."""
+    labels = structure.graph.tensors.get(name)
+    rows = {row for grid in structure.graph.grids for row in grid.rows}
+    return labels is not None and len(varying(labels)) == 1 and int(labels.max()) in rows
 
 
 def _width(structure: Structure, name: str) -> Extent:
-    axis = _width_axis(structure, name)
-    return Extent(1, ()) if axis is None else extent(structure, name, axis)
+    """The product of the extents of the width axes."""
+    product = Extent(1, ())
+    for axis in _width_axes(structure, name):
+        product = _times(product, extent(structure, name, axis))
+    return product
+
+
+def _times(a: Extent, b: Extent) -> Extent:
+    parts = [((), a.fixed), *a.terms], [((), b.fixed), *b.terms]
+    totals: dict[tuple[int, ...], int] = {}
+    for scope, factor in parts[0]:
+        for other, times in parts[1]:
+            both = tuple(sorted((*scope, *other)))
+            totals[both] = totals.get(both, 0) + factor * times
+    terms = tuple((scope, c) for scope, c in totals.items() if scope and c)
+    return Extent(totals.get((), 0), terms)

@@ -226,6 +226,7 @@ def _dimension_entry(dimension: Dimension, share_params: float, share_macs: floa
         "kind": dimension.kind,
         "size": dimension.size,
         "step": dimension.channels,
+        "heads": dimension.rows,
         "frozen": dimension.frozen,
         "members": [{"tensor": member.tensor, "axis": member.axis} for member in dimension.members],
         "share_params": share_params,
@@ -302,5 +303,5 @@ def _kept_shape(structure: Structure, name: str, removed: Mask) -> tuple[int, ..
     shape = list(structure.shadow.shapes.get(name, ()))
     labels = structure.graph.tensors.get(name)
     for axis in () if labels is None else varying(labels):
-        shape[axis] = int(keep_vector(structure.graph.vector(name, axis), removed).sum())
+        shape[axis] = int(structure.graph.keep(name, axis, removed).sum())
     return tuple(shape)

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len, set_cell_size
 
+from onnx_mdp.cost_terms import width
 from onnx_mdp.documents import plan_totals
-from onnx_mdp.plan import PruningPlan, kept_units
+from onnx_mdp.latency import variant_of_plan
+from onnx_mdp.plan import PruningPlan
 from onnx_mdp.report import compact, printable
 from onnx_mdp.shadow import Operation
 from onnx_mdp.structure import Structure, extent
@@ -107,10 +109,10 @@ def _layer(structure: Structure, plan: PruningPlan, operation: Operation, gone: 
     output = operation.outputs[0]
     shape = structure.shadow.shapes[output]
     axis = 1 if operation.op_type.startswith("Conv") else len(shape) - 1
-    width = extent(structure, output, axis)
-    kept = width.fixed + sum(times * len(kept_units(plan, structure, index)) for index, times in width.terms)
+    made = extent(structure, output, axis)
+    kept = width(made, variant_of_plan(structure, plan).kept)
     name = operation.name or output
-    return _Layer(name, shape[axis], 0 if gone else kept, fixed=not width.terms, gone=gone)
+    return _Layer(name, shape[axis], 0 if gone else kept, fixed=not made.terms, gone=gone)
 
 
 def _headline(layers: Sequence[_Layer]) -> str:

@@ -2,13 +2,15 @@
 
 Each prunable dimension becomes a variable over its width choices; the inner dimensions of a removable block
 get one more option, *absent*, and take it together: a removed block costs and is worth nothing. Each cost
-term becomes a table over the one or two dimensions it depends on (a layer that reads several, as after a
-concat, over their running sum), in integer nanoseconds.
+term becomes a table over the one to four dimensions it depends on (a layer that reads several, as after a
+concat, over their running sum), in integer nanoseconds. The widths of a head are worth something only where
+the head stays, so their value is a table over heads and width.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,7 +33,7 @@ from onnx_mdp.problem import (
     WidthSum,
 )
 from onnx_mdp.resources import Product, mac_products, memory_moments, parameter_products
-from onnx_mdp.scoring import Importance, ranking
+from onnx_mdp.scoring import Importance, ranked_rows, ranking
 from onnx_mdp.structure import Extent, Structure
 from onnx_mdp.width_rules import WidthRules, allowed_widths, kept_blocks
 
@@ -120,6 +122,7 @@ class _Builder:
         self, structure: Structure, importance: Importance, widths: Mapping[int, tuple[int, ...]]
     ) -> None:
         self.structure = structure
+        self.importance = importance
         self.widths = widths
         self.variables: list[Variable] = []
         self.factors: list[Factor] = []
@@ -127,7 +130,7 @@ class _Builder:
         self.variable: dict[int, int] = {}
         self.switch: dict[str, int] = {}
         self.members: dict[str, list[int]] = {b.name: [] for b in structure.blocks}
-        self.totals: dict[Extent, int] = {}
+        self.totals: dict[tuple[int, tuple[tuple[int, int], ...]], int] = {}
         self.inside = {i: b.name for b in structure.blocks for i in (*b.operations, b.joint)}
         self.total = importance.total or 1.0
 
@@ -137,6 +140,7 @@ class _Builder:
             self.members.pop(name)
         for index in self.structure.prunable:
             self._add_dimension(index, importance.units[index] / self.total)
+        self._add_heads()
         for name, members in self.members.items():
             if not members:
                 members.append(self._add(f"block {name}", (0, 1)))
@@ -158,8 +162,32 @@ class _Builder:
         self.variable[index] = place
         if dimension.block in self.members:
             self.members[dimension.block].append(place)
+        if dimension.rows > 1 or index in self.importance.inner:
+            return
         best = np.concatenate([[0.0], np.cumsum(np.sort(scores)[::-1])])
         self.factors.append(Factor((place,), value=best[list(widths)]))
+
+    def _add_heads(self) -> None:
+        """Values of heads, and of widths as the sum over the heads that stay."""
+        for index, place in self.variable.items():
+            dimension = self.structure.dimensions[index]
+            scores = self.importance.units[index] / self.total
+            widths = list(self.variables[place].widths)
+            if index in self.importance.inner:
+                own = scores[ranking(self.importance, index)]
+                self.factors.append(Factor((place,), value=np.concatenate([[0.0], np.cumsum(own)])[widths]))
+            if dimension.rows == 1:
+                continue
+            rows = np.sort(scores.reshape(dimension.rows, -1), axis=1)[:, ::-1].cumsum(1)
+            rows = np.concatenate([np.zeros((dimension.rows, 1)), rows], axis=1)[:, widths]
+            if dimension.heads in self.variable:
+                heads = self.variable[dimension.heads]
+                rows = rows[ranking(self.importance, dimension.heads)].cumsum(0)
+                rows = np.concatenate([np.zeros((1, len(widths))), rows])
+                value = rows[list(self.variables[heads].widths)]
+                self.factors.append(Factor((heads, place), value=value))
+            else:
+                self.factors.append(Factor((place,), value=rows.sum(0)))
 
     def latency(self, table: LatencyTable) -> tuple[list[Factor], int]:
         """The cost table of every term of a latency table, and what no choice changes, in nanoseconds."""
@@ -168,10 +196,14 @@ class _Builder:
             reads, makes = self._axis(term.reads), self._axis(term.makes)
             scope, gate = self._scope((reads, makes), term.operation)
             costs = np.zeros([len(self.variables[v].widths) for v in scope], np.int64)
+            known: dict[tuple[int, int], int] = {}
             for place in itertools.product(*map(range, costs.shape)):
                 chosen = dict(zip(scope, place, strict=True))
                 if not any(chosen[v] == 0 for v in gate):
-                    costs[place] = to_ns(term_ms(table, term, reads.at(chosen), makes.at(chosen)))
+                    ab = reads.at(chosen), makes.at(chosen)
+                    if ab not in known:
+                        known[ab] = to_ns(term_ms(table, term, *ab))
+                    costs[place] = known[ab]
             if scope:
                 factors.append(Factor(scope, cost_ns=costs))
             else:
@@ -221,23 +253,16 @@ class _Builder:
         for own, product, (_, gate) in zip(axes, products, scopes, strict=True):
             part = np.full(amounts.shape, product.unit)
             for axis in own:
-                part *= self._along(scope, axis.variable, axis.widths)
+                part *= _along(scope, axis)
             for variable in gate:
                 there = np.arange(len(self.variables[variable].widths)) > 0
-                part *= self._along(scope, variable, there)
+                part *= _along(scope, _Axis((variable,), there))
             amounts += part
         return scope, amounts
 
-    def _along(
-        self, scope: tuple[int, ...], variable: int | None, line: Sequence[Any] | npt.NDArray[Any]
-    ) -> npt.NDArray[np.float64]:
-        """A line of numbers on the axis of its variable."""
-        shape = [len(line) if v == variable else 1 for v in scope]
-        return np.asarray(line, np.float64).reshape(shape if variable is not None else ())
-
     def _scope(self, axes: Iterable[_Axis], operation: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The variables of the axes and of the block around an operation, and those that may remove it."""
-        scope = list(dict.fromkeys(axis.variable for axis in axes if axis.variable is not None))
+        scope = list(dict.fromkeys(variable for axis in axes for variable in axis.scope))
         members = self.members.get(self.inside.get(operation, "") if operation is not None else "", [])
         gate = [v for v in scope if v in members]
         if members and not gate:
@@ -246,50 +271,70 @@ class _Builder:
         return tuple(scope), tuple(gate)
 
     def _axis(self, extent: Extent) -> _Axis:
-        """The variable that an extent depends on, and the extent at each of its options."""
+        """The variables that an extent depends on, and the extent at each of their options."""
         fixed = extent.fixed
-        terms = []
-        for index, coefficient in extent.terms:
-            if index in self.variable:
-                terms.append((self.variable[index], coefficient))
+        terms: list[tuple[tuple[int, ...], int]] = []
+        for dimensions, coefficient in extent.terms:
+            free = tuple(self.variable[i] for i in dimensions if i in self.variable)
+            times = [self.structure.dimensions[i].count for i in dimensions if i not in self.variable]
+            coefficient *= math.prod(times)
+            if free:
+                terms.append((free, coefficient))
             else:
-                fixed += coefficient * len(self.structure.dimensions[index].units)
-        if not terms:
-            return _Axis(None, (fixed,))
-        if len(terms) == 1:
-            place, coefficient = terms[0]
-            return _Axis(place, tuple(fixed + coefficient * w for w in self.variables[place].widths))
-        place = self._total(Extent(fixed, tuple(terms)))
-        return _Axis(place, self.variables[place].widths)
+                fixed += coefficient
+        scope = tuple(dict.fromkeys(v for free, _ in terms for v in free))
+        if len(scope) > 1 and all(len(free) == 1 for free, _ in terms):
+            place = self._total(fixed, tuple((free[0], coefficient) for free, coefficient in terms))
+            return _Axis((place,), np.asarray(self.variables[place].widths))
+        if len(scope) >= _MAX_ARITY:
+            names = ", ".join(self.variables[v].name for v in scope)
+            raise UnsupportedModelError(f"one width is a sum over products of more than 3 others: {names}")
+        widths = np.full([len(self.variables[v].widths) for v in scope], fixed, np.int64)
+        for free, coefficient in terms:
+            product = np.full(widths.shape, coefficient, np.int64)
+            for variable in free:
+                line = _Axis((variable,), np.asarray(self.variables[variable].widths))
+                product *= _along(scope, line).astype(np.int64)
+            widths += product
+        return _Axis(scope, widths)
 
-    def _total(self, extent: Extent) -> int:
+    def _total(self, fixed: int, terms: tuple[tuple[int, int], ...]) -> int:
         """A variable for a running sum; its options are all sums that the parts can reach."""
-        if extent not in self.totals:
-            reachable = {extent.fixed}
-            for place, coefficient in extent.terms:
+        if (fixed, terms) not in self.totals:
+            reachable = {fixed}
+            for place, coefficient in terms:
                 widths = self.variables[place].widths
                 reachable = {total + coefficient * w for total in reachable for w in widths}
             place = self._add(f"sum {len(self.sums)}", sorted(reachable))
-            self.sums.append(WidthSum(place, extent.terms, extent.fixed))
-            self.totals[extent] = place
-        return self.totals[extent]
+            self.sums.append(WidthSum(place, terms, fixed))
+            self.totals[fixed, terms] = place
+        return self.totals[fixed, terms]
 
 
 @dataclass(frozen=True, slots=True)
 class _Axis:
-    """A width as a function of at most one variable's option."""
+    """A width as a function of the options of the variables in ``scope``."""
 
-    variable: int | None
-    widths: tuple[int, ...]
+    scope: tuple[int, ...]
+    widths: npt.NDArray[Any]
 
     def at(self, chosen: Mapping[int, int]) -> int:
-        return self.widths[0 if self.variable is None else chosen[self.variable]]
+        return int(self.widths[tuple(chosen[v] for v in self.scope)])
+
+
+def _along(scope: tuple[int, ...], axis: _Axis) -> npt.NDArray[np.float64]:
+    """The widths of an axis, laid along its variables among those of ``scope``."""
+    order = sorted(range(len(axis.scope)), key=lambda place: scope.index(axis.scope[place]))
+    shape = [1] * len(scope)
+    for place in order:
+        shape[scope.index(axis.scope[place])] = axis.widths.shape[place]
+    return np.asarray(axis.widths, np.float64).transpose(order).reshape(shape)
 
 
 def variant_from_choice(structure: Structure, formulation: Formulation, choice: Choice) -> Variant:
     """Kept units and removed blocks of a choice; dimensions of removed blocks count as full."""
     gone = frozenset(name for name, place in formulation.switch.items() if choice[place] == 0)
-    kept = {i: len(d.units) for i, d in enumerate(structure.dimensions)}
+    kept = {i: d.count for i, d in enumerate(structure.dimensions)}
     for index, place in formulation.variable.items():
         width = formulation.problem.variables[place].widths[choice[place]]
         kept[index] = width or kept[index]
@@ -337,13 +382,16 @@ def plan_from_solution(
 def plan_from_choice(
     structure: Structure, formulation: Formulation, importance: Importance, choice: Choice
 ) -> PruningPlan:
-    """Keep the most important units of each dimension."""
+    """Keep the most important units of each dimension, and of each head that stays."""
     variant = variant_from_choice(structure, formulation, choice)
     keep = {}
     for index in formulation.variable:
         dimension = structure.dimensions[index]
         count = variant.kept[index]
-        if count < len(dimension.units):
-            keep[dimension.name] = tuple(sorted(ranking(importance, index)[:count].tolist()))
+        rows = ranked_rows(structure, importance, index)
+        if dimension.heads is not None and dimension.heads in formulation.variable:
+            rows = rows[np.sort(ranking(importance, dimension.heads)[: variant.kept[dimension.heads]])]
+        if count < dimension.count:
+            keep[dimension.name] = tuple(sorted(rows[:, :count].reshape(-1).tolist()))
     removed = tuple(b.name for b in structure.blocks if b.name in variant.removed_blocks)
     return PruningPlan(keep=keep, removed_blocks=removed)

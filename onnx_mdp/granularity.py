@@ -67,9 +67,14 @@ def _convolution(inputs: int, outputs: int) -> onnx.ModelProto:
 def unit_choices(dimension: Dimension, step: int, limit: int) -> tuple[int, ...]:
     """Ascending unit counts whose channels are multiples of ``step``, thinned to ``limit``, and all units.
 
-    A dimension of at most one step can only be kept, or removed with its block.
+    A dimension of at most one step can only be kept, or removed with its block. Heads are counted one by one;
+    their widths, of which a product packs several, have half the step.
     """
-    units = len(dimension.units)
+    units = dimension.count
+    if dimension.kind == "heads":
+        step = 1
+    elif dimension.kind in ("qk", "value"):
+        step = max(1, step // 2)
     aligned = [k for k in range(1, units) if k * dimension.channels % step == 0]
     if len(aligned) > limit - 1:
         places = np.linspace(0, len(aligned) - 1, limit - 1).round().astype(int)

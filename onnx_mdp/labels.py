@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
+from onnx_mdp.coupling import Coupling, Grid, settle
 from onnx_mdp.rules import Labelling, Labels, Site, squash, varying
 from onnx_mdp.shadow import Shadow
 
@@ -23,7 +22,9 @@ class LabelledGraph:
     ``tensors`` maps activations to squashed ``int32`` class arrays (0: fixed); ``sites`` are the cut
     initializer axes; ``reductions`` the (operation, slot) pairs that sum over a labelled axis;
     ``reasons`` says for each frozen class why; ``unsupported`` names operators without a rule that
-    touched something prunable.
+    touched something prunable. ``grids`` are the classes of heads and their widths, ``head`` the head that
+    each class belongs to (``int32[classes]``, 0: none), ``kinds`` what the rules call a class.
+    ``signatures`` (``uint64[classes]``) are equal for classes that occur equally often everywhere.
     """
 
     shadow: Shadow
@@ -33,47 +34,82 @@ class LabelledGraph:
     reasons: Mapping[int, str]
     unsupported: Mapping[str, str]
     classes: int
+    grids: tuple[Grid, ...]
+    head: npt.NDArray[np.int32]
+    kinds: Mapping[int, str]
+    signatures: npt.NDArray[np.uint64]
 
     def vector(self, name: str, axis: int) -> Labels:
-        """Class numbers along one axis of a tensor, ``int32[extent]``."""
+        """Class numbers along one axis of a tensor, ``int32[extent]``; of two axes, the first line."""
         labels = self.tensors[name]
         index = tuple(slice(None) if a == axis else 0 for a in range(labels.ndim))
         return np.broadcast_to(labels[index], self.shadow.shapes[name][axis])
+
+    def keep(self, name: str, axis: int, removed: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """``bool[extent]``: which indices of an axis stay when the classes in ``removed`` go.
+
+        Of heads × width, the heads with any unit left, and the units of one head that stays: as many as
+        in any other.
+        """
+        labels = self.tensors.get(name)
+        if labels is None or axis not in varying(labels):
+            return np.ones(self.shadow.shapes[name][axis], np.bool_)
+        lines = np.moveaxis(keep_vector(labels, removed), axis, 0).reshape(labels.shape[axis], -1)
+        if self.head_axis(name) == axis:
+            return np.asarray(lines.any(1))
+        return np.asarray(lines[:, lines.sum(0).argmax()])
+
+    def head_axis(self, name: str) -> int | None:
+        """Which of two labelled axes counts heads; None where at most one axis is labelled."""
+        labels = self.tensors[name]
+        axes = varying(labels)
+        heads = varying(squash(self.head[labels]))
+        return heads[0] if len(axes) == 2 and heads else None
 
 
 def label_graph(shadow: Shadow) -> LabelledGraph:
     """Label every tensor of a model and join what the operators couple."""
     state = Labelling(shadow)
     state.run()
-    classes = _components(state)
-    tensors = {name: squash(classes[labels]) for name, labels in state.tensors.items()}
-    reasons: dict[int, str] = {}
-    for atoms, why in state.frozen:
+    coupling = settle(state)
+    classes = coupling.classes
+    kinds: dict[int, str] = {}
+    # Statistics over the width of a head leave its row too, so the name of the product goes first.
+    for atoms, kind in sorted(state.kinds, key=lambda pair: pair[1] == "groups"):
         for number in np.unique(classes[atoms]):
-            reasons.setdefault(int(number), why)
-    for name, labels in tensors.items():
-        if len(varying(labels)) > 1:
-            for number in np.unique(labels[labels > 0]):
-                reasons.setdefault(int(number), f"tensor {name!r} is prunable along two axes")
+            kinds.setdefault(int(number), kind)
     return LabelledGraph(
         shadow=shadow,
-        tensors=tensors,
+        tensors={name: squash(classes[labels]) for name, labels in state.tensors.items()},
         sites=tuple(replace(site, labels=classes[site.labels]) for site in state.sites),
         reductions=tuple(state.reductions),
-        reasons=reasons,
+        reasons=_reasons(state.frozen, coupling),
         unsupported=dict(state.unsupported),
         classes=int(classes.max()) + 1,
+        grids=coupling.grids,
+        head=coupling.head,
+        kinds=kinds,
+        signatures=coupling.signatures,
     )
 
 
-def _components(state: Labelling) -> npt.NDArray[np.int32]:
-    """``int32[atoms]``: the class of each atom, numbered by first atom; atom 0 is class 0."""
-    pairs = np.concatenate(state.edges, axis=1) if state.edges else np.zeros((2, 0), np.int32)
-    matrix = coo_matrix((np.ones(pairs.shape[1], np.int8), (pairs[0], pairs[1])), shape=(state.atoms,) * 2)
-    _, labels = connected_components(matrix, directed=False)
-    _, first = np.unique(labels, return_index=True)
-    order = np.argsort(np.argsort(first))
-    return np.asarray(order[labels], np.int32)
+def _reasons(frozen: Iterable[tuple[npt.NDArray[np.int32], str]], coupling: Coupling) -> dict[int, str]:
+    """Why classes are frozen: a fixed entry fixes the whole part, for counts agree, and its heads."""
+    reasons: dict[int, str] = {}
+    for atoms, why in frozen:
+        for number in np.unique(coupling.classes[atoms]):
+            reasons.setdefault(int(number), why)
+    for grid in coupling.grids:
+        stuck = []
+        for part in grid.parts:
+            fixed = next((reasons[c] for c in part.reshape(-1).tolist() if c in reasons), None)
+            if fixed is not None:
+                stuck.append(fixed)
+                reasons.update(dict.fromkeys(part.reshape(-1).tolist(), fixed))
+        stuck = [*(reasons[row] for row in grid.rows if row in reasons), *stuck]
+        if stuck:
+            reasons.update(dict.fromkeys(grid.rows, stuck[0]))
+    return reasons
 
 
 def keep_vector(labels: Labels, removed: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

@@ -4,7 +4,8 @@ For every shape key the time of a term is fitted, with non-negative coefficients
 
     t(a, b) = c0 + c1·⌈a/B⌉ + c2·⌈b/B⌉ + c3·⌈a/B⌉·⌈b/B⌉
 
-where ``a`` and ``b`` are the widths read and made and B is the provider's granularity. The table is the fit
+where ``a`` and ``b`` are the widths read and made and B is the provider's granularity (1 for a ``b`` that
+counts heads). The table is the fit
 evaluated at every choice: full in both widths, and monotone by construction. An affine map, fitted to the
 unpruned model and four held-out variants, turns sums of terms into whole-model milliseconds.
 """
@@ -21,11 +22,11 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import lsq_linear, nnls
 
-from onnx_mdp.cost_terms import CostTerm, cost_terms, width
+from onnx_mdp.cost_terms import HEADS, CostTerm, cost_terms, width
 from onnx_mdp.granularity import granularity, unit_choices
 from onnx_mdp.lut_store import LutStore, Run
 from onnx_mdp.model_io import model_bytes, topology_hash
-from onnx_mdp.plan import PruningPlan
+from onnx_mdp.plan import PruningPlan, kept_count
 from onnx_mdp.profiling import profile_variant
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import Runtime, context, open_session
@@ -57,7 +58,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """How many units each dimension keeps, and which blocks are gone."""
+    """How many units each dimension keeps (a width: in each head), and which blocks are gone."""
 
     kept: Mapping[int, int]
     removed_blocks: frozenset[str] = frozenset()
@@ -159,7 +160,7 @@ def table_key(structure: Structure) -> str:
 
 def full_variant(structure: Structure) -> Variant:
     """The unpruned model."""
-    return Variant({i: len(d.units) for i, d in enumerate(structure.dimensions)})
+    return Variant({i: d.count for i, d in enumerate(structure.dimensions)})
 
 
 def random_variant(
@@ -181,7 +182,7 @@ def random_variant(
     kept = dict(full_variant(structure).kept)
     for index, options in choices.items():
         share = rng.uniform(low, high) if level is None else np.clip(level * rng.uniform(0.5, 1.6), 0.02, 1.0)
-        wanted = share * len(structure.dimensions[index].units)
+        wanted = share * structure.dimensions[index].count
         kept[index] = next((k for k in options if k >= wanted), options[-1])
     gone = frozenset(b.name for b in structure.blocks if drop and rng.random() < drop)
     return Variant(kept, gone)
@@ -190,16 +191,16 @@ def random_variant(
 def plan_of_variant(structure: Structure, variant: Variant) -> PruningPlan:
     """A plan that keeps the first units of every dimension; good for timing, not for accuracy."""
     keep = {
-        d.name: tuple(range(variant.kept[i]))
+        d.name: tuple(row * d.count + unit for row in range(d.rows) for unit in range(variant.kept[i]))
         for i, d in enumerate(structure.dimensions)
-        if variant.kept[i] < len(d.units)
+        if variant.kept[i] < d.count
     }
     return PruningPlan(keep=keep, removed_blocks=tuple(sorted(variant.removed_blocks)))
 
 
 def variant_of_plan(structure: Structure, plan: PruningPlan) -> Variant:
     """The widths and blocks of a plan."""
-    kept = {i: len(plan.keep.get(d.name, d.units)) for i, d in enumerate(structure.dimensions)}
+    kept = {i: kept_count(plan, structure, i) for i in range(len(structure.dimensions))}
     return Variant(kept, frozenset(plan.removed_blocks))
 
 
@@ -229,8 +230,8 @@ def _profile(
     )
 
 
-def _features(a: float, b: float, step: int) -> tuple[float, float, float, float]:
-    u, v = -(-a // step), -(-b // step)
+def _features(key: str, a: float, b: float, step: int) -> tuple[float, float, float, float]:
+    u, v = -(-a // step), b if f'"kind":"{HEADS}"' in key else -(-b // step)
     return (1.0, u, v, u * v)
 
 
@@ -251,7 +252,7 @@ def _fit(runs: Sequence[Run], step: int) -> dict[str, tuple[float, ...]]:
     for number, run in enumerate(runs):
         for sample in run.samples:
             ms = max(sample.ms - inflation * sample.count, 0.2 * sample.ms)
-            row = (number, _features(sample.a, sample.b, step), ms)
+            row = (number, _features(sample.key, sample.a, sample.b, step), ms)
             for key in {sample.key, _regime(sample.key, sample.a, sample.b, step)}:
                 rows.setdefault(key, []).append(row)
     drift = np.ones(len(runs))
@@ -305,7 +306,7 @@ def term_ms(table: LatencyTable, term: CostTerm, a: float, b: float) -> float:
     )
     if fitted is None:  # never seen in a profile: the runtime removed it
         return 0.0
-    return table.calibration.scale * float(np.dot(fitted, _features(a, b, table.granularity)))
+    return table.calibration.scale * float(np.dot(fitted, _features(term.key, a, b, table.granularity)))
 
 
 def predict_ms(table: LatencyTable, structure: Structure, variant: Variant) -> float:

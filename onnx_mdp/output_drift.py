@@ -42,20 +42,21 @@ def unit_steps(
 ) -> dict[int, Vector]:
     """The step of D that each unit is worth, ``float64[units]`` by dimension.
 
-    ``order`` ranks the units of each dimension, the most important first.
+    ``order``, ``int64[rows, count]``, ranks the units of each dimension, the most important first; the units
+    of equal rank in different heads share a step.
     """
     drift = _Drift(structure, feeds)
     steps: dict[int, Vector] = {}
     for done, (index, rank) in enumerate(order.items()):
         progress("score", done, len(order))
-        name, count = structure.dimensions[index].name, len(rank)
+        name, (rows, count) = structure.dimensions[index].name, rank.shape
         curve = {count: 0.0}
         for kept in sorted({max(1, round(share * count)) for share in _SHARES} - {count}):
-            units = tuple(sorted(rank[:kept].tolist()))
+            units = tuple(sorted(rank[:, :kept].reshape(-1).tolist()))
             curve[kept] = drift.of(PruningPlan(keep={name: units}))
         by_rank = _steps(curve)
-        steps[index] = np.empty(count)
-        steps[index][rank] = by_rank * (1.0 - _TIE * np.arange(count) / count)
+        steps[index] = np.empty(rows * count)
+        steps[index][rank] = by_rank * (1.0 - _TIE * np.arange(count) / count) / rows
     progress("score", len(order), len(order))
     return steps
 

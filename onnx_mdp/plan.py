@@ -15,12 +15,13 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from onnx_mdp.errors import UsageError
-from onnx_mdp.structure import Structure
+from onnx_mdp.structure import Dimension, Structure
 
 __all__ = [
     "PruningPlan",
     "check_plan",
     "from_ranges",
+    "kept_count",
     "kept_units",
     "load_plan",
     "plan_identity",
@@ -37,10 +38,11 @@ class PruningPlan:
     """What to keep of a model.
 
     ``keep`` maps each dimension that loses units to the kept unit indices, ascending; dimensions that
-    are not named keep all. ``removed_blocks`` are names of residual blocks. The other fields say how the
-    plan was found: milliseconds are those of the device in ``provenance``, importance is the kept share
-    of the total (0 to 1), ``bound`` is the solver's proven upper limit of it and ``gap`` the relative
-    distance to it.
+    are not named keep all. Units of a width are counted through its heads; every head that stays keeps as
+    many, and units of a head that goes need not be named. ``removed_blocks`` are names of residual blocks.
+    The other fields say how the plan was found: milliseconds are those of the device in ``provenance``,
+    importance is the kept share of the total (0 to 1), ``bound`` is the solver's proven upper limit of it
+    and ``gap`` the relative distance to it.
     """
 
     keep: Mapping[str, tuple[int, ...]]
@@ -182,22 +184,52 @@ def check_plan(plan: PruningPlan, structure: Structure) -> None:
             raise UsageError(
                 f"the plan keeps units of {name!r} that do not exist; it has {len(dimensions[name].units)}"
             )
+        _check_rows(plan, structure, dimensions[name])
     unknown = set(plan.removed_blocks) - {b.name for b in structure.blocks}
     if unknown:
         raise UsageError(f"the plan removes block {sorted(unknown)[0]!r}, which the model does not have")
 
 
+def _check_rows(plan: PruningPlan, structure: Structure, dimension: Dimension) -> None:
+    """Heads that stay must be equally wide."""
+    kept = set(plan.keep[dimension.name])
+    counts = {
+        sum(row * dimension.count + unit in kept for unit in range(dimension.count))
+        for row in _kept_rows(plan, structure, dimension)
+    }
+    if len(counts) > 1 or 0 in counts:
+        raise UsageError(
+            f"the plan keeps {sorted(counts)} units of {dimension.name!r} in its heads; all need as many"
+        )
+
+
+def _kept_rows(plan: PruningPlan, structure: Structure, dimension: Dimension) -> tuple[int, ...]:
+    """The heads of a width that stay."""
+    if dimension.heads is None:
+        return tuple(range(dimension.rows))
+    return kept_units(plan, structure, dimension.heads)
+
+
 def kept_units(plan: PruningPlan, structure: Structure, index: int) -> tuple[int, ...]:
-    """The kept unit indices of a dimension."""
+    """The kept unit indices of a dimension; those of removed heads are gone."""
     dimension = structure.dimensions[index]
-    return plan.keep.get(dimension.name, tuple(range(len(dimension.units))))
+    named = plan.keep.get(dimension.name, tuple(range(len(dimension.units))))
+    if dimension.heads is None:
+        return named
+    rows = set(_kept_rows(plan, structure, dimension))
+    return tuple(unit for unit in named if unit // dimension.count in rows)
+
+
+def kept_count(plan: PruningPlan, structure: Structure, index: int) -> int:
+    """How many units a dimension keeps, in each head that stays."""
+    dimension = structure.dimensions[index]
+    return len(kept_units(plan, structure, index)) // len(_kept_rows(plan, structure, dimension))
 
 
 def removed_classes(plan: PruningPlan, structure: Structure) -> npt.NDArray[np.bool_]:
-    """``bool[classes]``: the index classes that the plan removes."""
+    """``bool[classes]``: the index classes that the plan removes; the units of a head go with it."""
     removed = np.zeros(structure.graph.classes, np.bool_)
     for index, dimension in enumerate(structure.dimensions):
-        if dimension.name in plan.keep:
-            removed[list(dimension.units)] = True
-            removed[[dimension.units[unit] for unit in kept_units(plan, structure, index)]] = False
+        removed[list(dimension.units)] = True
+        removed[[dimension.units[unit] for unit in kept_units(plan, structure, index)]] = False
     return removed

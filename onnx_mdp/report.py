@@ -19,7 +19,7 @@ from rich.text import Text
 
 from onnx_mdp.documents import Shares, frozen_operators, plan_totals, shares
 from onnx_mdp.model_io import parameter_count
-from onnx_mdp.plan import PruningPlan, kept_units
+from onnx_mdp.plan import PruningPlan, kept_count
 from onnx_mdp.structure import Dimension, Structure, macs, operation_macs
 
 __all__ = ["analysis_table", "compact", "cost_table", "plan_table", "printable"]
@@ -235,7 +235,7 @@ def _kept(structure: Structure, plan: PruningPlan, index: int) -> int:
     dimension = structure.dimensions[index]
     if dimension.block is not None and dimension.block in plan.removed_blocks:
         return 0
-    return len(kept_units(plan, structure, index)) * dimension.channels
+    return kept_count(plan, structure, index) * dimension.channels
 
 
 def _plan_row(

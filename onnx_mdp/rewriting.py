@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx_mdp.labels import keep_vector
 from onnx_mdp.model_io import clone
 from onnx_mdp.plan import PruningPlan, check_plan, removed_classes
-from onnx_mdp.rules import Labelling, Site, varying
+from onnx_mdp.rules import Labelling, Site
 from onnx_mdp.rules.movement import normalised_axes, slice_ranges
 from onnx_mdp.shadow import Operation, drop_unread
 from onnx_mdp.structure import Structure
@@ -59,10 +59,7 @@ class _Edit:
 
     def keep(self, name: str, axis: int) -> Mask:
         """``bool[extent]``: which indices of an activation's axis stay."""
-        labels = self.structure.graph.tensors.get(name)
-        if labels is None or axis not in varying(labels):
-            return np.ones(self.structure.shadow.shapes[name][axis], np.bool_)
-        return keep_vector(self.structure.graph.vector(name, axis), self.removed)
+        return self.structure.graph.keep(name, axis, self.removed)
 
     def cuts(self, name: str, axis: int) -> bool:
         """Whether an activation's axis becomes shorter."""

@@ -5,7 +5,8 @@ cuts. ``activation`` (needs inputs) is the share of a layer's input energy that 
 
     I(u) = Σ_consumers ω · E[x_u²]·‖W_u‖² / Σ_v E[x_v²]·‖W_v‖²
 
-where ``ω`` is what the consumer's residual branch adds to the energy of its stream (1 outside of blocks).
+where ``ω`` is what the consumer's residual branch adds to the energy of its stream (1 outside of blocks);
+query and key units, which meet in a product, have a share of its ``E[q_u²]·E[k_u²]``.
 ``drift`` (needs inputs) orders units by ``activation`` and scales each dimension and block by how far the
 outputs really move without it. All are relative, so that units of different layers compare. Gradient
 criteria plug in as another function.
@@ -24,7 +25,7 @@ import onnx
 from onnx_mdp.errors import UsageError
 from onnx_mdp.model_io import model_bytes
 from onnx_mdp.output_drift import block_drifts, unit_steps
-from onnx_mdp.rules import Site, varying
+from onnx_mdp.rules import Labels, Site, varying
 from onnx_mdp.runtime import Runtime, open_session
 from onnx_mdp.structure import Structure
 
@@ -36,6 +37,7 @@ __all__ = [
     "activation",
     "drift",
     "magnitude",
+    "ranked_rows",
     "ranking",
     "score",
 ]
@@ -49,12 +51,14 @@ class Importance:
     """Scores by dimension index, ``float64[units]`` each, higher keeps; not negative.
 
     ``blocks`` is added once for a block that is kept, beside the scores of its inner units; it may be
-    negative, where the block as a whole is worth less than its units one by one.
+    negative, where the block as a whole is worth less than its units one by one. A head is worth its own
+    score and those of its kept widths; ``inner`` is what the widths of each head sum to.
     """
 
     criterion: str
     units: Mapping[int, Vector]
     blocks: Mapping[str, float] = field(default_factory=dict)
+    inner: Mapping[int, Vector] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -98,12 +102,32 @@ def score(
     if classes.shape != (structure.graph.classes,) or not np.isfinite(classes).all():
         raise UsageError(f"criterion {name!r} must return one finite number for each index class")
     units = {i: np.maximum(classes[list(structure.dimensions[i].units)], 0.0) for i in structure.prunable}
-    return Importance(name, units, dict(scores.blocks))
+    inner: dict[int, Vector] = {}
+    for index, dimension in enumerate(structure.dimensions):
+        if dimension.heads in units:
+            found = np.maximum(classes[list(dimension.units)], 0.0).reshape(dimension.rows, -1).sum(1)
+            # A width that nobody chooses is worth what its head is worth.
+            into = inner if index in units else units
+            into[dimension.heads] = into.get(dimension.heads, np.zeros(dimension.rows)) + found
+    return Importance(name, units, dict(scores.blocks), inner)
 
 
 def ranking(importance: Importance, index: int) -> npt.NDArray[np.int64]:
     """Units of a dimension from the most to the least important; ties keep the earlier unit."""
-    return np.argsort(-importance.units[index], kind="stable")
+    return np.argsort(-(importance.units[index] + importance.inner.get(index, 0.0)), kind="stable")
+
+
+def ranked_rows(structure: Structure, importance: Importance, index: int) -> npt.NDArray[np.int64]:
+    """``int64[rows, count]``: the units of each head of a width from the most to the least important.
+
+    Any other dimension has one row.
+    """
+    dimension = structure.dimensions[index]
+    if dimension.rows == 1:
+        return ranking(importance, index)[None]
+    scores = importance.units[index].reshape(dimension.rows, -1)
+    first = np.arange(dimension.rows)[:, None] * dimension.count
+    return np.asarray(np.argsort(-scores, axis=1, kind="stable") + first)
 
 
 def magnitude(structure: Structure, feeds: Feeds = (), progress: Progress = _silent) -> Scores:
@@ -114,7 +138,7 @@ def magnitude(structure: Structure, feeds: Feeds = (), progress: Progress = _sil
         if energy is not None:
             if site.role != "in":
                 energy = energy * _batchnorm_gain(structure, site)
-            scores += _share(structure, site, energy)
+            scores += _share(structure, site.labels, energy)
     return Scores(scores)
 
 
@@ -130,6 +154,8 @@ def activation(structure: Structure, feeds: Feeds, progress: Progress = _silent)
     blocks = structure.blocks
     operations = structure.shadow.operations
     wanted = {_data_input(structure, s) for s in sites}
+    products = _unit_products(structure)
+    wanted |= {name for index in products for name in operations[index].inputs[:2]}
     wanted |= {b.branch for b in blocks} | {operations[b.joint].outputs[0] for b in blocks}
     energies = _mean_squares(structure, sorted(wanted), feeds)
     weight = np.ones(len(operations))
@@ -141,8 +167,13 @@ def activation(structure: Structure, feeds: Feeds, progress: Progress = _silent)
     for site in sites:
         norms = _energy(structure, site)
         if norms is not None:
-            received = _by_index(energies[_data_input(structure, site)], len(site.labels))
-            scores += weight[site.operation] * _share(structure, site, norms * received)
+            received = _by_index(energies[_data_input(structure, site)].reshape(-1), len(site.labels))
+            scores += weight[site.operation] * _share(structure, site.labels, norms * received)
+    for index in products:
+        query, key = operations[index].inputs[:2]
+        labels = structure.graph.tensors[query]
+        met = energies[query] * np.swapaxes(energies[key], -1, -2)
+        scores += weight[index] * _share(structure, labels, np.broadcast_to(met, labels.shape))
     return Scores(scores)
 
 
@@ -155,14 +186,19 @@ def drift(structure: Structure, feeds: Feeds, progress: Progress = _silent) -> S
     if not feeds:
         raise UsageError("criterion 'drift' needs calibration inputs; pass --data")
     order = score(structure, activation, feeds)
-    steps = unit_steps(structure, {i: ranking(order, i) for i in structure.prunable}, feeds, progress)
+    rows = {i: ranked_rows(structure, order, i) for i in structure.prunable}
+    steps = unit_steps(structure, rows, feeds, progress)
     classes = np.zeros(structure.graph.classes)
     inner = {block.name: 0.0 for block in structure.blocks}
-    for index, values in steps.items():
-        dimension = structure.dimensions[index]
-        classes[list(dimension.units)] = values
+    # Widths first: a head is worth what it moves beyond the widths that go with it.
+    for index in sorted(steps, key=lambda i: structure.dimensions[i].heads is None):
+        dimension, values = structure.dimensions[index], steps[index]
+        for other in structure.dimensions:
+            if other.heads == index:
+                values = values - classes[list(other.units)].reshape(other.rows, -1).sum(1)
+        classes[list(dimension.units)] = np.maximum(values, 0.0)
         if dimension.block is not None:
-            inner[dimension.block] += float(values.sum())
+            inner[dimension.block] += float(np.maximum(values, 0.0).sum())
     measured = block_drifts(structure, feeds)
     return Scores(classes, {name: measured[name] - inner[name] for name in measured})
 
@@ -185,13 +221,23 @@ def _energy(structure: Structure, site: Site) -> Vector | None:
     return np.asarray(squares.sum(axis=tuple(a for a in range(weight.ndim) if a != site.axis)))
 
 
-def _share(structure: Structure, site: Site, energy: Vector) -> Vector:
+def _unit_products(structure: Structure) -> list[int]:
+    """Operations that sum over units of two activations: query times key."""
+    operations = structure.shadow.operations
+    return [
+        i
+        for i, slot in structure.graph.reductions
+        if operations[i].op_type == "MatMul" and slot == 0 and (i, 1) in structure.graph.reductions
+    ]
+
+
+def _share(structure: Structure, labels: Labels, energy: Vector) -> Vector:
     """Sum over the indices of each class, as a share of the total of the axis."""
     total = float(energy.sum())
     if total <= 0:
         return np.zeros(structure.graph.classes)
     shares = np.zeros(structure.graph.classes)
-    np.add.at(shares, site.labels, energy / total)
+    np.add.at(shares, labels, energy / total)
     shares[0] = 0.0
     return shares
 
@@ -217,7 +263,7 @@ def _by_index(energy: Vector, count: int) -> Vector:
 
 
 def _mean_squares(structure: Structure, names: Sequence[str], feeds: Feeds) -> dict[str, Vector]:
-    """``E[x²]`` of tensors, by index of their labelled axis, over all feeds."""
+    """``E[x²]`` of tensors over all feeds, by index of their labelled axes; the others have extent 1."""
     proto = onnx.ModelProto.FromString(model_bytes(structure.shadow.model))
     outputs = {o.name for o in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in outputs)
@@ -225,14 +271,13 @@ def _mean_squares(structure: Structure, names: Sequence[str], feeds: Feeds) -> d
     sums = {name: np.zeros(1) for name in names}
     for feed in feeds:
         for name, value in zip(names, session.run(list(names), dict(feed)), strict=True):
-            axis = _axis(structure, name)
-            others = tuple(a for a in range(value.ndim) if a != axis)
-            sums[name] = sums[name] + np.square(value, dtype=np.float64).mean(axis=others)
+            others = tuple(a for a in range(value.ndim) if a not in _axes(structure, name))
+            sums[name] = sums[name] + np.square(value, dtype=np.float64).mean(axis=others, keepdims=True)
     return {name: total / len(feeds) for name, total in sums.items()}
 
 
-def _axis(structure: Structure, name: str) -> int:
+def _axes(structure: Structure, name: str) -> tuple[int, ...]:
     labels = structure.graph.tensors.get(name)
     if labels is not None and varying(labels):
-        return varying(labels)[0]
-    return min(1, len(structure.shadow.shapes[name]) - 1)
+        return varying(labels)
+    return (min(1, len(structure.shadow.shapes[name]) - 1),)

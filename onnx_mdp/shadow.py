@@ -5,7 +5,8 @@ optimisation, and reads the shape of every tensor and the value of every tensor 
 value (shape arithmetic, weight-only data movement, Constant nodes). *Folding* turns those values into
 initializers of a **normalised** model, unless they change with a symbolic dimension: these stay computed
 at run time, so that dynamic batch and image sizes stay dynamic. MatMul, Gemm, Conv and normalisations of
-constants are never folded: a decoder whose first layer reads constants only would lose its weights.
+constants are never folded: a decoder whose first layer reads constants only would lose its weights. Fused
+query/key/value projections are then split into one for each.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import onnx_ir as ir
 from onnx_mdp.binding import doubled_shapes
 from onnx_mdp.errors import MeasurementError, UnsupportedModelError
 from onnx_mdp.model_io import clone, content_hash, model_bytes
+from onnx_mdp.projections import Known, split_projections
 from onnx_mdp.runtime import Runtime, has_onnxruntime, import_onnxruntime, open_session
 from onnx_mdp.static_shapes import infer_statically
 from onnx_mdp.timing import random_feeds
@@ -73,7 +75,8 @@ class Shadow:
     ``model`` is the normalised model, the one that the rewriter edits; ``shapes`` holds every tensor;
     ``constants`` the values that depend on no input value; ``dynamic`` marks the entries of those that
     change with a symbolic dimension (``bool`` of the value's shape); ``inputs`` maps each graph input to
-    its bound shape; ``source`` is the content hash of the file that was prepared.
+    its bound shape; ``source`` is the content hash of the file that was prepared; ``split`` names the fused
+    projections that became several.
     """
 
     model: ir.Model
@@ -84,6 +87,7 @@ class Shadow:
     inputs: Mapping[str, tuple[int, ...]]
     outputs: tuple[str, ...]
     source: str
+    split: tuple[str, ...] = ()
 
     def consumers(self) -> Mapping[str, tuple[tuple[int, int], ...]]:
         """For every tensor, the (operation, input slot) pairs that read it."""
@@ -112,15 +116,19 @@ def prepare(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> Shadow:
     _fold(model, {name: value for name, value in folded.items() if name not in dynamic})
     initial = {name: _initial_value(v) for name, v in model.graph.initializers.items()}
     constants = {**folded, **{name: value for name, value in initial.items() if value is not None}}
+    held = {**observed, **{name: value.shape for name, value in constants.items()}, **shapes}
+    split = split_projections(model, Known(held, constants, dynamic))
+    drop_unread(model)
     return Shadow(
         model=model,
         operations=tuple(_operations(model)),
-        shapes={**observed, **{name: value.shape for name, value in constants.items()}, **shapes},
+        shapes=held,
         constants=constants,
         dynamic=dynamic,
         inputs=dict(shapes),
         outputs=tuple(str(v.name) for v in model.graph.outputs),
         source=source,
+        split=split,
     )
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from onnx_mdp.blocks import Block, find_blocks
+from onnx_mdp.coupling import Grid
 from onnx_mdp.labels import LabelledGraph, label_graph
-from onnx_mdp.rules import Labels, varying
+from onnx_mdp.rules import varying
 from onnx_mdp.shadow import Operation, Shadow
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
     "macs",
     "operation_macs",
 ]
+
+_NORMS = ("LayerNormalization", "RMSNormalization")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +45,15 @@ class Member:
 class Dimension:
     """Units (classes of indices) that can be removed one by one, in index order.
 
+    ``kind`` is ``channel``, ``embedding`` (a residual stream with layer norms), ``mlp`` (the inside of a
+    branch of linear layers), ``heads``, ``qk`` or ``value`` (widths of query and key, and of value).
     ``channels`` is how many channels one unit spans where it is made (1 unless groups couple them);
     ``frozen`` is None or the reason why no unit may go; ``block`` names the residual block that holds
     every member of the dimension; ``producer`` is the operation that makes the units.
+
+    A width lists its units head by head: ``rows`` heads of equally many units, those of head ``h`` from
+    ``h * count`` on. Which ones stay may differ from head to head, how many may not. ``heads`` is the
+    dimension of the heads, which take their units with them.
     """
 
     name: str
@@ -54,19 +64,26 @@ class Dimension:
     producer: int
     frozen: str | None = None
     block: str | None = None
+    rows: int = 1
+    heads: int | None = None
+
+    @property
+    def count(self) -> int:
+        """How many units there are to choose from, in each head."""
+        return len(self.units) // self.rows
 
     @property
     def size(self) -> int:
-        """The full width in channels."""
-        return len(self.units) * self.channels
+        """The full width in channels, in each head."""
+        return self.count * self.channels
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """The length of an axis as a function of kept units: ``fixed + Σ coefficient · kept[dimension]``."""
+    """The length of an axis, ``fixed + Σ coefficient · Π kept[dimension]``; heads × width are two factors."""
 
     fixed: int
-    terms: tuple[tuple[int, int], ...]
+    terms: tuple[tuple[tuple[int, ...], int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +103,7 @@ class Structure:
     @property
     def prunable(self) -> tuple[int, ...]:
         """Indices of the dimensions that are not frozen and have more than one unit."""
-        return tuple(i for i, d in enumerate(self.dimensions) if d.frozen is None and len(d.units) > 1)
+        return tuple(i for i, d in enumerate(self.dimensions) if d.frozen is None and d.count > 1)
 
     def index(self, name: str) -> int:
         """The position of the dimension called ``name``.
@@ -103,69 +120,124 @@ class Structure:
 def analyze_shadow(shadow: Shadow) -> Structure:
     """Label the graph, then group classes of equal signature into dimensions."""
     graph = label_graph(shadow)
-    blocks = find_blocks(shadow)
-    groups = _groups(graph)
-    owner = np.full(graph.classes, -1, np.int32)
-    dimensions: list[Dimension] = []
-    taken: set[str] = set()
-    for units in groups:
-        owner[list(units)] = len(dimensions)
-        dimensions.append(_dimension(graph, units, taken, blocks))
-    return Structure(graph, tuple(dimensions), blocks, owner)
+    builder = _Builder(graph, find_blocks(shadow))
+    groups: list[Grid | tuple[int, ...]] = [*graph.grids, *_groups(graph)]
+    for group in sorted(groups, key=_first_unit):
+        if isinstance(group, Grid):
+            builder.add_grid(group)
+        else:
+            builder.add(group)
+    return builder.structure()
 
 
-def _signatures(graph: LabelledGraph) -> npt.NDArray[np.uint64]:
-    """``uint64[classes]``: equal for classes that occur equally often at the same places.
-
-    A random linear hash of the occurrence counts: two different signatures collide with
-    probability 2⁻⁶⁴, and the seed is fixed.
-    """
-    rng = np.random.default_rng(20260101)
-    total = np.zeros(graph.classes, np.uint64)
-    vectors: list[Labels] = [site.labels for site in graph.sites]
-    for name, labels in graph.tensors.items():
-        vectors += [graph.vector(name, axis) for axis in varying(labels)] or [labels.reshape(-1)]
-    for vector in vectors:
-        counts = np.bincount(vector, minlength=graph.classes).astype(np.uint64)
-        total += counts * rng.integers(1, 2**63, dtype=np.uint64)
-    return total
+def _first_unit(group: Grid | tuple[int, ...]) -> int:
+    return min(int(part.min()) for part in group.parts) if isinstance(group, Grid) else group[0]
 
 
 def _groups(graph: LabelledGraph) -> list[tuple[int, ...]]:
-    """Classes that cut a weight, grouped by signature and by why they are frozen, in graph order."""
+    """Classes outside of grids that cut a weight, grouped by signature and reason, in graph order."""
     cut = (
         np.unique(np.concatenate([site.labels for site in graph.sites])) if graph.sites else np.zeros(0, int)
     )
-    signatures = _signatures(graph)
+    taken = {int(row) for grid in graph.grids for row in grid.rows}
     found: dict[tuple[int, str], list[int]] = {}
-    for number in cut[cut > 0].tolist():
-        found.setdefault((int(signatures[number]), graph.reasons.get(number, "")), []).append(number)
+    for number in cut[(cut > 0) & (graph.head[cut] == 0)].tolist():
+        if number not in taken:
+            key = int(graph.signatures[number]), graph.reasons.get(number, "")
+            found.setdefault(key, []).append(number)
     return [tuple(units) for units in found.values()]
 
 
-def _dimension(
-    graph: LabelledGraph, units: tuple[int, ...], taken: set[str], blocks: Iterable[Block]
-) -> Dimension:
-    sites = [site for site in graph.sites if bool(np.isin(site.labels, units[0]).any())]
-    operations = graph.shadow.operations
-    made = next((s for s in sites if s.role == "out"), sites[0])
-    producer = operations[made.operation]
-    name = _unique(producer.name or producer.outputs[0], taken)
-    holders = {site.operation for site in sites}
-    frozen = graph.reasons.get(units[0])
-    block = next((b.name for b in blocks if holders <= set(b.operations)), None)
-    return Dimension(
-        name=name,
-        kind="channel",
-        units=units,
-        channels=int((made.labels == units[0]).sum()),
-        members=tuple(
-            Member(operations[s.operation].inputs[s.slot], s.axis, s.operation, s.slot, s.role) for s in sites
-        ),
-        producer=made.operation,
-        frozen=frozen,
-        block=None if frozen else block,
-    )
+class _Builder:
+    """Collects dimensions; a resource of `analyze_shadow` alone."""
+
+    def __init__(self, graph: LabelledGraph, blocks: tuple[Block, ...]) -> None:
+        self.graph = graph
+        self.blocks = blocks
+        self.dimensions: list[Dimension] = []
+        self.owner = np.full(graph.classes, -1, np.int32)
+        self.taken: set[str] = set()
+        self.normalised = {
+            number
+            for index, slot in graph.reductions
+            if graph.shadow.operations[index].op_type in _NORMS
+            for number in np.unique(graph.tensors[graph.shadow.operations[index].inputs[slot]]).tolist()
+        }
+
+    def add_grid(self, grid: Grid) -> None:
+        """The heads of a grid, and a width for each of its parts."""
+        heads = len(self.dimensions)
+        self.add(grid.rows, inner=np.concatenate([part[0] for part in grid.parts]))
+        for part in grid.parts:
+            self.add(tuple(part.reshape(-1).tolist()), rows=len(grid.rows), heads=heads)
+
+    def add(
+        self,
+        units: tuple[int, ...],
+        rows: int = 1,
+        heads: int | None = None,
+        inner: npt.NDArray[np.int32] | None = None,
+    ) -> None:
+        """A dimension of these units; ``inner`` are the units of the first one, if it is a head."""
+        self.owner[list(units)] = len(self.dimensions)
+        graph, operations = self.graph, self.graph.shadow.operations
+        own = [units[0]] if inner is None else [units[0], *inner.tolist()]
+        sites = [site for site in graph.sites if bool(np.isin(site.labels, own).any())]
+        frozen = graph.reasons.get(units[0])
+        if inner is None:
+            made = next((s for s in sites if s.role == "out"), sites[0])
+            producer, channels = made.operation, int((made.labels == units[0]).sum())
+        else:
+            producer, channels = self._first_with(units[0]), 1
+        holders = {site.operation for site in sites}
+        block = next((b for b in self.blocks if holders <= set(b.operations)), None)
+        name = operations[producer].name or operations[producer].outputs[0]
+        self.dimensions.append(
+            Dimension(
+                name=_unique(name if inner is None else f"{name}/heads", self.taken),
+                kind=self._kind(units[0], producer, block) if inner is None else self._head_kind(units[0]),
+                units=units,
+                channels=channels,
+                members=tuple(
+                    Member(operations[s.operation].inputs[s.slot], s.axis, s.operation, s.slot, s.role)
+                    for s in sites
+                ),
+                producer=producer,
+                frozen=frozen,
+                block=None if frozen or block is None else block.name,
+                rows=rows,
+                heads=heads,
+            )
+        )
+
+    def _first_with(self, number: int) -> int:
+        """The first operation whose output carries a class, or else a unit that it holds."""
+        tensors, head = self.graph.tensors, self.graph.head
+        made = [
+            (op.index, tensors[name])
+            for op in self.graph.shadow.operations
+            for name in op.outputs
+            if name in tensors
+        ]
+        own = (index for index, labels in made if bool((labels == number).any()))
+        held = (index for index, labels in made if bool((head[labels] == number).any()))
+        return next(itertools.chain(own, held))
+
+    def _kind(self, number: int, producer: int, block: Block | None) -> str:
+        if number in self.graph.kinds:
+            return self.graph.kinds[number]
+        if block is None:
+            return "embedding" if number in self.normalised else "channel"
+        linear = self.graph.shadow.operations[producer].op_type in ("MatMul", "Gemm")
+        return "mlp" if linear else "channel"
+
+    def _head_kind(self, number: int) -> str:
+        """Rows that a product of activations made, or statistics over groups."""
+        return self.graph.kinds.get(number, "heads")
+
+    def structure(self) -> Structure:
+        """All of it, with the owner of each class."""
+        return Structure(self.graph, tuple(self.dimensions), self.blocks, self.owner)
 
 
 def _unique(name: str, taken: set[str]) -> str:
@@ -182,19 +254,35 @@ def extent(structure: Structure, name: str, axis: int) -> Extent:
     labels = structure.graph.tensors.get(name)
     if labels is None or axis not in varying(labels):
         return Extent(size, ())
-    return label_extent(structure, structure.graph.vector(name, axis))
+    heads = structure.graph.head_axis(name)
+    vector = structure.graph.vector(name, axis)
+    # Entries of one head show the width; the heads themselves are behind the entries of the other axis.
+    return label_extent(structure, structure.graph.head[vector] if heads == axis else vector)
 
 
 def label_extent(structure: Structure, vector: npt.NDArray[np.int32]) -> Extent:
     """How long an axis with these index classes is, given how many units each dimension keeps."""
     owners = np.where(vector > 0, structure.dimension_of[vector], -1)
-    terms = []
+    terms: list[tuple[tuple[int, ...], int]] = []
+    fixed = len(vector)
     for index in np.unique(owners[owners >= 0]).tolist():
+        classes, counts = np.unique(vector[owners == index], return_counts=True)
         dimension = structure.dimensions[index]
-        if dimension.frozen is None:
-            terms.append((index, int((owners == index).sum()) // len(dimension.units)))
-    fixed = len(vector) - sum(c * len(structure.dimensions[i].units) for i, c in terms)
+        rows = len(np.unique(structure.graph.head[classes])) if dimension.heads is not None else 1
+        scope = _scope(structure, index, rows)
+        if scope:
+            units = len(classes) * int(counts[0])
+            full = int(np.prod([structure.dimensions[i].count for i in scope]))
+            terms.append((scope, units // full))
+            fixed -= units
     return Extent(fixed, tuple(terms))
+
+
+def _scope(structure: Structure, index: int, rows: int) -> tuple[int, ...]:
+    """The unfrozen dimensions that an axis of ``rows`` heads of a dimension depends on."""
+    dimension = structure.dimensions[index]
+    both = [dimension.heads, index] if dimension.heads is not None and rows > 1 else [index]
+    return tuple(i for i in both if i is not None and structure.dimensions[i].frozen is None)
 
 
 def operation_macs(operation: Operation, shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -100,9 +100,9 @@ def _choices(path: Path, document: _Document, structure: Structure) -> dict[int,
         dimension = structure.dimensions[index]
         widths = document.choices.get(dimension.name, [])
         ascending = all(a < b for a, b in itertools.pairwise(widths))
-        if not widths or not ascending or widths[0] < 1 or widths[-1] != len(dimension.units):
+        if not widths or not ascending or widths[0] < 1 or widths[-1] != dimension.count:
             raise UsageError(
-                f"{path} does not offer widths of {dimension.name} that end at its {len(dimension.units)}"
+                f"{path} does not offer widths of {dimension.name} that end at its {dimension.count}"
             )
         choices[index] = tuple(widths)
     return choices

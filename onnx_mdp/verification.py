@@ -2,10 +2,8 @@
 
 ``run(pruned, x) = run(original, every consumer that sums over a pruned axis restricted to kept units, x)``
 
-The masked original is built here without slicing anything: the original file's graph, with a mask
-multiplied in front of each Conv, Gemm, MatMul and reduction that reads a pruned axis (−∞ before a maximum,
-kept-unit counts for a mean), and the branches of removed blocks multiplied by zero. "Zero the producer's
-weights" would be another, false statement: a bias or ``sigmoid(0)`` leaves a constant behind.
+The masked original is built by `masked_model`, which never slices. Where fused projections were split, the
+split graph stands for the original, and must give the original's outputs on every input tried.
 """
 
 from __future__ import annotations
@@ -18,20 +16,20 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
-from onnx import helper, numpy_helper
 
 from onnx_mdp.binding import doubled_shapes
 from onnx_mdp.errors import MeasurementError, VerificationError
-from onnx_mdp.labels import keep_vector
+from onnx_mdp.masking import masked_model
 from onnx_mdp.model_io import model_bytes
-from onnx_mdp.plan import PruningPlan, removed_classes
+from onnx_mdp.plan import PruningPlan
 from onnx_mdp.runtime import InferenceSession, Runtime, open_session
 from onnx_mdp.structure import Structure
 from onnx_mdp.timing import random_feeds
 
-__all__ = ["TOLERANCE", "Drift", "Evidence", "masked_model", "require", "verify"]
+__all__ = ["TOLERANCE", "Drift", "Evidence", "require", "verify"]
 
 TOLERANCE = 1e-5  # of the largest absolute output, in float32
+_SPLIT_TOLERANCE = 1e-6
 _NOISE_LIMIT = 1e-2  # of the scale; a runtime that is worse than this proves nothing
 _NOISE_FACTOR = 4.0
 _CONSTANT = 1e-3  # of the scale; an output that varies by less over the inputs hides what was cut
@@ -82,82 +80,6 @@ class _Error:
         return self.difference / max(self.scale, 1e-30)
 
 
-def masked_model(original: ir.Model, structure: Structure, plan: PruningPlan) -> onnx.ModelProto:
-    """The original graph with masks inserted and nothing sliced."""
-    proto = onnx.ModelProto.FromString(model_bytes(original))
-    removed = removed_classes(plan, structure)
-    masks = _Masks(proto, {n.output[0]: n for n in proto.graph.node if n.output})
-    for index, slot in structure.graph.reductions:
-        operation = structure.shadow.operations[index]
-        labels = structure.graph.tensors.get(operation.inputs[slot])
-        if labels is not None and removed[labels].any():
-            masks.restrict(operation.outputs[0], slot, keep_vector(labels, removed), structure)
-    for block in structure.blocks:
-        if block.name in plan.removed_blocks:
-            joint = structure.shadow.operations[block.joint]
-            masks.silence(joint.outputs[0], list(joint.inputs).index(block.branch))
-    masks.install()
-    return masks.proto
-
-
-class _Masks:
-    """Collects the nodes to insert before (and after) nodes of a proto."""
-
-    def __init__(self, proto: onnx.ModelProto, makers: Mapping[str, onnx.NodeProto]) -> None:
-        self.proto = proto
-        self.makers = makers
-        self.before: dict[str, list[onnx.NodeProto]] = {}
-        self.after: dict[str, list[onnx.NodeProto]] = {}
-        self.count = 0
-
-    def restrict(self, output: str, slot: int, keep: npt.NDArray[np.bool_], structure: Structure) -> None:
-        """Let the maker of ``output`` see only the kept indices of its input ``slot``."""
-        node = self.makers[output]
-        name = node.input[slot]
-        if node.op_type in ("ReduceMax", "ReduceMin"):
-            neutral = np.asarray(-np.inf if node.op_type == "ReduceMax" else np.inf, np.float32)
-            inputs = [self._constant(keep), name, self._constant(neutral)]
-            self._insert(node, slot, "Where", inputs)
-            return
-        self._insert(node, slot, "Mul", [name, self._constant(keep.astype(np.float32))])
-        if node.op_type == "ReduceMean":
-            ratio = np.asarray(keep.size / keep.sum(), np.float32)
-            inner = f"{output}__mean_over_all"
-            self.after.setdefault(output, []).append(
-                helper.make_node("Mul", [inner, self._constant(ratio)], [output])
-            )
-            node.output[0] = inner
-
-    def silence(self, output: str, slot: int) -> None:
-        """Multiply one input of the maker of ``output`` by zero."""
-        node = self.makers[output]
-        self._insert(node, slot, "Mul", [node.input[slot], self._constant(np.zeros((), np.float32))])
-
-    def install(self) -> None:
-        """Put the collected nodes in topological order."""
-        nodes: list[onnx.NodeProto] = []
-        makers = {id(node): output for output, node in self.makers.items()}
-        for node in self.proto.graph.node:
-            output = makers.get(id(node), "")
-            nodes += [*self.before.get(output, []), node, *self.after.get(output, [])]
-        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del self.proto.graph.node[:]
-        self.proto.graph.node.extend(copies)
-
-    def _insert(self, node: onnx.NodeProto, slot: int, op_type: str, inputs: Sequence[str]) -> None:
-        output = next(o for o, n in self.makers.items() if n is node)
-        name = f"mdp_mask_{self.count}"
-        self.count += 1
-        self.before.setdefault(output, []).append(helper.make_node(op_type, list(inputs), [name]))
-        node.input[slot] = name
-
-    def _constant(self, array: npt.NDArray[Any]) -> str:
-        name = f"mdp_mask_{self.count}_value"
-        self.count += 1
-        self.proto.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
-        return name
-
-
 def verify(
     original: ir.Model,
     structure: Structure,
@@ -191,6 +113,8 @@ def verify(
     if doubled != shapes and _runs(dense, random_feeds(dense, doubled, 0)):
         tried.append(random_feeds(dense, doubled, 0))
     names = [o.name for o in dense.get_outputs()]
+    if structure.shadow.split:
+        _require_same(dense, structure.shadow.model, names, tried)
     expected = [masked.run(names, feed) for feed in tried]
     errors = [_errors(e, _run_pruned(slim, names, feed)) for e, feed in zip(expected, tried, strict=True)]
     worst = max(e.ratio for found in errors for e in found)
@@ -210,6 +134,20 @@ def verify(
         checker=complaint,
         constant=_constant_outputs(names, expected),
     )
+
+
+def _require_same(
+    dense: InferenceSession, split: ir.Model, names: Sequence[str], tried: Sequence[Feeds]
+) -> None:
+    """Refuse a split of projections that changes an output by more than rounding."""
+    session = open_session(model_bytes(split), Runtime(), optimize=False)
+    for feed in tried:
+        errors = _errors(dense.run(list(names), dict(feed)), session.run(list(names), dict(feed)))
+        if max(error.ratio for error in errors) > _SPLIT_TOLERANCE:
+            raise VerificationError(
+                "splitting the fused projections changed the outputs; this is a bug in onnx-mdp, "
+                "nothing was written, please report it"
+            )
 
 
 def _constant_outputs(names: Sequence[str], expected: Sequence[Sequence[Any]]) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ def kept_blocks(structure: Structure, rules: WidthRules) -> frozenset[str]:
 
 
 def _allowed(dimension: Dimension, offered: tuple[int, ...], rules: WidthRules) -> tuple[int, ...]:
-    full, step = len(dimension.units), dimension.channels
+    full, step = dimension.count, dimension.channels
     for pattern, channels in reversed(rules.fixed):
         if fnmatchcase(dimension.name, pattern):
             units, rest = divmod(channels, step)

@@ -32,13 +32,14 @@ from zoo import (
 from onnx_mdp import rewriting
 from onnx_mdp.documents import verify_document
 from onnx_mdp.errors import VerificationError
+from onnx_mdp.masking import masked_model
 from onnx_mdp.model_io import model_bytes
 from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import Runtime, open_session
 from onnx_mdp.structure import Structure
 from onnx_mdp.timing import random_feeds
-from onnx_mdp.verification import Evidence, masked_model, require, verify
+from onnx_mdp.verification import Evidence, require, verify
 
 # In these a sigmoid of a large factor, or a product with a tiny one, amplifies the rounding of float32.
 ILL_CONDITIONED = (

@@ -99,7 +99,7 @@ def test_the_analysis_has_exactly_the_keys_of_the_contract():
         *("schema_version", "inputs", "params", "macs", "dimensions", "blocks"),
         *("frozen_ops", "prunable_params_share", "prunable_macs_share"),
     }
-    keys = {"name", "kind", "size", "step", "frozen", "members", "share_params", "share_macs"}
+    keys = {"name", "kind", "size", "step", "heads", "frozen", "members", "share_params", "share_macs"}
     assert all(set(entry) == keys for entry in document["dimensions"])
     assert all(set(m) == {"tensor", "axis"} for entry in document["dimensions"] for m in entry["members"])
     assert [set(block) for block in document["blocks"]] == [{"name", "kind", "nodes", "removable"}]

@@ -18,10 +18,10 @@ import onnx.reference
 import pytest
 from zoo import analyse, in_double, informative, operands, prune_checked, random_plan, text_model
 
+from onnx_mdp.masking import masked_model
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.rules import RULES
-from onnx_mdp.verification import masked_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +277,24 @@ CONTRACTION = {
     },
 }
 
-RULES_TESTED: dict[str, Case] = {**UNARY, **BINARY, **NORMALISATION, **MOVEMENT, **CONTRACTION}
+NHWC = "n = Transpose<perm=[0,2,3,1]>(t)\n{body}\nu = Transpose<perm=[0,3,1,2]>(m)"
+UNIT_STATISTICS = {
+    "LayerNormalization": between(
+        NHWC.format(body="m = LayerNormalization(n, g, h)"), weights=", float[8] g, float[8] h"
+    ),
+    "RMSNormalization": between(
+        NHWC.format(body="m = RMSNormalization(n, g)"), opset=23, weights=", float[8] g"
+    ),
+}
+
+RULES_TESTED: dict[str, Case] = {
+    **UNARY,
+    **BINARY,
+    **NORMALISATION,
+    **MOVEMENT,
+    **CONTRACTION,
+    **UNIT_STATISTICS,
+}
 
 GROUPED = """(float[1,3,6,6] x) => (float[1,4,{size}] y) <
         float[8,3,1,1] a, float[8] b, float[{w}] e, float[{out}] f, float[4,{out},1,1] c> {{

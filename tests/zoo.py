@@ -96,15 +96,17 @@ def random_plan(
 ) -> PruningPlan:
     """Keep a random number of random units of every dimension, and remove blocks with probability 0.4.
 
-    At least the share ``least`` and the number ``fewest`` of a dimension's units stay.
+    At least the share ``least`` and the number ``fewest`` of a dimension's units stay. In each head other
+    units stay, but as many.
     """
     keep: dict[str, tuple[int, ...]] = {}
     for index in structure.prunable:
-        size = len(structure.dimensions[index].units)
+        dimension = structure.dimensions[index]
+        size = dimension.count
         count = int(rng.integers(min(size, max(fewest, round(least * size))), size + 1))
         if count < size:
-            kept = rng.choice(size, count, replace=False)
-            keep[structure.dimensions[index].name] = tuple(sorted(kept.tolist()))
+            drawn = [rng.choice(size, count, replace=False) + row * size for row in range(dimension.rows)]
+            keep[dimension.name] = tuple(sorted(np.concatenate(drawn).tolist()))
     removed = tuple(b.name for b in structure.blocks if blocks and rng.random() < 0.4)
     return PruningPlan(keep=keep, removed_blocks=removed)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from onnx_mdp.rules import contraction, elementwise, movement
-from onnx_mdp.rules.labelling import RULES, Labelling, Labels, Rule, Site, rule, squash, varying
+from onnx_mdp.rules import attention, contraction, elementwise, movement
+from onnx_mdp.rules.labelling import RULES, Labelling, Labels, Rule, Site, couple, rule, squash, varying
 
 __all__ = [
     "RULES",
@@ -11,7 +11,9 @@ __all__ = [
     "Labels",
     "Rule",
     "Site",
+    "attention",
     "contraction",
+    "couple",
     "elementwise",
     "movement",
     "rule",

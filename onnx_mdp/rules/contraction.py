@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from onnx_mdp.rules.attention import multiply_activations
 from onnx_mdp.rules.labelling import Labelling, Labels, couple, rule, varying
 from onnx_mdp.shadow import Operation
 
@@ -94,14 +95,14 @@ def gemm(state: Labelling, operation: Operation) -> None:
 
 @rule("MatMul")
 def matmul(state: Labelling, operation: Operation) -> None:
-    """``x W`` or ``W x`` with a constant matrix ``W``; two activations are frozen."""
+    """``x W`` or ``W x`` with a constant matrix ``W``, or two activations."""
     left, right = (state.constant(operation, slot) for slot in (0, 1))
     if right is not None and right.ndim == 2 and left is None:
         _matmul_by_weight(state, operation, data=0, weight=1)
     elif left is not None and left.ndim == 2 and right is None and len(state.shape(operation.inputs[1])) > 1:
         _matmul_by_weight(state, operation, data=1, weight=0)
     else:
-        state.freeze_inputs(operation, f"{operation} multiplies two activations")
+        multiply_activations(state, operation)
 
 
 def _matmul_by_weight(state: Labelling, operation: Operation, *, data: int, weight: int) -> None:
@@ -119,7 +120,7 @@ def _matmul_by_weight(state: Labelling, operation: Operation, *, data: int, weig
 
 @rule("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare")
 def reduces_axes(state: Labelling, operation: Operation) -> None:
-    """The label ends where it is reduced over; elsewhere it passes."""
+    """The label ends where it is reduced over; elsewhere it passes. Over one of two axes, rows are left."""
     labels = state.labels(operation.inputs[0])
     axes = _reduced_axes(state, operation, labels.ndim)
     if axes is None:
@@ -127,8 +128,12 @@ def reduces_axes(state: Labelling, operation: Operation) -> None:
         return
     inside = [axis for axis in varying(labels) if axis in axes]
     if inside and len(inside) < len(varying(labels)):
-        state.freeze(labels, f"{operation} reduces over one of two prunable axes")
-        labels = np.zeros((1,) * labels.ndim, np.int32)
+        state.reduces(operation, 0)
+        shape = [1 if axis in inside else extent for axis, extent in enumerate(labels.shape)]
+        rows = state.fresh(int(np.prod(shape))).reshape(shape)
+        state.calls(rows, "groups")
+        state.holds(rows, labels)
+        labels = rows
     elif inside:
         state.reduces(operation, 0)
         labels = np.zeros((1,) * labels.ndim, np.int32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnx_mdp.rules.labelling import Labelling, Labels, couple, rule, varying
+from onnx_mdp.rules.labelling import Labelling, Labels, align, couple, rule, varying
 from onnx_mdp.shadow import Operation
 
 __all__: list[str] = []
@@ -52,11 +52,12 @@ def meets(state: Labelling, operation: Operation) -> None:
     shape = state.shape(operation.outputs[0])
     operands = [(slot, name) for slot, name in enumerate(operation.inputs) if name]
     activations = [(slot, name) for slot, name in operands if not state.is_constant(name)]
-    aligned = {slot: _align(state.labels(name), len(shape)) for slot, name in activations}
+    aligned = {slot: align(state.labels(name), len(shape)) for slot, name in activations}
     extents = {slot: (1,) * (len(shape) - len(state.shape(n))) + state.shape(n) for slot, n in operands}
     axes = {axis for labels in aligned.values() for axis in varying(labels)}
     for slot, name in activations:
-        if any(extents[slot][axis] == 1 and shape[axis] > 1 for axis in axes):
+        heads = bool(varying(aligned[slot])) and set(varying(aligned[slot])) < axes
+        if any(extents[slot][axis] == 1 and shape[axis] > 1 for axis in axes) and not heads:
             state.freeze(aligned[slot], f"{operation} broadcasts {name!r} over a prunable axis")
             aligned[slot] = np.zeros_like(aligned[slot])
     joint = np.zeros((1,) * len(shape), np.int32)
@@ -70,13 +71,14 @@ def meets(state: Labelling, operation: Operation) -> None:
     state.emit(operation, joint)
 
 
-def _align(labels: Labels, rank: int) -> Labels:
-    return labels.reshape((1,) * (rank - labels.ndim) + labels.shape)
-
-
 def _meet(state: Labelling, operation: Operation, joint: Labels, labels: Labels) -> Labels:
-    axes = set(varying(joint)) | set(varying(labels))
-    if len(axes) > 1 and varying(joint) and varying(labels) and varying(joint) != varying(labels):
+    axes, others = set(varying(joint)), set(varying(labels))
+    if axes and others and (axes < others or others < axes):
+        heads, units = (joint, labels) if axes < others else (labels, joint)
+        state.freeze(np.where(units == 0, heads, 0), f"{operation} combines a head with fixed units")
+        state.holds(heads, units)
+        return units
+    if axes and others and axes != others:
         why = f"{operation} combines two prunable axes"
         state.freeze(joint, why)
         state.freeze(labels, why)

@@ -5,6 +5,10 @@ index belongs; 0 means that the index cannot be removed. Arrays are **squashed**
 labels do not vary has extent 1, so that a ``[1, 64, 112, 112]`` activation costs 64 numbers. Rules create
 atoms (`fresh`), say which atoms live and die together (`union`), which never die (`freeze`), which
 initializer axes they cut (`site`), and which inputs they reduce over (`reduces`).
+
+Labels may vary along two axes, heads × width, as long as it is known which atoms are the heads: an atom
+*holds* the units that leave with it (`holds`). Kept positions may differ from head to head, so an operator
+that picks or merges indices says which axis it treats as `whole`; what does not fit is coupled in the end.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ __all__ = [
     "Role",
     "Rule",
     "Site",
+    "align",
     "couple",
     "expand",
     "rule",
@@ -90,6 +95,11 @@ def expand(labels: Labels, axis: int, extent: int) -> Labels:
     return np.broadcast_to(labels, shape)
 
 
+def align(labels: Labels, rank: int) -> Labels:
+    """Prepend axes of extent 1, as broadcasting does."""
+    return labels.reshape((1,) * (rank - labels.ndim) + labels.shape)
+
+
 def couple(state: Labelling, labels: Labels, axis: int, why: str) -> Labels:
     """Make all labels along ``axis`` live and die together; return them with that axis squashed."""
     joint: Labels = labels.max(axis, keepdims=True)
@@ -112,6 +122,9 @@ class Labelling:
         self.sites: list[Site] = []
         self.reductions: list[tuple[int, int]] = []
         self.unsupported: dict[str, str] = {}
+        self.held: list[npt.NDArray[np.int32]] = []
+        self.wholes: list[tuple[Labels, int]] = []
+        self.kinds: list[tuple[npt.NDArray[np.int32], str]] = []
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The concrete shape of a tensor."""
@@ -137,8 +150,9 @@ class Labelling:
         return moving is not None and bool(moving.reshape(-1)[place])
 
     def is_constant(self, name: str) -> bool:
-        """Whether a tensor depends on no input value."""
-        return name in self.shadow.constants
+        """Whether a tensor depends on no input value, nor, if it holds floats, on an input's size."""
+        value = self.shadow.constants.get(name)
+        return value is not None and (name not in self.shadow.dynamic or value.dtype.kind != "f")
 
     def fresh(self, count: int) -> Labels:
         """New atoms, one for each of ``count`` indices."""
@@ -190,6 +204,29 @@ class Labelling:
     def reduces(self, operation: Operation, slot: int) -> None:
         """The operation sums (or takes statistics) over a labelled axis of this input."""
         self.reductions.append((operation.index, slot))
+
+    def holds(self, rows: Labels, units: Labels) -> None:
+        """Where they meet, a unit leaves when its row does: the row is a head, the unit one of its widths."""
+        rows, units = np.broadcast_arrays(rows, units)
+        met = (rows > 0) & (units > 0)
+        if met.any():
+            self.held.append(np.unique(np.stack([rows[met], units[met]]), axis=1))
+
+    def whole(self, labels: Labels, axis: int) -> None:
+        """The operation picks or merges by ``axis``: an index along it stays or goes as a whole."""
+        if axis in varying(labels) and len(varying(labels)) > 1:
+            self.wholes.append((labels, axis))
+
+    def calls(self, labels: Labels, kind: str) -> None:
+        """Name the kind of dimension that these labels belong to."""
+        self.kinds.append((np.unique(labels[labels > 0]), kind))
+
+    def single(self, labels: Labels, why: str) -> Labels:
+        """Couple labels until they vary along one axis at most."""
+        while len(varying(labels)) > 1:
+            axis = min(varying(labels), key=lambda a: labels.shape[a])
+            labels = squash(couple(self, labels, axis, why))
+        return labels
 
     def run(self) -> None:
         """Apply the rule of every operation; those without one freeze what they touch."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from onnx_mdp.rules.labelling import Labelling, Labels, couple, expand, rule, squash, varying
+from onnx_mdp.rules.labelling import Labelling, Labels, align, couple, expand, rule, squash, varying
 from onnx_mdp.shadow import Operation
 
 __all__ = ["normalised_axes", "slice_ranges"]
@@ -14,7 +14,7 @@ __all__ = ["normalised_axes", "slice_ranges"]
 
 @rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 def reshape(state: Labelling, operation: Operation) -> None:
-    """Only axes that are split or merged are expanded; labels on two axes are coupled into one."""
+    """Only axes that are split or merged are expanded; the outer ones of these are treated as whole."""
     before, after = state.shape(operation.inputs[0]), state.shape(operation.outputs[0])
     if 0 in before:
         state.freeze_inputs(operation, f"{operation} reshapes an empty tensor")
@@ -22,19 +22,25 @@ def reshape(state: Labelling, operation: Operation) -> None:
     labels = state.labels(operation.inputs[0])
     source: list[int] = []
     target: list[int] = []
-    for left, right in _segments(before, after):
+    runs = [(left, right) for left, right in _segments(before, after)]
+    for left, right in runs:
         moved = any(extent > 1 for extent in labels.shape[left])
         source += before[left] if moved else [1] * len(before[left])
         target += after[right] if moved else [1] * len(after[right])
     moved_labels = squash(np.broadcast_to(labels, source).reshape(target))
-    while len(varying(moved_labels)) > 1:
-        axis = min(varying(moved_labels), key=lambda a: moved_labels.shape[a])
-        moved_labels = squash(
-            couple(state, moved_labels, axis, f"{operation} splits fixed and prunable indices")
-        )
+    for left, right in runs:
+        _outer_axes_whole(state, labels, left)
+        _outer_axes_whole(state, moved_labels, right)
     if operation.op_type == "Reshape":
         _freeze_moving(state, operation, 1, moved_labels, range(len(after)))
     state.emit(operation, moved_labels)
+
+
+def _outer_axes_whole(state: Labelling, labels: Labels, run: slice) -> None:
+    """Within a run of axes that becomes another, elements are ordered by the outer axes first."""
+    inside = [axis for axis in varying(labels) if run.start <= axis < run.stop]
+    for axis in inside[:-1]:
+        state.whole(labels, axis)
 
 
 def _freeze_moving(
@@ -122,6 +128,7 @@ def slices(state: Labelling, operation: Operation) -> None:
             state.freeze(labels, f"{operation} takes every {step}th index of a prunable axis")
         for slot in (1, 2):
             _freeze_moving(state, operation, slot, labels, tuple(ranges))
+        state.whole(labels, axis)
         labels = labels.take(range(start, stop, step), axis)
     state.emit(operation, labels)
 
@@ -134,6 +141,7 @@ def split(state: Labelling, operation: Operation) -> None:
         state.freeze_inputs(operation, f"{operation} makes a sequence")
         return
     axis = operation.attributes.get("axis", 0) % labels.ndim
+    state.whole(labels, axis)
     start = 0
     for output, name in enumerate(operation.outputs):
         stop = start + (state.shape(name)[axis] if name else 0)
@@ -153,7 +161,12 @@ def gather(state: Labelling, operation: Operation) -> None:
         state.emit(operation, labels.reshape(labels.shape[:axis] + (1,) * rank + labels.shape[axis + 1 :]))
     elif indices is None:
         state.freeze_inputs(operation, f"{operation} selects a prunable axis at run time")
+    elif rank == 0 and len(varying(labels)) > 1:
+        # One index is left of this axis, so it cannot be cut: what differs along it leaves together.
+        joint = couple(state, labels, axis, f"{operation} selects among fixed and prunable indices")
+        state.emit(operation, joint.squeeze(axis))
     else:
+        state.whole(labels, axis)
         chosen = labels.take(indices.astype(np.int64), axis)
         if rank != 1:
             state.freeze(chosen, f"{operation} selects a prunable axis with a {rank}-dimensional index")
@@ -162,40 +175,46 @@ def gather(state: Labelling, operation: Operation) -> None:
 
 @rule("Concat")
 def concat(state: Labelling, operation: Operation) -> None:
-    """Labels are laid end to end; along other axes the operands meet."""
+    """Labels are laid end to end; where they vary along other axes alone, the operands meet."""
     rank = len(state.shape(operation.outputs[0]))
     axis = operation.attributes["axis"] % rank
     labels = [state.labels(name) for name in operation.inputs]
-    across = next((a for label in labels for a in varying(label) if a != axis), None)
-    if across is None:
+    across = {a for label in labels for a in varying(label)}
+    if across <= {axis} or axis in across:
         parts = [
             expand(label, axis, state.shape(n)[axis])
             for label, n in zip(labels, operation.inputs, strict=True)
         ]
-        state.emit(operation, np.concatenate(parts, axis))
+        extents = [max(part.shape[a] for part in parts) for a in range(rank)]
+        wide = [np.broadcast_to(p, [*extents[:axis], p.shape[axis], *extents[axis + 1 :]]) for p in parts]
+        joined = squash(np.concatenate(wide, axis))
+        state.whole(joined, axis)
+        state.emit(operation, joined)
+        return
+    if not all(set(varying(label)) in (set(), across) for label in labels):
+        state.freeze_inputs(operation, f"{operation} joins tensors over two prunable axes")
         return
     joint = np.zeros((1,) * rank, np.int32)
     for label in labels:
-        if any(a != across for a in varying(label)):
-            state.freeze_inputs(operation, f"{operation} joins tensors over two prunable axes")
-            return
         state.union(joint, label)
         joint = np.where(joint > 0, joint, label).astype(np.int32)
+    if any(map(state.is_constant, operation.inputs)):
+        joint = state.single(joint, f"{operation} joins a constant over two prunable axes")
     for slot, name in enumerate(operation.inputs):
-        if state.is_constant(name):
-            state.site(operation, slot, across, state.vector(joint, across, joint.shape[across], ""))
-        else:
+        if not state.is_constant(name):
             fixed = (labels[slot] == 0) & (joint > 0)
             state.freeze(np.where(fixed, joint, 0), f"{operation} joins {name!r}, which cannot be pruned")
+        elif varying(joint):
+            (along,) = varying(joint)
+            state.site(operation, slot, along, state.vector(joint, along, joint.shape[along], ""))
     state.emit(operation, joint)
 
 
 @rule("Expand", "Tile")
 def repeats(state: Labelling, operation: Operation) -> None:
     """Labels are repeated; a single labelled index that grows would have to stay."""
-    labels = state.labels(operation.inputs[0])
     before, after = state.shape(operation.inputs[0]), state.shape(operation.outputs[0])
-    labels = labels.reshape((1,) * (len(after) - labels.ndim) + labels.shape)
+    labels = align(_expanded_labels(state, operation), len(after))
     before = (1,) * (len(after) - len(before)) + before
     for axis in varying(labels):
         if before[axis] != after[axis]:
@@ -205,6 +224,19 @@ def repeats(state: Labelling, operation: Operation) -> None:
     places = state.shape(operation.inputs[1])[0]
     _freeze_moving(state, operation, 1, labels, range(len(after) - places, len(after)))
     state.emit(operation, labels)
+
+
+def _expanded_labels(state: Labelling, operation: Operation) -> Labels:
+    """A constant that is expanded (a class token, a query) has a unit for each index of its last axis."""
+    name = operation.inputs[0]
+    value = state.shadow.constants.get(name)
+    if value is None or value.dtype.kind != "f" or not value.ndim or value.shape[-1] == 1:
+        return state.labels(name)
+    if value.shape[-1] != state.shape(operation.outputs[0])[-1]:
+        return state.labels(name)
+    made = state.fresh(value.shape[-1])
+    state.site(operation, 0, value.ndim - 1, made)
+    return made.reshape((1,) * (value.ndim - 1) + (-1,))
 
 
 @rule("Pad")
@@ -221,6 +253,8 @@ def pad(state: Labelling, operation: Operation) -> None:
         return
     for place, axis in enumerate(axes):
         before, after = flat[place], flat[place + len(axes)]
+        if axis in varying(labels) and (before or after):
+            labels = state.single(labels, f"{operation} pads fixed and prunable indices")
         if axis not in varying(labels) or not (before or after):
             continue
         _freeze_moving(state, operation, 1, labels, (*axes, *axes))

@@ -1,0 +1,168 @@
+"""The masked original: the model with a mask before whatever reads a pruned axis, and nothing sliced.
+
+A mask stands in front of each Conv, Gemm, MatMul and reduction that reads a pruned axis (−∞ before a
+maximum, kept-unit counts for a mean), a LayerNormalization is written out with statistics over kept units,
+and the branches of removed blocks are multiplied by zero. "Zero the producer's weights" would be another,
+false statement: a bias or ``sigmoid(0)`` leaves a constant behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+from onnx import helper, numpy_helper
+
+from onnx_mdp.labels import keep_vector
+from onnx_mdp.model_io import model_bytes
+from onnx_mdp.plan import PruningPlan, removed_classes
+from onnx_mdp.rules import Labels
+from onnx_mdp.shadow import Operation
+from onnx_mdp.structure import Structure
+
+__all__ = ["masked_model"]
+
+_NORMS = ("LayerNormalization", "RMSNormalization")
+
+
+def masked_model(original: ir.Model, structure: Structure, plan: PruningPlan) -> onnx.ModelProto:
+    """The original graph (projections split) with masks inserted and nothing sliced."""
+    reference = structure.shadow.model if structure.shadow.split else original
+    proto = onnx.ModelProto.FromString(model_bytes(reference))
+    removed = removed_classes(plan, structure)
+    masks = _Masks(proto, {n.output[0]: n for n in proto.graph.node if n.output})
+    for index, slot in structure.graph.reductions:
+        operation = structure.shadow.operations[index]
+        labels = structure.graph.tensors.get(operation.inputs[slot])
+        if labels is not None and removed[labels].any():
+            masks.restrict(operation, slot, _Kept.of(structure, labels, removed))
+    for block in structure.blocks:
+        if block.name in plan.removed_blocks:
+            joint = structure.shadow.operations[block.joint]
+            masks.silence(joint.outputs[0], list(joint.inputs).index(block.branch))
+    masks.install()
+    return masks.proto
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """Which entries of an input stay, broadcast, and how many of ``full`` stay in each row that does."""
+
+    mask: npt.NDArray[np.bool_]
+    full: int
+    count: int
+
+    @staticmethod
+    def of(structure: Structure, labels: Labels, removed: npt.NDArray[np.bool_]) -> _Kept:
+        mask = keep_vector(labels, removed)
+        heads = structure.graph.head[labels]
+        rows, kept = len(np.unique(heads)), len(np.unique(heads[mask]))
+        return _Kept(mask, mask.size // rows, int(mask.sum()) // max(kept, 1))
+
+
+class _Masks:
+    """Collects the nodes to insert before (and after) nodes of a proto."""
+
+    def __init__(self, proto: onnx.ModelProto, makers: Mapping[str, onnx.NodeProto]) -> None:
+        self.proto = proto
+        self.makers = makers
+        self.before: dict[str, list[onnx.NodeProto]] = {}
+        self.after: dict[str, list[onnx.NodeProto]] = {}
+        self.count = 0
+
+    def restrict(self, operation: Operation, slot: int, kept: _Kept) -> None:
+        """Let an operation see only the kept indices of its input ``slot``."""
+        node = self.makers[operation.outputs[0]]
+        name = node.input[slot]
+        if node.op_type in _NORMS:
+            self._restrict_norm(operation, kept)
+            return
+        if node.op_type in ("ReduceMax", "ReduceMin"):
+            neutral = np.asarray(-np.inf if node.op_type == "ReduceMax" else np.inf, np.float32)
+            inputs = [self._constant(kept.mask), name, self._constant(neutral)]
+            self._insert(node, slot, "Where", inputs)
+            return
+        # Not a product: what a removed unit holds may be infinite, and 0 · ∞ is no zero.
+        zero = self._constant(np.zeros((), np.float32))
+        self._insert(node, slot, "Where", [self._constant(kept.mask), name, zero])
+        if node.op_type == "ReduceMean":
+            ratio = np.asarray(kept.full / kept.count, np.float32)
+            output = operation.outputs[0]
+            inner = f"{output}__mean_over_all"
+            self.after.setdefault(output, []).append(
+                helper.make_node("Mul", [inner, self._constant(ratio)], [output])
+            )
+            node.output[0] = inner
+
+    def _restrict_norm(self, operation: Operation, kept: _Kept) -> None:
+        """Write the normalisation out, with mean and variance over the kept units alone.
+
+        The masked node becomes the last Mul or Add; what it computes of removed units, nobody reads.
+        """
+        output = operation.outputs[0]
+        node = self.makers[output]
+        centred = operation.op_type == "LayerNormalization"
+        mask = self._constant(kept.mask.astype(np.float32))
+        count = self._constant(np.asarray(kept.count, np.float32))
+        axes = [axis for axis in range(operation.attributes.get("axis", -1), 0)]
+        epsilon = self._constant(np.asarray(operation.attributes.get("epsilon", 1e-5), np.float32))
+        before = self.before.setdefault(output, [])
+
+        def add(op_type: str, *inputs: str) -> str:
+            name = f"mdp_mask_{self.count}"
+            self.count += 1
+            before.append(helper.make_node(op_type, list(inputs), [name]))
+            return name
+
+        def mean(value: str) -> str:
+            place = self._constant(np.asarray(axes, np.int64))
+            return add("Div", add("ReduceSum", value, place), count)
+
+        value = node.input[0]
+        if centred:
+            value = add("Sub", value, mean(add("Mul", value, mask)))
+        kept_value = add("Mul", value, mask)
+        deviation = add("Sqrt", add("Add", mean(add("Mul", kept_value, kept_value)), epsilon))
+        value = add("Mul", add("Div", value, deviation), node.input[1])
+        bias = (
+            node.input[2]
+            if len(node.input) > 2 and node.input[2]
+            else self._constant(np.zeros((), np.float32))
+        )
+        del node.input[:], node.attribute[:], node.output[1:]
+        node.op_type = "Add"
+        node.input.extend([value, bias])
+
+    def silence(self, output: str, slot: int) -> None:
+        """Multiply one input of the maker of ``output`` by zero."""
+        node = self.makers[output]
+        self._insert(node, slot, "Mul", [node.input[slot], self._constant(np.zeros((), np.float32))])
+
+    def install(self) -> None:
+        """Put the collected nodes in topological order."""
+        nodes: list[onnx.NodeProto] = []
+        makers = {id(node): output for output, node in self.makers.items()}
+        for node in self.proto.graph.node:
+            output = makers.get(id(node), "")
+            nodes += [*self.before.get(output, []), node, *self.after.get(output, [])]
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del self.proto.graph.node[:]
+        self.proto.graph.node.extend(copies)
+
+    def _insert(self, node: onnx.NodeProto, slot: int, op_type: str, inputs: Sequence[str]) -> None:
+        output = next(o for o, n in self.makers.items() if n is node)
+        name = f"mdp_mask_{self.count}"
+        self.count += 1
+        self.before.setdefault(output, []).append(helper.make_node(op_type, list(inputs), [name]))
+        node.input[slot] = name
+
+    def _constant(self, array: npt.NDArray[Any]) -> str:
+        name = f"mdp_mask_{self.count}_value"
+        self.count += 1
+        self.proto.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        return name

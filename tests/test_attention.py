@@ -1,0 +1,298 @@
+"""Attention in its smallest forms: which heads and widths can go, and that the law holds where they do.
+
+Each case is one product of query, key and value as some exporter writes it. What cannot be pruned with units
+of its own in every head is coupled over the heads, never wrong and never an error.
+"""
+
+# ruff: noqa: E501 - ONNX text is clearer in long lines than cut in the middle of a node
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import pytest
+from zoo import analyse, informative, prune_checked, random_plan, run, text_model
+
+from onnx_mdp.errors import UsageError
+from onnx_mdp.plan import PruningPlan, kept_count, kept_units, removed_classes
+from onnx_mdp.rewriting import rewrite
+from onnx_mdp.structure import Dimension, Structure, extent
+
+WEIGHTS = (
+    "float[6,12] wq, float[12] bq, float[6,12] wk, float[12] bk, float[6,12] wv, float[12] bv, float[12,6] wo, "
+    "int64[4] split = {1,5,3,4}, int64[3] merge = {1,5,12}, float scale = {0.5}"
+)
+QUERY = "q0 = MatMul(x, wq) q1 = Add(bq, q0) q2 = Reshape(q1, split) q = Transpose<perm=[0,2,1,3]>(q2)\n"
+KEY = "k0 = MatMul(x, wk) k1 = Add(bk, k0) k2 = Reshape(k1, split) k = Transpose<perm=[0,2,3,1]>(k2)\n"
+VALUE = "v0 = MatMul(x, wv) v1 = Add(bv, v0) v2 = Reshape(v1, split) v = Transpose<perm=[0,2,1,3]>(v2)\n"
+SCORES = "s0 = MatMul(q, k) s1 = Mul(s0, scale) s = Softmax<axis=-1>(s1)\n"
+MIX = "o0 = MatMul(s, v) o1 = Transpose<perm=[0,2,1,3]>(o0) o = Reshape(o1, merge)\n"
+OUT = "y = MatMul(o, wo)"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """ONNX text, and (kind, units in each head, heads) of each prunable dimension, in graph order."""
+
+    body: str
+    found: tuple[tuple[str, int, int], ...]
+    weights: str = ""
+
+    def model(self) -> onnx.ModelProto:
+        weights = WEIGHTS + (f", {self.weights}" if self.weights else "")
+        return text_model(f"(float[1,5,6] x) => (float[1,5,6] y) <{weights}> {{ {self.body} }}", opset=18)
+
+
+FULL = (("heads", 3, 1), ("qk", 4, 3), ("value", 4, 3))
+COUPLED = (("qk", 4, 1), ("value", 4, 1))
+CASES = {
+    "separate projections": Case(QUERY + KEY + VALUE + SCORES + MIX + OUT, FULL),
+    "a bias for each head": Case(
+        QUERY + KEY + VALUE + "s0 = MatMul(q, k) s1 = Add(table, s0) s = Softmax(s1)\n" + MIX + OUT,
+        FULL,
+        "float[1,3,5,5] table",
+    ),
+    "a mask shared by heads": Case(
+        QUERY + KEY + VALUE + "s0 = MatMul(q, k) s1 = Where(mask, s0, low) s = Softmax(s1)\n" + MIX + OUT,
+        FULL,
+        "bool[1,1,1,5] mask = {1,1,1,1,0}, float low = {-100.0}",
+    ),
+    "heads folded with the batch": Case(
+        "q0 = MatMul(x, wq) q1 = Reshape(q0, folded) q = Transpose<perm=[1,0,2]>(q1)\n"
+        "k0 = MatMul(x, wk) k1 = Reshape(k0, folded) k = Transpose<perm=[1,2,0]>(k1)\n"
+        "v0 = MatMul(x, wv) v1 = Reshape(v0, folded) v = Transpose<perm=[1,0,2]>(v1)\n"
+        + SCORES
+        + "o0 = MatMul(s, v)\n"
+        "o1 = Transpose<perm=[1,0,2]>(o0) o = Reshape(o1, merge)\n" + OUT,
+        FULL,
+        "int64[3] folded = {5,3,4}",
+    ),
+    "key transposed through three axes": Case(
+        QUERY
+        + "k0 = MatMul(x, wk) k1 = Reshape(k0, split) k2 = Transpose<perm=[0,2,1,3]>(k1) k3 = Reshape(k2, three)\n"
+        "k4 = Transpose<perm=[0,2,1]>(k3) k = Reshape(k4, four)\n" + VALUE + SCORES + MIX + OUT,
+        FULL,
+        "int64[3] three = {-1,5,4}, int64[4] four = {1,3,4,5}",
+    ),
+    "scale computed from the width of a head": Case(
+        QUERY
+        + "h = Shape(q) d = Gather(h, last) f = Cast<to=1>(d) r = Sqrt(f) z = Div(q, r)\n"
+        + KEY
+        + VALUE
+        + "s0 = MatMul(z, k) s = Softmax(s0)\n"
+        + MIX
+        + OUT,
+        FULL,
+        "int64[1] last = {3}",
+    ),
+    "one head": Case(
+        "q = MatMul(x, wq) k0 = MatMul(x, wk) k = Transpose<perm=[0,2,1]>(k0) v = MatMul(x, wv)\n"
+        + SCORES
+        + "o = MatMul(s, v)\n"
+        + OUT,
+        (("qk", 12, 1), ("value", 12, 1)),
+    ),
+    "grouped queries": Case(
+        "q0 = MatMul(x, wq) q1 = Reshape(q0, four) q = Transpose<perm=[0,2,1,3]>(q1)\n"
+        "k0 = MatMul(x, wk2) k1 = Reshape(k0, two) k2 = Transpose<perm=[0,2,3,1]>(k1) k3 = Unsqueeze(k2, place)\n"
+        "k4 = Expand(k3, wide) k = Reshape(k4, many)\n"
+        "v0 = MatMul(x, wv2) v1 = Reshape(v0, two) v2 = Transpose<perm=[0,2,1,3]>(v1) v3 = Unsqueeze(v2, place)\n"
+        "v4 = Expand(v3, tall) v = Reshape(v4, rows)\n" + SCORES + MIX + OUT,
+        (("heads", 2, 1), ("qk", 3, 2), ("value", 3, 2)),
+        "float[6,6] wk2, float[6,6] wv2, int64[4] four = {1,5,4,3}, int64[4] two = {1,5,2,3}, int64[1] place = {2},"
+        "int64[5] wide = {1,2,2,3,5}, int64[4] many = {1,4,3,5}, int64[5] tall = {1,2,2,5,3}, int64[4] rows = {1,4,5,3}",
+    ),
+    "one key and value for all heads": Case(
+        QUERY
+        + "k0 = MatMul(x, w4) k1 = Transpose<perm=[0,2,1]>(k0) k = Unsqueeze(k1, one)\n"
+        + "v0 = MatMul(x, w5) v = Unsqueeze(v0, one)\n"
+        + SCORES
+        + MIX
+        + OUT,
+        COUPLED,
+        "float[6,4] w4, float[6,4] w5, int64[1] one = {1}",
+    ),
+    "query normalised with one scale for all heads": Case(
+        QUERY
+        + "n = LayerNormalization(q, gain, shift)\n"
+        + KEY
+        + VALUE
+        + "s0 = MatMul(n, k) s = Softmax(s0)\n"
+        + MIX
+        + OUT,
+        COUPLED,
+        "float[4] gain, float[4] shift",
+    ),
+    "widths before heads": Case(
+        "q0 = MatMul(x, wq) q1 = Reshape(q0, minor) q = Transpose<perm=[0,3,1,2]>(q1)\n"
+        + KEY
+        + VALUE
+        + SCORES
+        + MIX
+        + OUT,
+        COUPLED,
+        "int64[4] minor = {1,5,4,3}",
+    ),
+    "half of each head": Case(
+        QUERY
+        + "a, b = Split<axis=3, num_outputs=2>(q) c = Neg(b) r = Concat<axis=3>(c, a)\n"
+        + KEY
+        + VALUE
+        + "s0 = MatMul(r, k) s = Softmax(s0)\n"
+        + MIX
+        + OUT,
+        (("qk", 2, 1), ("qk", 2, 1), ("value", 4, 1)),
+    ),
+    "heads that are mixed": Case(
+        QUERY + KEY + VALUE + "s0 = MatMul(q, k) s1 = Conv(s0, talk) s = Softmax(s1)\n" + MIX + OUT,
+        (("heads", 3, 1), ("qk", 4, 3), ("heads", 3, 1), ("value", 4, 3)),
+        "float[3,3,1,1] talk",
+    ),
+    "fixed scores that all heads share": Case(
+        VALUE + "s0 = MatMul(x, wide) s = Softmax(s0)\n" + MIX + OUT,
+        (("heads", 3, 1), ("value", 4, 3)),
+        "float[6,5] wide",
+    ),
+    "fixed scores for each head": Case(
+        VALUE
+        + "s0 = Transpose<perm=[0,2,1]>(x) s1 = Reshape(s0, each) s2 = Concat<axis=3>(s1, s1, s1) s3 = Slice(s2, from, to, last)\n"
+        "s4 = Concat<axis=1>(s3, s3) s5 = Slice(s4, from, heads, second) s = Softmax(s5)\n" + MIX + OUT,
+        (("value", 4, 3),),
+        "int64[4] each = {1,3,5,2}, int64[1] from = {0}, int64[1] to = {5}, int64[1] last = {3}, int64[1] heads = {3}, int64[1] second = {1}",
+    ),
+    "normalised query by its length": Case(
+        QUERY
+        + "l = ReduceL2(q, last) n = Div(q, l)\n"
+        + KEY
+        + VALUE
+        + "s0 = MatMul(n, k) s = Softmax(s0)\n"
+        + MIX
+        + OUT,
+        FULL,
+        "int64[1] last = {-1}",
+    ),
+    "a gate for each head": Case(
+        QUERY
+        + KEY
+        + VALUE
+        + SCORES
+        + "g0 = MatMul(x, wg) g1 = Sigmoid(g0) g2 = Transpose<perm=[0,2,1]>(g1) g = Unsqueeze(g2, last)\n"
+        "m0 = MatMul(s, v) o0 = Mul(m0, g) o1 = Transpose<perm=[0,2,1,3]>(o0) o = Reshape(o1, merge)\n" + OUT,
+        FULL,
+        "float[6,3] wg, int64[1] last = {-1}",
+    ),
+}
+
+
+def prunable(structure: Structure) -> list[Dimension]:
+    return [structure.dimensions[i] for i in structure.prunable]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_law_holds_and_the_right_widths_can_go(name: str) -> None:
+    case = CASES[name]
+    model, structure = analyse(case.model())
+    assert structure.graph.unsupported == {}
+    assert tuple((d.kind, d.count, d.rows) for d in prunable(structure)) == case.found
+    for seed in range(8):
+        pruned, evidence = prune_checked(
+            model, structure, random_plan(structure, np.random.default_rng(seed))
+        )
+        assert evidence.worst <= 1e-5
+    assert informative(pruned, structure)
+    for dimension in prunable(structure):
+        last = tuple(row * dimension.count + dimension.count - 1 for row in range(dimension.rows))
+        pruned, _ = prune_checked(model, structure, PruningPlan(keep={dimension.name: last}))
+        assert weights(pruned) != weights(rewrite(structure, PruningPlan(keep={})))
+
+
+def weights(model: object) -> list[tuple[int, ...]]:
+    values = model.graph.initializers.values()  # type: ignore[attr-defined]
+    return sorted(tuple(v.const_value.shape) for v in values)
+
+
+def plain() -> tuple[onnx.ModelProto, Structure]:
+    return CASES["separate projections"].model(), analyse(CASES["separate projections"].model())[1]
+
+
+def test_a_head_takes_its_query_key_value_and_output_along() -> None:
+    model, structure = plain()
+    heads = prunable(structure)[0]
+    pruned = rewrite(structure, PruningPlan(keep={heads.name: (0, 2)}))
+    kept = [0, 1, 2, 3, 8, 9, 10, 11]
+    before = {w.name: onnx.numpy_helper.to_array(w) for w in model.graph.initializer}
+    after = {n: v.const_value.numpy() for n, v in pruned.graph.initializers.items() if v.const_value}
+    for name in ("wq", "wk", "wv"):
+        assert np.array_equal(after[name], before[name][:, kept])
+    for name in ("bq", "bk", "bv"):
+        assert np.array_equal(after[name], before[name][kept])
+    assert np.array_equal(after["wo"], before["wo"][kept])
+
+
+def test_each_head_may_keep_other_widths_known_by_hand() -> None:
+    model, structure = plain()
+    _, width, _ = prunable(structure)
+    assert width.kind == "qk"
+    pruned = rewrite(structure, PruningPlan(keep={width.name: (0, 3, 4, 5, 9, 10)}))
+    columns = [0, 3, 4, 5, 9, 10]
+    before = {w.name: onnx.numpy_helper.to_array(w) for w in model.graph.initializer}
+    after = {n: v.const_value.numpy() for n, v in pruned.graph.initializers.items() if v.const_value}
+    assert np.array_equal(after["wq"], before["wq"][:, columns])
+    assert np.array_equal(after["wk"], before["wk"][:, columns])
+    assert np.array_equal(after["wv"], before["wv"])
+    x = np.random.default_rng(0).standard_normal((1, 5, 6)).astype(np.float32)
+
+    def heads(name: str, kept: list[int] | None) -> np.ndarray:
+        made = x[0] @ before[f"w{name}"] + before[f"b{name}"]
+        split = made.reshape(5, 3, 4).transpose(1, 0, 2)
+        if kept is None:
+            return split
+        return np.stack([split[h][:, [c - 4 * h for c in kept if c // 4 == h]] for h in range(3)])
+
+    scores = heads("q", columns) @ heads("k", columns).transpose(0, 2, 1) * 0.5
+    attention = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    expected = (attention @ heads("v", None)).transpose(1, 0, 2).reshape(5, 12) @ before["wo"]
+    assert np.abs(run(pruned, {"x": x})[0][0] - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_the_scale_keeps_its_value_when_heads_become_narrower() -> None:
+    """A traced ``1/sqrt(width)`` would silently follow the pruned width."""
+    model, structure = analyse(CASES["scale computed from the width of a head"].model())
+    _, width, _ = prunable(structure)
+    pruned, _ = prune_checked(model, structure, PruningPlan(keep={width.name: (0, 4, 8)}))
+    assert "Shape" not in {node.op_type for node in pruned.graph}
+    (scale,) = (n.inputs[1].const_value.numpy() for n in pruned.graph if n.op_type == "Div")
+    assert scale == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    "kept", [(0, 1, 4, 8), (0, 1, 4, 5), ()], ids=["unequal", "one head empty", "nothing"]
+)
+def test_a_plan_of_unequal_heads_is_refused(kept: tuple[int, ...]) -> None:
+    _, structure = plain()
+    _, width, _ = prunable(structure)
+    with pytest.raises(UsageError, match=r"in its heads|at least one"):
+        rewrite(structure, PruningPlan(keep={width.name: kept}))
+
+
+def test_units_of_a_removed_head_need_no_name() -> None:
+    model, structure = plain()
+    heads, width, _ = prunable(structure)
+    index = structure.index(width.name)
+    short = PruningPlan(keep={heads.name: (1,), width.name: (5, 6)})
+    long = PruningPlan(keep={heads.name: (1,), width.name: (0, 1, 2, 5, 6, 8)})
+    assert kept_units(short, structure, index) == kept_units(long, structure, index) == (5, 6)
+    assert kept_count(short, structure, index) == 2
+    assert np.array_equal(removed_classes(short, structure), removed_classes(long, structure))
+    prune_checked(analyse(model)[0], structure, short)
+
+
+def test_extents_are_products_of_heads_and_widths() -> None:
+    _, structure = plain()
+    heads, width, _ = structure.prunable
+    assert extent(structure, "q1", 2).terms == (((heads, width), 1),)
+    assert extent(structure, "q", 1).terms == (((heads,), 1),)
+    assert extent(structure, "q", 3).terms == (((width,), 1),)
+    assert extent(structure, "s", 1).terms == (((heads,), 1),)
+    assert extent(structure, "s", 3).terms == ()

@@ -1,0 +1,185 @@
+"""Laws of every prune on transformers of both exporters: dimensions of all five kinds, blocks, the split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import helper, numpy_helper
+from zoo import analyse, informative, operands, prune_checked, random_plan, run
+
+from onnx_mdp import rewriting
+from onnx_mdp.errors import VerificationError
+from onnx_mdp.model_io import model_bytes
+from onnx_mdp.plan import PruningPlan
+from onnx_mdp.rewriting import rewrite
+from onnx_mdp.structure import Structure
+from onnx_mdp.verification import require, verify
+
+Exported = Callable[..., Path]
+
+# Kind, units (in each head), heads of all prunable dimensions, in graph order.
+DIMENSIONS = {
+    "deit_micro": """embedding 24 x1
+        heads 3 x1, qk 8 x3, value 8 x3, mlp 96 x1
+        heads 3 x1, qk 8 x3, value 8 x3, mlp 96 x1""",
+    "deit_distilled_micro": """embedding 32 x1
+        heads 4 x1, qk 8 x4, value 8 x4, mlp 128 x1
+        heads 4 x1, qk 8 x4, value 8 x4, mlp 128 x1""",
+    "vit_micro": """embedding 32 x1
+        heads 4 x1, qk 8 x4, value 8 x4, mlp 128 x1
+        heads 4 x1, qk 8 x4, value 8 x4, mlp 128 x1""",
+}
+BLOCKS = {name: ["attention", "mlp"] * 2 for name in DIMENSIONS}
+EXPORTS = [
+    pytest.param(name, exporter, dynamic, id=f"{name}-{exporter}-{'dynamic' if dynamic else 'static'}")
+    for name in DIMENSIONS
+    for exporter in ("torchscript", "dynamo")
+    for dynamic in (False, True)
+]
+
+
+def golden(structure: Structure) -> list[str]:
+    found = [structure.dimensions[i] for i in structure.prunable]
+    return [f"{d.kind} {d.count} x{d.rows}" for d in found]
+
+
+@pytest.mark.parametrize(("name", "exporter", "dynamic"), EXPORTS)
+def test_every_kind_of_dimension_is_found(
+    name: str, exporter: str, dynamic: bool, exported: Exported
+) -> None:
+    _, structure = analyse(exported(name, exporter, dynamic_batch=dynamic))
+    assert structure.graph.unsupported == {}
+    assert golden(structure) == [part.strip() for part in DIMENSIONS[name].replace("\n", ",").split(",")]
+    assert [block.kind for block in structure.blocks] == BLOCKS[name]
+    assert {d.frozen for d in structure.dimensions} == {None, "graph output logits"}
+    for index in structure.prunable:
+        dimension = structure.dimensions[index]
+        assert (dimension.block is None) == (dimension.kind == "embedding")
+
+
+@pytest.mark.parametrize(("name", "exporter", "dynamic"), EXPORTS)
+def test_pruned_equals_masked_under_twenty_plans(
+    name: str, exporter: str, dynamic: bool, exported: Exported
+) -> None:
+    model, structure = analyse(exported(name, exporter, dynamic_batch=dynamic))
+    informed = 0
+    for seed in range(20):
+        plan = random_plan(structure, np.random.default_rng(seed), least=0.2, blocks=seed % 2 == 1)
+        pruned, evidence = prune_checked(model, structure, plan)
+        assert evidence.worst <= 1e-5
+        assert evidence.inputs_tried == (5 if dynamic else 4)
+        informed += informative(pruned, structure)
+    assert informed >= 10
+
+
+@pytest.mark.parametrize(("name", "exporter", "dynamic"), EXPORTS)
+def test_removing_a_block_is_zeroing_its_branch(
+    name: str, exporter: str, dynamic: bool, exported: Exported
+) -> None:
+    model, structure = analyse(exported(name, exporter, dynamic_batch=dynamic))
+    image = {"image": np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)}
+    dense = run(model, image)
+    for block in structure.blocks:
+        pruned = rewrite(structure, PruningPlan(keep={}, removed_blocks=(block.name,)))
+        output = structure.shadow.operations[block.joint].outputs[0]
+        proto = onnx.ModelProto.FromString(model_bytes(model))
+        proto.graph.initializer.append(numpy_helper.from_array(np.zeros((), np.float32), "the_zero"))
+        index = next(i for i, n in enumerate(proto.graph.node) if output in n.output)
+        joint = proto.graph.node[index]
+        joint.input[list(joint.input).index(block.branch)] = "zeroed"
+        proto.graph.node.insert(index, helper.make_node("Mul", [block.branch, "the_zero"], ["zeroed"]))
+        (expected,), (actual,) = run(proto, image), run(pruned, image)
+        assert np.abs(actual - expected).max() <= 1e-6 * np.abs(expected).max()
+        assert np.abs(actual - dense[0]).max() > 0
+
+
+@pytest.mark.parametrize(("name", "exporter", "dynamic"), EXPORTS)
+def test_a_batch_is_as_good_as_single_images(
+    name: str, exporter: str, dynamic: bool, exported: Exported
+) -> None:
+    model, structure = analyse(exported(name, exporter, dynamic_batch=dynamic))
+    pruned = rewrite(structure, random_plan(structure, np.random.default_rng(6), least=0.3, blocks=False))
+    assert [str(v.shape) for v in pruned.graph.inputs] == [str(v.shape) for v in model.graph.inputs]
+    if dynamic:
+        images = np.random.default_rng(0).standard_normal((3, 3, 32, 32)).astype(np.float32)
+        (batch,) = run(pruned, {"image": images})
+        singles = np.concatenate([run(pruned, {"image": image[None]})[0] for image in images])
+        assert np.abs(batch - singles).max() <= 1e-5 * np.abs(singles).max()
+
+
+@pytest.mark.parametrize(("name", "exporter", "dynamic"), EXPORTS)
+def test_splitting_fused_projections_changes_no_output(
+    name: str, exporter: str, dynamic: bool, exported: Exported
+) -> None:
+    model, structure = analyse(exported(name, exporter, dynamic_batch=dynamic))
+    assert len(structure.shadow.split) == (0 if name == "vit_micro" else 2)
+    images = np.random.default_rng(0).standard_normal((3 if dynamic else 1, 3, 32, 32)).astype(np.float32)
+    (before,), (after,) = (run(m, {"image": images}) for m in (model, structure.shadow.model))
+    assert np.abs(after - before).max() <= 1e-6 * np.abs(before).max()
+
+
+@pytest.mark.parametrize("name", DIMENSIONS)
+def test_the_pruned_model_has_the_same_dimensions_with_the_kept_sizes(name: str, exported: Exported) -> None:
+    _, structure = analyse(exported(name))
+    plan = random_plan(structure, np.random.default_rng(3), blocks=False, fewest=2, least=0.3)
+    _, again = analyse(rewrite(structure, plan))
+    kept = {i: len(plan.keep.get(d.name, d.units)) // d.rows for i, d in enumerate(structure.dimensions)}
+    assert [d.count for d in again.dimensions] == list(kept.values())
+    assert [(d.kind, d.frozen) for d in again.dimensions] == [
+        (d.kind, d.frozen) for d in structure.dimensions
+    ]
+    assert len(again.blocks) == len(structure.blocks)
+
+
+def _inward_sites(structure: Structure) -> list[tuple[int, int, int]]:
+    return [(s.operation, s.slot, s.axis) for s in structure.graph.sites if s.role in ("in", "out")]
+
+
+@pytest.mark.parametrize("which", range(0, 26, 3))
+def test_a_wrongly_cut_weight_is_noticed(
+    which: int, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many indices as planned, but the wrong ones, along one axis of one weight at a time."""
+    model, structure = analyse(exported("deit_micro"))
+    plan = random_plan(structure, np.random.default_rng(4), blocks=False, least=0.4)
+    operation, slot, axis = _inward_sites(structure)[which]
+    tensor = structure.shadow.operations[operation].inputs[slot]
+    true_slice = rewriting._sliced
+
+    def wrong_slice(edit: Any, name: str, masks: Mapping[int, Any]) -> ir.Value:
+        rolled = {a: np.roll(m, 1) if name == tensor and a == axis else m for a, m in masks.items()}
+        return true_slice(edit, name, rolled)
+
+    monkeypatch.setattr(rewriting, "_sliced", wrong_slice)
+    broken = rewrite(structure, plan)
+    monkeypatch.undo()
+    if operands(broken) == operands(rewrite(structure, plan)):
+        pytest.skip("the plan leaves this axis as it is")
+    evidence = verify(model, structure, broken, plan)
+    assert not evidence.verified
+    with pytest.raises(VerificationError, match="masked original"):
+        require(evidence)
+
+
+def test_widths_that_are_shuffled_between_heads_are_noticed(exported: Exported) -> None:
+    """Equal counts, valid shapes, a model that runs: the query of one head meets the key of another."""
+    model, structure = analyse(exported("vit_micro"))
+    dimension = next(
+        structure.dimensions[i] for i in structure.prunable if structure.dimensions[i].kind == "qk"
+    )
+    keep = tuple(row * 8 + unit for row in range(4) for unit in ((row, row + 2, row + 4)))
+    plan = PruningPlan(keep={dimension.name: keep})
+    pruned, _ = prune_checked(model, structure, plan)
+    weight = next(
+        pruned.graph.initializers[m.tensor] for m in dimension.members if m.role == "out" and m.axis == 1
+    )
+    assert weight.const_value is not None
+    array = weight.const_value.numpy()
+    weight.const_value = ir.tensor(np.roll(array, 3, axis=1), name=weight.name)
+    assert not verify(model, structure, pruned, plan).verified
