@@ -198,7 +198,7 @@ def _set_operand(edit: _Edit, operation: Operation, slot: int, values: npt.NDArr
     if moving is None:
         node.replace_input_with(slot, fixed)
         return
-    mask = _add_initializer(edit.model, f"{name}__fixed", ~moving)
+    mask = _add_initializer(edit.model, f"{name}__fixed", ~moving | (values != old))
     choice = ir.Node("", "Where", [mask, fixed, node.inputs[slot]])
     choice.name = edit.unique(f"{operation.name}/pruned_{slot}")
     choice.outputs[0].name = edit.unique(f"{name}__patched")
@@ -212,18 +212,23 @@ def _set_ints(edit: _Edit, operation: Operation, name: str, value: int | tuple[i
 
 
 def _patch_target_shape(edit: _Edit, operation: Operation) -> None:
-    """Reshape and Expand: entries that name the old extent name the new one."""
-    old = edit.constant(operation, 1)
+    """Reshape, Expand, ConstantOfShape: entries that name the old extent name the new one.
+
+    A computed entry of a Reshape that mixes a cut extent with a symbolic one is left to be inferred.
+    """
+    slot = 0 if operation.op_type == "ConstantOfShape" else 1
+    old = edit.constant(operation, slot)
     if old is None:
         return
+    moving = edit.structure.shadow.dynamic.get(operation.inputs[slot], np.zeros(old.shape, np.bool_))
     output = operation.outputs[0]
     offset = len(edit.structure.shadow.shapes[output]) - len(old)
     new = old.copy()
     special = (-1, 0) if operation.op_type == "Reshape" else (1,)
     for place, entry in enumerate(old.tolist()):
         if entry not in special and edit.cuts(output, place + offset):
-            new[place] = int(edit.keep(output, place + offset).sum())
-    _set_operand(edit, operation, 1, new)
+            new[place] = -1 if moving[place] else int(edit.keep(output, place + offset).sum())
+    _set_operand(edit, operation, slot, new)
 
 
 def _patch_resize(edit: _Edit, operation: Operation) -> None:
@@ -316,6 +321,7 @@ def _patch_groups(edit: _Edit, operation: Operation) -> None:
 
 
 _PATCHES: Mapping[str, Callable[[_Edit, Operation], None]] = {
+    "ConstantOfShape": _patch_target_shape,
     "Conv": _patch_groups,
     "ConvTranspose": _patch_groups,
     "Expand": _patch_target_shape,

@@ -161,6 +161,16 @@ CASES = {
         (("value", 4, 3),),
         "int64[4] each = {1,3,5,2}, int64[1] from = {0}, int64[1] to = {5}, int64[1] last = {3}, int64[1] heads = {3}, int64[1] second = {1}",
     ),
+    "learned queries": Case(
+        "q0 = MatMul(learned, wq) q1 = Add(bq, q0) q2 = Reshape(q1, split) q = Transpose<perm=[0,2,1,3]>(q2)\n"
+        + KEY
+        + VALUE
+        + SCORES
+        + MIX
+        + OUT,
+        (("channel", 6, 1), *FULL),
+        "float[1,5,6] learned",
+    ),
     "normalised query by its length": Case(
         QUERY
         + "l = ReduceL2(q, last) n = Div(q, l)\n"

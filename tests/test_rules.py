@@ -278,6 +278,23 @@ CONTRACTION = {
 }
 
 NHWC = "n = Transpose<perm=[0,2,3,1]>(t)\n{body}\nu = Transpose<perm=[0,3,1,2]>(m)"
+FILLED = {
+    "ConstantOfShape": Case(
+        """(float[N,3,6,6] x) => (float[N,4] y) <
+            float[8,3,1,1] a, float[8] b, float[8,4] c, int64[1] first = {0}, int64[1] second = {1}, int64[1] eight = {8}> {
+            t = Conv(x, a, b)
+            p = GlobalAveragePool(t)
+            f = Flatten(p)
+            s = Shape(x)
+            n = Slice(s, first, second)
+            o = Concat<axis=0>(n, eight)
+            z = ConstantOfShape<value = float[1] {0.5}>(o)
+            u = Mul(f, z)
+            y = MatMul(u, c)
+        }""",
+        (8,),
+    ),
+}
 UNIT_STATISTICS = {
     "LayerNormalization": between(
         NHWC.format(body="m = LayerNormalization(n, g, h)"), weights=", float[8] g, float[8] h"
@@ -293,6 +310,7 @@ RULES_TESTED: dict[str, Case] = {
     **NORMALISATION,
     **MOVEMENT,
     **CONTRACTION,
+    **FILLED,
     **UNIT_STATISTICS,
 }
 
@@ -710,7 +728,7 @@ TRAPS: dict[str, Case] = {
     "a product of weights": dense(
         "p = GlobalAveragePool(t)\nf = Flatten(p)\nw = MatMul(e, h)\nu = MatMul(f, w)",
         6,
-        (),
+        (5,),
         weights=", float[8,5] e, float[5,6] h",
     ),
     "Gemm with an activation as bias": dense(

@@ -96,10 +96,11 @@ def gemm(state: Labelling, operation: Operation) -> None:
 @rule("MatMul")
 def matmul(state: Labelling, operation: Operation) -> None:
     """``x W`` or ``W x`` with a constant matrix ``W``, or two activations."""
-    left, right = (state.constant(operation, slot) for slot in (0, 1))
-    if right is not None and right.ndim == 2 and left is None:
+    left, right = (state.is_constant(name) for name in operation.inputs)
+    ranks = [len(state.shape(name)) for name in operation.inputs]
+    if right and ranks[1] == 2:
         _matmul_by_weight(state, operation, data=0, weight=1)
-    elif left is not None and left.ndim == 2 and right is None and len(state.shape(operation.inputs[1])) > 1:
+    elif left and not right and ranks[0] == 2 and ranks[1] > 1:
         _matmul_by_weight(state, operation, data=1, weight=0)
     else:
         multiply_activations(state, operation)
@@ -109,6 +110,10 @@ def _matmul_by_weight(state: Labelling, operation: Operation, *, data: int, weig
     matrix = state.shape(operation.inputs[weight])
     in_axis, data_axis = (0, -1) if weight else (1, -2)
     labels = state.labels(operation.inputs[data])
+    if state.is_constant(operation.inputs[data]):
+        # A decoder's first layer may read learned queries alone: they are cut as an activation would be.
+        labels = state.fresh(matrix[in_axis])
+        state.site(operation, data, len(state.shape(operation.inputs[data])) - 1, labels)
     channels = state.vector(labels, data_axis, matrix[in_axis], f"{operation} reads two prunable axes")
     made = state.fresh(matrix[1 - in_axis])
     state.site(operation, weight, in_axis, channels, "in")

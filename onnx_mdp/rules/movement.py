@@ -31,9 +31,18 @@ def reshape(state: Labelling, operation: Operation) -> None:
     for left, right in runs:
         _outer_axes_whole(state, labels, left)
         _outer_axes_whole(state, moved_labels, right)
-    if operation.op_type == "Reshape":
+    if operation.op_type == "Reshape" and not _one_can_be_inferred(state, operation, moved_labels):
         _freeze_moving(state, operation, 1, moved_labels, range(len(after)))
     state.emit(operation, moved_labels)
+
+
+def _one_can_be_inferred(state: Labelling, operation: Operation, labels: Labels) -> bool:
+    """A single entry that mixes a prunable extent with a symbolic one (heads × batch) can become -1."""
+    target = state.constant(operation, 1)
+    if target is None:
+        return False
+    moving = [axis for axis in varying(labels) if state.entry_moves(operation, 1, axis)]
+    return len(moving) == 1 and bool((target > 0).all())
 
 
 def _outer_axes_whole(state: Labelling, labels: Labels, run: slice) -> None:
@@ -216,8 +225,9 @@ def repeats(state: Labelling, operation: Operation) -> None:
     before, after = state.shape(operation.inputs[0]), state.shape(operation.outputs[0])
     labels = align(_expanded_labels(state, operation), len(after))
     before = (1,) * (len(after) - len(before)) + before
+    filled = state.is_constant(operation.inputs[0]) and set(before) <= {1}
     for axis in varying(labels):
-        if before[axis] != after[axis]:
+        if before[axis] != after[axis] and not filled:
             state.freeze(labels, f"{operation} repeats a prunable axis")
             labels = np.zeros((1,) * len(after), np.int32)
             break
@@ -230,13 +240,24 @@ def _expanded_labels(state: Labelling, operation: Operation) -> Labels:
     """A constant that is expanded (a class token, a query) has a unit for each index of its last axis."""
     name = operation.inputs[0]
     value = state.shadow.constants.get(name)
-    if value is None or value.dtype.kind != "f" or not value.ndim or value.shape[-1] == 1:
+    shape = state.shape(operation.outputs[0])
+    if value is None or value.dtype.kind != "f" or not shape or shape[-1] == 1:
         return state.labels(name)
-    if value.shape[-1] != state.shape(operation.outputs[0])[-1]:
+    if value.size == 1 and operation.op_type == "Expand":
+        return _fresh_along(state, len(shape), len(shape) - 1, shape[-1])
+    if not value.ndim or value.shape[-1] != shape[-1]:
         return state.labels(name)
     made = state.fresh(value.shape[-1])
     state.site(operation, 0, value.ndim - 1, made)
     return made.reshape((1,) * (value.ndim - 1) + (-1,))
+
+
+@rule("ConstantOfShape")
+def fills(state: Labelling, operation: Operation) -> None:
+    """One value everywhere: a unit for each index of the last axis, unless its extent is computed."""
+    shape = state.shape(operation.outputs[0])
+    if shape and shape[-1] > 1 and not state.entry_moves(operation, 0, len(shape) - 1):
+        state.emit(operation, _fresh_along(state, len(shape), len(shape) - 1, shape[-1]))
 
 
 @rule("Pad")
