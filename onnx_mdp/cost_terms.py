@@ -19,7 +19,7 @@ from typing import Any
 
 from onnx_mdp.rules import varying
 from onnx_mdp.shadow import Operation
-from onnx_mdp.structure import Extent, Structure, extent
+from onnx_mdp.structure import Extent, Structure, extent, input_extent
 
 __all__ = ["CONTRACTIONS", "HEADS", "CostTerm", "anchors", "cost_terms", "width"]
 
@@ -130,6 +130,9 @@ def _widths(structure: Structure, operation: Operation) -> tuple[Extent, Extent,
     one = Extent(1, ())
     if operation.op_type in CONTRACTIONS and operation.inputs[1] in structure.shadow.constants:
         reads = _width(structure, operation.inputs[0])
+        if operation.inputs[0] in structure.shadow.constants:
+            last = len(structure.shadow.shapes[operation.inputs[0]]) - 1
+            reads = input_extent(structure, operation, 0, last)
         makes = _width(structure, operation.outputs[0])
         groups = operation.attributes.get("group", 1)
         if groups > 1 and groups == structure.shadow.shapes[operation.inputs[0]][1]:

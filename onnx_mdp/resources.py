@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from onnx_mdp.shadow import Operation
-from onnx_mdp.structure import Extent, Structure, extent, label_extent, operation_macs
+from onnx_mdp.structure import Extent, Structure, extent, input_extent, label_extent, operation_macs
 
 __all__ = ["Product", "mac_products", "memory_moments", "parameter_products"]
 
@@ -89,7 +89,7 @@ def _mac_extents(structure: Structure, operation: Operation) -> Iterator[Extent]
         transposed = operation.op_type == "Gemm" and operation.attributes.get("transA", 0)
         for axis in range(len(shapes[made])):
             yield extent(structure, made, axis)
-        yield extent(structure, source, len(shapes[source]) - (2 if transposed else 1))
+        yield input_extent(structure, operation, 0, len(shapes[source]) - (2 if transposed else 1))
         return
     outer = source if operation.op_type == "ConvTranspose" else made
     for axis in range(len(shapes[outer])):

@@ -200,7 +200,9 @@ def _observe(
         return infer_statically(proto, shapes, wanted, pure)
     outputs = {o.name for o in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in outputs)
-    session = open_session(proto.SerializeToString(), Runtime(), optimize=False)
+    data = proto.SerializeToString()
+    del proto  # the weights of a large model are in memory often enough
+    session = open_session(data, Runtime(), optimize=False)
     ort = import_onnxruntime()
     feeds = random_feeds(session, shapes, seed=0)
     ortvalues = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}

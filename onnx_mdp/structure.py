@@ -22,6 +22,7 @@ __all__ = [
     "Structure",
     "analyze_shadow",
     "extent",
+    "input_extent",
     "label_extent",
     "macs",
     "operation_macs",
@@ -258,6 +259,14 @@ def extent(structure: Structure, name: str, axis: int) -> Extent:
     vector = structure.graph.vector(name, axis)
     # Entries of one head show the width; the heads themselves are behind the entries of the other axis.
     return label_extent(structure, structure.graph.head[vector] if heads == axis else vector)
+
+
+def input_extent(structure: Structure, operation: Operation, slot: int, axis: int) -> Extent:
+    """How long an axis of an input is; a constant (learned queries) is cut as this operation reads it."""
+    for site in structure.graph.sites:
+        if (site.operation, site.slot, site.axis) == (operation.index, slot, axis):
+            return label_extent(structure, site.labels)
+    return extent(structure, operation.inputs[slot], axis)
 
 
 def label_extent(structure: Structure, vector: npt.NDArray[np.int32]) -> Extent:

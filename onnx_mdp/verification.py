@@ -97,10 +97,38 @@ def verify(
         VerificationError: the pruned model does not load or run, or its signature changed.
     """
     _check_signature(original, pruned)
-    reference = masked_model(original, structure, plan).SerializeToString()
-    masked = open_session(reference, Runtime(), optimize=False)
+    # One session at a time: each holds the weights of a whole model.
+    names, tried, before = _dense_outputs(original, structure, feeds, seeds)
+    if structure.shadow.split:
+        _require_same(before, _outputs(structure.shadow.model, names, tried))
+    after = [_run_pruned(slim, names, feed) for slim in [_open_pruned(pruned)] for feed in tried]
+    expected = _outputs(masked_model(original, structure, plan), names, tried)
+    errors = [_errors(e, a) for e, a in zip(expected, after, strict=True)]
+    worst = max(e.ratio for found in errors for e in found)
+    noise, holds = None, True
+    if worst > TOLERANCE:
+        reference = masked_model(original, structure, plan).SerializeToString()
+        noise, holds = _within_noise(reference, names, tried, expected, errors)
+    top = max((e for found in errors for e in found), key=lambda e: e.ratio)
+    complaint = _checker_complaint(original, pruned)
+    return Evidence(
+        verified=holds and complaint is None,
+        max_error=top.difference,
+        scale=top.scale,
+        worst=worst,
+        inputs_tried=len(tried),
+        drift=_drifts(names, before[0], after[0]),
+        runtime_noise=noise,
+        checker=complaint,
+        constant=_constant_outputs(names, expected),
+    )
+
+
+def _dense_outputs(
+    original: ir.Model, structure: Structure, feeds: Sequence[Feeds], seeds: Sequence[int]
+) -> tuple[list[str], list[Feeds], list[Sequence[Any]]]:
+    """Output names, the inputs to try, and what the original makes of them."""
     dense = open_session(model_bytes(original), Runtime(), optimize=False)
-    slim = _open_pruned(pruned)
     shapes = dict(structure.shadow.inputs)
     first = random_feeds(dense, shapes, seeds[0])
     tried = [
@@ -113,41 +141,26 @@ def verify(
     if doubled != shapes and _runs(dense, random_feeds(dense, doubled, 0)):
         tried.append(random_feeds(dense, doubled, 0))
     names = [o.name for o in dense.get_outputs()]
-    if structure.shadow.split:
-        _require_same(dense, structure.shadow.model, names, tried)
-    expected = [masked.run(names, feed) for feed in tried]
-    errors = [_errors(e, _run_pruned(slim, names, feed)) for e, feed in zip(expected, tried, strict=True)]
-    worst = max(e.ratio for found in errors for e in found)
-    noise, holds = None, True
-    if worst > TOLERANCE:
-        noise, holds = _within_noise(reference, names, tried, expected, errors)
-    top = max((e for found in errors for e in found), key=lambda e: e.ratio)
-    complaint = _checker_complaint(original, pruned)
-    return Evidence(
-        verified=holds and complaint is None,
-        max_error=top.difference,
-        scale=top.scale,
-        worst=worst,
-        inputs_tried=len(tried),
-        drift=_drifts(names, dense.run(names, tried[0]), slim.run(names, tried[0])),
-        runtime_noise=noise,
-        checker=complaint,
-        constant=_constant_outputs(names, expected),
-    )
+    return names, list(tried), [dense.run(names, feed) for feed in tried]
 
 
-def _require_same(
-    dense: InferenceSession, split: ir.Model, names: Sequence[str], tried: Sequence[Feeds]
-) -> None:
+def _outputs(
+    model: ir.Model | onnx.ModelProto, names: Sequence[str], tried: Sequence[Feeds]
+) -> list[Sequence[Any]]:
+    data = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model_bytes(model)
+    del model  # the weights of a large model are in memory often enough
+    session = open_session(data, Runtime(), optimize=False)
+    return [session.run(list(names), dict(feed)) for feed in tried]
+
+
+def _require_same(before: Sequence[Sequence[Any]], split: Sequence[Sequence[Any]]) -> None:
     """Refuse a split of projections that changes an output by more than rounding."""
-    session = open_session(model_bytes(split), Runtime(), optimize=False)
-    for feed in tried:
-        errors = _errors(dense.run(list(names), dict(feed)), session.run(list(names), dict(feed)))
-        if max(error.ratio for error in errors) > _SPLIT_TOLERANCE:
-            raise VerificationError(
-                "splitting the fused projections changed the outputs; this is a bug in onnx-mdp, "
-                "nothing was written, please report it"
-            )
+    errors = [error for pair in zip(before, split, strict=True) for error in _errors(*pair)]
+    if max(error.ratio for error in errors) > _SPLIT_TOLERANCE:
+        raise VerificationError(
+            "splitting the fused projections changed the outputs; this is a bug in onnx-mdp, "
+            "nothing was written, please report it"
+        )
 
 
 def _constant_outputs(names: Sequence[str], expected: Sequence[Sequence[Any]]) -> tuple[str, ...]:
