@@ -60,6 +60,7 @@ def test_the_benchmarks_are_scripts() -> None:
     assert SCRIPTS == [
         "accuracy_before_finetuning",
         "cold_and_warm",
+        "granularity",
         "latency_prediction",
         "prune_cells",
         "solver",

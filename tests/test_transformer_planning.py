@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from zoo import analyse, prune_checked, random_plan
 
+from benchmarks.granularity import only
 from onnx_mdp.binding import bind_shapes
 from onnx_mdp.cost_terms import HEADS, cost_terms, width
 from onnx_mdp.documents import analyze_document, plan_totals
@@ -242,3 +243,23 @@ def test_the_document_counts_heads(deit: Structure) -> None:
         "value": (8, 3),
         "mlp": (96, 1),
     }
+
+
+def test_the_joint_optimum_is_never_below_that_of_one_kind(deit: Structure) -> None:
+    table, importance = made_up_table(deit), score(deit, "magnitude")
+    full_ns = 1e6 * predict_ms(table, deit, full_variant(deit))
+    limits = SolveLimits(gap=0.0)
+    joint = solve(formulate(deit, importance, table).problem, round(0.7 * full_ns), limits=limits)
+    reached = 0
+    for kind in ("mlp", "heads", "qk and value", "embedding", "blocks"):
+        formulation = formulate(deit, importance, table, only(deit, kind))
+        single = solve(formulation.problem, round(0.7 * full_ns), limits=limits)
+        if single.choice is None:
+            continue
+        reached += 1
+        assert single.value < joint.value
+        plan = plan_from_choice(deit, formulation, importance, single.choice)
+        cut = {d.kind for d in deit.dimensions if d.name in plan.keep}
+        assert cut <= set({"qk and value": ("qk", "value")}.get(kind, (kind,)))
+        assert bool(plan.removed_blocks) == (kind == "blocks")
+    assert reached > 1
