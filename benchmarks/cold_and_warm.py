@@ -1,7 +1,7 @@
 """What a prune of ResNet-50 costs: the first time, and when its table is already measured.
 
 Claim: on one thread and in fresh processes, pruning ResNet-50 to 0.6 of its latency takes at most 180 s with
-an empty store and at most 60 s with a filled one, and never more than 2 GB of memory.
+an empty store and at most 15 s with a filled one, and never more than 2 GB of memory.
 
 Both times are those of the whole command, with starting Python, verifying and writing. A limit in seconds is
 inconclusive where the machine was too noisy (F above 2 %); the limit in bytes never is.
@@ -33,7 +33,7 @@ from onnx_mdp.errors import MeasurementError
 
 __all__ = ["Run", "main"]
 
-_LIMITS_S = {"cold": 180.0, "warm": 60.0}
+_LIMITS_S = {"cold": 180.0, "warm": 15.0}
 _LIMIT_MB = 2000.0
 
 

@@ -23,7 +23,7 @@ from onnx_mdp.width_rules import WidthRules
 __all__ = ["MAX_ROUNDS", "Candidate", "Clock", "Found", "Loop", "Request", "best", "close_loop", "tolerance"]
 
 MAX_ROUNDS = 6
-_ROUND_SECONDS = 6.0  # of interleaved measuring
+_ROUND_SECONDS = 4.5  # of interleaved measuring
 _HEADROOM = 0.015  # two measurements of one ratio differ by 1 to 1.5 % on a shared machine
 
 Progress = Callable[[str, int, int], None]
@@ -116,13 +116,14 @@ def close_loop(loop: Loop, target: float, base_ms: float, progress: Progress) ->
     """Solve, rewrite, measure; scale the table by what was measured; until the target is met.
 
     It aims a little below the target, so that a second measurement still meets it, unless that cannot
-    be reached.
+    be reached. A measurement that uses up that headroom is good enough only at the second attempt.
     """
     aim = target * (1 - _HEADROOM)
     state = base_ms / predict_ms(loop.table, loop.structure, full_variant(loop.structure))
     candidates: list[Candidate] = []
     tried: set[str] = set()
     fastest: float | None = None
+    once = False
     for step in range(MAX_ROUNDS):
         progress("solve", step, MAX_ROUNDS)
         solution = solve(
@@ -152,7 +153,9 @@ def close_loop(loop: Loop, target: float, base_ms: float, progress: Progress) ->
         candidate = _measure_plan(loop, plan, solution, base_ms, progress, step)
         candidates.append(candidate)
         if abs(candidate.measured_ms / aim - 1) <= tolerance(candidate.noise):
-            break
+            if once or _with_headroom(candidate, aim):
+                break
+            once = True
         state *= candidate.measured_ms / candidate.predicted_ms
     return Found(best(candidates, target), len(candidates), fastest)
 
@@ -183,8 +186,19 @@ def _measure_plan(
     )
 
 
+def _with_headroom(candidate: Candidate, aim: float) -> bool:
+    """Whether it is where the loop aims: half of the headroom is left, and not much more than all of it."""
+    above = max(_HEADROOM / 2, candidate.noise)
+    return aim * (1 - tolerance(candidate.noise)) <= candidate.measured_ms <= aim * (1 + above)
+
+
 def best(candidates: Sequence[Candidate], target: float) -> Candidate | None:
-    """The most valuable candidate well within the tolerance, else within it; else the fastest."""
+    """The most valuable candidate with headroom, else well within the tolerance, else within it; else the
+    fastest.
+    """
+    safe = [c for c in candidates if _with_headroom(c, target * (1 - _HEADROOM))]
+    if safe:
+        return max(safe, key=lambda c: c.value)
     for share in (0.5, 1.0):
         fitting = [c for c in candidates if c.measured_ms <= target * (1 + share * tolerance(c.noise))]
         if fitting:

@@ -98,7 +98,7 @@ def prune(
         raise UnsupportedModelError(f"the model has no prunable dimension: {_why_frozen(structure)}")
     clock = Clock()
     data = model_bytes(original)
-    base = measure_models([data], structure.shadow.inputs, request.runtime, seed=request.seed, budget_s=3.0)
+    base = measure_models([data], structure.shadow.inputs, request.runtime, seed=request.seed, budget_s=2.0)
     base_ms, target = base.ms[0], request.goal_ms(base.ms[0])
     clock.lap("measure")
     unpruned = _unpruned(original, structure, target, base, clock)

@@ -45,6 +45,7 @@ _ITERATIONS = 6
 # Timer and session-switching noise are a few µs: below 1 ‰ of a sample this long.
 _MIN_SAMPLE_MS = 2.0
 _MAX_ROUNDS = 300
+_UNSTEADY = 0.01
 _MAX_REPEATS = 1000
 
 _DTYPES = {
@@ -101,7 +102,8 @@ def measure(
     """Time all `sessions` interleaved, each on its own feed, and correct the drift.
 
     Without `rounds`, the budget decides, between the rounds that the models' speed asks for (10 at
-    80 ms, 20 at 30 ms, 50 at 8 ms; more than the budget if need be) and 300. `threads` is the number
+    80 ms, 20 at 30 ms, 50 at 8 ms; more than the budget if need be) and 300; while the machine is
+    unsteady, F above 1 %, it takes three times as long. `threads` is the number
     that the sessions run on: the CPU-time filter against preemption needs one thread and the CPU
     provider, and is off otherwise. `on_round` receives (rounds done, rounds in all). Raises
     ``UsageError`` for nothing to measure or fewer than 4 rounds, ``MeasurementError`` if a session
@@ -116,12 +118,17 @@ def measure(
     pairs = tuple(zip(sessions, feeds, strict=True))
     first_ms = [_warm_ms(*pair) for pair in pairs]
     repeats = [_repeats(ms) for ms in first_ms]
-    if rounds is None:
-        rounds = _rounds(first_ms, repeats, budget_s)
-    samples = _visit(pairs, repeats, rounds, np.random.default_rng(seed), on_round)
     on_cpu = all(session.get_providers() == ["CPUExecutionProvider"] for session in sessions)
     # Windows counts CPU time in ticks of 15.6 ms, longer than most samples.
-    return drift_correct(samples, filter_preempted=threads == 1 and on_cpu and os.name != "nt")
+    filtering = threads == 1 and on_cpu and os.name != "nt"
+    rng = np.random.default_rng(seed)
+    count = _rounds(first_ms, repeats, budget_s) if rounds is None else rounds
+    samples = _visit(pairs, repeats, count, rng, on_round)
+    timing = drift_correct(samples, filter_preempted=filtering)
+    if rounds is None and timing.noise > _UNSTEADY:
+        more = _visit(pairs, repeats, 2 * count, rng, on_round)
+        timing = drift_correct(_joined(samples, more), filter_preempted=filtering)
+    return timing
 
 
 def run_times(
@@ -209,6 +216,14 @@ def _visit(
             on_round(done, rounds)
     wall_ms, cpu_ms = np.array(times, dtype=np.float64).T
     return Samples(np.array(order, dtype=np.int64), wall_ms, cpu_ms)
+
+
+def _joined(first: Samples, then: Samples) -> Samples:
+    return Samples(
+        np.concatenate([first.model, then.model]),
+        np.concatenate([first.wall_ms, then.wall_ms]),
+        np.concatenate([first.cpu_ms, then.cpu_ms]),
+    )
 
 
 def _sample_ms(session: InferenceSession, feeds: Feeds, repeats: int) -> tuple[float, float]:

@@ -224,6 +224,21 @@ def test_a_front_is_its_single_solves(problem: PruningProblem, shares: list[floa
         assert agree(answer.value, alone.value)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_neighbouring_budgets_are_proven_together(seed: int):
+    """With many options the shared search proves most answers, and all are those of single solves."""
+    problem = chain(np.random.default_rng(seed), 9, 24)
+    budgets_ns = [budget_of(problem, share) for share in np.linspace(0.2, 0.95, 13)]
+    alone = [solve(problem, budget_ns, limits=EXACT) for budget_ns in budgets_ns]
+    with mock.patch.object(Exact, "solve", autospec=True, side_effect=Exact.solve) as by_itself:
+        front = solve_front(problem, budgets_ns, limits=EXACT)
+    assert by_itself.call_count <= len(budgets_ns) // 2
+    for one, other in zip(front, alone, strict=True):
+        assert one.status == other.status
+        assert one.gap <= 1e-11
+        assert agree(one.value, other.value)
+
+
 @LAWS
 @given(problems(), SHARES)
 def test_the_lagrangian_bound_and_its_price(problem: PruningProblem, share: float):

@@ -54,6 +54,8 @@ ORDER = (
     "solvers.network",
     "solvers.compilation",
     "solvers.dual",
+    "solvers.incumbent",
+    "solvers.beliefs",
     "solvers.pareto_labels",
     "solvers.exact",
     "solvers.exhaustive",

@@ -11,6 +11,7 @@ import onnx
 import onnx.parser
 import pytest
 
+from onnx_mdp import timing as timing_module
 from onnx_mdp.errors import MeasurementError, MissingBackendError, UsageError
 from onnx_mdp.runtime import context, device_name, import_onnxruntime, one_line, open_session, runtime
 from onnx_mdp.timing import Samples, drift_correct, measure, random_feeds, run_times, undisturbed
@@ -110,11 +111,24 @@ def test_a_bigger_model_takes_longer() -> None:
     assert seen == [(done, 8) for done in range(1, 9)]
 
 
-def test_a_fast_model_gets_sixty_rounds_of_long_samples_whatever_the_budget() -> None:
+def test_a_fast_model_gets_sixty_rounds_of_long_samples_whatever_the_budget(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(timing_module, "_UNSTEADY", np.inf)
     session = open_session(conv_model(32), runtime("cpu"))
     timing = measure([session], [random_feeds(session, {"flag": (0,)}, seed=0)], budget_s=0.01, threads=1)
     assert timing.rounds == 60
     assert 0 < timing.ms[0] < 2
+
+
+def test_an_unsteady_machine_is_measured_three_times_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = open_session(conv_model(32), runtime("cpu"))
+    feeds = random_feeds(session, {"flag": (0,)}, seed=0)
+    for unsteady, rounds in ((-1.0, 180), (np.inf, 60)):
+        monkeypatch.setattr(timing_module, "_UNSTEADY", unsteady)
+        timing = measure([session], [feeds], budget_s=0.01, threads=1)
+        assert timing.rounds == rounds
+        assert 0 < timing.ms[0] < 2
 
 
 def test_run_times_counts_wall_and_cpu() -> None:

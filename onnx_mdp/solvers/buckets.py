@@ -1,6 +1,7 @@
 """Elimination order and buckets: how the tables of a factor graph are summed and maximised, bucket by bucket.
 
-Buckets too large for the cache are summed and reduced one option at a time and never stored.
+Arrays have one leading axis beside those of their variables: the rows of a pass, one for each vector of
+multipliers. Buckets too large for the cache are summed and reduced one option at a time and never stored.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ class TooWideError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """How an array over some variables lies in a bucket: transpose, then one new axis for each other."""
+    """How an array over some variables lies in a bucket: transpose, then one new axis for each other.
+
+    ``others`` are those axes, counted with that of the rows.
+    """
 
     order: tuple[int, ...]
     expand: tuple[slice | None, ...]
@@ -77,59 +81,60 @@ class Bucket:
 
 
 def kept_shape(shape: Sequence[int], view: View) -> tuple[int, ...]:
-    return tuple(size for axis, size in enumerate(shape) if axis not in view.others)
+    return tuple(size for axis, size in enumerate(shape, 1) if axis not in view.others)
 
 
 def gather(into: Floats, block: Floats, first: int, view: View) -> None:
     """Take the maximum of a block over the axes that a child does not have."""
     largest = block.max(axis=view.others) if view.others else block
-    if 0 in view.others:
+    if 1 in view.others:
         np.maximum(into, largest, out=into)
     else:
-        into[first : first + len(block)] = largest
+        into[:, first : first + block.shape[1]] = largest
 
 
 def _total(parts: Sequence[Floats], shape: tuple[int, ...]) -> Floats:
-    total = np.zeros(())
-    for part in sorted(parts, key=np.size):
+    ordered = sorted(parts, key=np.size)
+    total = ordered[0] if ordered else np.zeros(())
+    for part in ordered[1:]:
         total = total + part
     return total if total.shape == shape else np.broadcast_to(total, shape)
 
 
-def largest(parts: Sequence[Floats], shape: tuple[int, ...]) -> Floats:
-    """The maximum over axis 0 of the sum of the parts, float64[shape[1:]]."""
-    if math.prod(shape) <= _WHOLE:
-        top: Floats = _total(parts, shape).max(axis=0)
+def largest(parts: Sequence[Floats], rows: int, shape: tuple[int, ...]) -> Floats:
+    """The maximum over axis 1 of the sum of the parts, float64[rows, shape[1:]]."""
+    if rows * math.prod(shape) <= _WHOLE:
+        top: Floats = _total(parts, (rows, *shape)).max(axis=1)
         return top
-    still = [part for part in parts if part.shape[0] == 1]
-    found = np.full(shape[1:], -np.inf)
-    for _, block in blocks([part for part in parts if part.shape[0] > 1], shape):
-        np.maximum(found, block[0] if len(block) == 1 else block.max(axis=0), out=found)
+    still = [part for part in parts if part.shape[1] == 1]
+    found = np.full((rows, *shape[1:]), -np.inf)
+    for _, block in blocks([part for part in parts if part.shape[1] > 1], rows, shape):
+        np.maximum(found, block[:, 0] if block.shape[1] == 1 else block.max(axis=1), out=found)
     for part in still:
-        found += part[0]
+        found += part[:, 0]
     return found
 
 
-def blocks(parts: Sequence[Floats], shape: tuple[int, ...]) -> Iterator[tuple[int, Floats]]:
-    """The sum of the parts, some options of axis 0 at a time, each block with its first option.
+def blocks(parts: Sequence[Floats], rows: int, shape: tuple[int, ...]) -> Iterator[tuple[int, Floats]]:
+    """The sum of the parts, some options of axis 1 at a time, each block with its first option.
 
-    A block must not be kept: the next one may take its memory.
+    A block, float64[rows, k, shape[1:]], must not be kept: the next one may take its memory.
     """
-    width = math.prod(shape[1:])
-    if math.prod(shape) <= _WHOLE:
-        yield 0, _total(parts, shape)
+    width = rows * math.prod(shape[1:])
+    if width * shape[0] <= _WHOLE:
+        yield 0, _total(parts, (rows, *shape))
     elif width < _WIDE:
         step = _WHOLE // width
         for first in range(0, shape[0], step):
-            some = [part[first : first + step] if part.shape[0] > 1 else part for part in parts]
-            yield first, _total(some, (min(step, shape[0] - first), *shape[1:]))
+            some = [part[:, first : first + step] if part.shape[1] > 1 else part for part in parts]
+            yield first, _total(some, (rows, min(step, shape[0] - first), *shape[1:]))
     else:
-        still = _total([part for part in parts if part.shape[0] == 1], (1, *shape[1:]))[0]
-        moving = sorted((part for part in parts if part.shape[0] > 1), key=np.size)
-        buffer = np.empty(shape[1:])
-        lone = [still] if any(part.shape[0] == 1 for part in parts) else []
+        still = _total([part for part in parts if part.shape[1] == 1], (rows, 1, *shape[1:]))[:, 0]
+        moving = sorted((part for part in parts if part.shape[1] > 1), key=np.size)
+        buffer = np.empty((rows, *shape[1:]))
+        lone = [still] if any(part.shape[1] == 1 for part in parts) else []
         for option in range(shape[0]):
-            yield option, _summed([*(part[option] for part in moving), *lone], buffer)[None]
+            yield option, _summed([*(part[:, option] for part in moving), *lone], buffer)[:, None]
 
 
 def _summed(slices: Sequence[Floats], buffer: Floats) -> Floats:
@@ -204,7 +209,7 @@ def build_buckets(
 def _view_of(inner: tuple[int, ...], scope: tuple[int, ...]) -> View:
     places = [scope.index(v) for v in inner]
     return View(
-        tuple(int(i) for i in np.argsort(places)),
-        tuple(slice(None) if v in inner else None for v in scope),
-        tuple(axis for axis, v in enumerate(scope) if v not in inner),
+        (0, *(int(i) + 1 for i in np.argsort(places))),
+        (slice(None), *(slice(None) if v in inner else None for v in scope)),
+        tuple(axis for axis, v in enumerate(scope, 1) if v not in inner),
     )

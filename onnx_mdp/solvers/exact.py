@@ -21,22 +21,16 @@ from functools import cached_property
 import numpy as np
 
 from onnx_mdp.errors import SolverError
-from onnx_mdp.problem import Choice, PruningProblem, Solution, SolveLimits, Status
+from onnx_mdp.problem import Choice, PruningProblem, Solution, SolveLimits
+from onnx_mdp.solvers.beliefs import Beliefs, Budgets, Ints, find_beliefs
 from onnx_mdp.solvers.buckets import Floats
 from onnx_mdp.solvers.compilation import compile_network
 from onnx_mdp.solvers.dual import Dual, solve_dual
-from onnx_mdp.solvers.network import Network, Point
-from onnx_mdp.solvers.pareto_labels import (
-    Beliefs,
-    CrowdedError,
-    Ints,
-    Limits,
-    StoppedError,
-    best_above,
-    find_beliefs,
-)
+from onnx_mdp.solvers.incumbent import Incumbent
+from onnx_mdp.solvers.network import Network
+from onnx_mdp.solvers.pareto_labels import Limits, StoppedError, best_above
 
-__all__ = ["Exact", "price", "solve_exact", "upper_bound"]
+__all__ = ["Exact", "close", "judged_by", "price", "solve_exact", "upper_bound", "window"]
 
 _NAME = "exact"
 _COARSE = 12  # options a variable on the first look
@@ -44,15 +38,14 @@ _CROWDED = 3000  # labels in one bucket: then fixing a variable that most bucket
 _HUB_LEAST, _HUB_SHARE = 4, 0.3  # buckets
 _MOST_LABELS = 300_000  # in one bucket; more are cut to the most promising, and the bound says so
 _FIRST_STEP = 1e-5  # of the bound
-_AS_GOOD = 1e-3  # of the bound: passes of other solves that come so close are enough
+_AS_GOOD = 1e-3
 _FIRST_SHARE = 0.08  # of the window
 _FEW = 6  # options a variable in the first window below the bound
 _WIDER = 3.0
 _NEARLY = 0.7  # of all options in the window: it may as well be open
-_SHARE = 0.999  # of the gap that may be left; the rest is for rounding
 _ROUNDING = 1e-12  # of the largest possible value
 # Other multipliers bound other tuples better, most of all where one variable moves all others.
-_POOL = (1.0, 0.85, 1.18)
+_POOL = (1.0, 0.7, 0.85, 1.18, 1.4)
 _POOL_OF_MANY = (1.0, 0.9, 1.1)
 
 
@@ -109,7 +102,7 @@ class Exact:
         started = time.perf_counter()
         search = _Search(self, budget_ns, limits, started)
         if hint is not None:
-            search.offer_choice(hint)
+            search.known.offer_choice(hint)
         search.run()
         if search.multipliers is not None:
             self.multipliers = search.multipliers
@@ -132,6 +125,11 @@ class Exact:
         ]
         return network.restrict(kept)
 
+    @property
+    def worth_a_look(self) -> bool:
+        """Whether `coarse` is smaller than the whole."""
+        return max(self.network.sizes, default=0) > _COARSE and self.network.resources > 0
+
     def bounds(self, allowance: Floats) -> tuple[float, list[Floats]]:
         """The bound of all choices, and of those with each option, by all passes so far."""
         top = np.inf
@@ -142,12 +140,62 @@ class Exact:
             options = [np.minimum(o, f + extra) for o, f in zip(options, found, strict=True)]
         return top, options
 
+    def bounds_near(
+        self, allowance: Floats, multipliers: Floats, near: float, as_good: float = _AS_GOOD
+    ) -> tuple[float, list[Floats]]:
+        """`bounds` after a pass at these multipliers, unless those before come close to ``near``."""
+        top, bounds = self.bounds(allowance)
+        if not np.isfinite(top) or top - near > as_good * abs(top):
+            self.add_pass(multipliers)
+            top, bounds = self.bounds(allowance)
+        return top, bounds
+
     def add_pass(self, multipliers: Floats) -> None:
         """Bound every option of the whole network at these multipliers; later solves use it too."""
-        self.marginals.append((multipliers, *self.network.marginals(multipliers)))
+        totals, found = self.network.marginals(multipliers[None])
+        self.marginals.append((multipliers, float(totals[0]), [rows[0] for rows in found]))
 
 
-def _window(bounds: Sequence[Floats], top: float) -> float:
+def close(
+    known: Sequence[Incumbent], network: Network, beliefs: Beliefs, limits: Limits, lowest: float
+) -> bool:
+    """Labels above falling thresholds, until the best choice of each budget of the beliefs is proven.
+
+    False says that budgets were given up as crowded. Raises StoppedError when the time is up.
+    """
+    tops = [one.bound for one in known]
+    steps = [max(_FIRST_STEP * abs(one.bound), 3 * one.rounding) for one in known]
+    for index, one in enumerate(known):
+        if np.isfinite(one.least):
+            steps[index] = max(steps[index], _FIRST_SHARE * (tops[index] - one.least))
+    open_ = [index for index, one in enumerate(known) if not one.searched]
+    crowded, each = False, 0.0
+    while open_:
+        thresholds = np.full(len(known), np.inf)
+        for index in open_:
+            least = known[index].threshold()
+            threshold = tops[index] - steps[index]
+            thresholds[index] = least if threshold < lowest else max(least, threshold)
+        found = best_above(beliefs, thresholds, limits)
+        crowded |= bool((found.dropped == np.inf).any())
+        before, each = each, found.labels / len(open_)
+        slowly = each < 1000 or each < 1.5 * before
+        for index in open_:
+            known[index].offer(network, found.points[index])
+            known[index].lower(max(float(thresholds[index]), float(found.dropped[index]), known[index].value))
+            steps[index] *= 3.0 if each < 100 else 1.8 if slowly else 1.35
+        cut = found.dropped > -np.inf
+        open_ = [index for index in open_ if not (known[index].searched or cut[index])]
+    return not crowded
+
+
+def judged_by(allowances: Floats, multipliers: Floats) -> Budgets:
+    """Budgets with their best multipliers, float64[budgets, resources], and some beside them."""
+    shares = np.array(_POOL if multipliers.shape[1] == 1 else _POOL_OF_MANY)
+    return Budgets(allowances, shares[:, None] * multipliers[:, None])
+
+
+def window(bounds: Sequence[Floats], top: float) -> float:
     """How far below ``top`` a few options of each variable reach."""
     every = np.sort(np.concatenate(bounds))[::-1]
     count = min(_FEW * len(bounds), len(every)) - 1
@@ -162,94 +210,64 @@ def _hub(network: Network) -> int:
 
 
 class _Search:
-    """One solve: the incumbent, the bound, and what was discarded; a resource of `Exact.solve`."""
+    """One solve; a resource of `Exact.solve`."""
 
     def __init__(self, exact: Exact, budget_ns: int, limits: SolveLimits, started: float) -> None:
         self.exact = exact
-        self.problem, self.budget_ns, self.limits, self.started = exact.problem, budget_ns, limits, started
         self.allowance = exact.allowance(budget_ns)
-        self.value = -np.inf
-        self.choice: Choice | None = None
-        self.bound, self.floor, self.least = np.inf, -np.inf, -np.inf
+        self.known = Incumbent(exact.problem, budget_ns, self.allowance, limits, exact.rounding)
+        self.seconds, self.started = limits.seconds, started
         self.cheapest_ns: int | None = None
         self.infeasible = False
         self.multipliers: Floats | None = None
         self.coarse_bound = -np.inf
 
     def stop(self) -> bool:
-        return time.perf_counter() - self.started > self.limits.seconds
+        return time.perf_counter() - self.started > self.seconds
 
     @property
     def closed(self) -> bool:
-        if self.infeasible or self.bound == -np.inf:
-            return True
-        left = max(self.limits.gap * abs(self.bound), 3 * self.exact.rounding)
-        return self.choice is not None and self.bound - self.value <= left
-
-    def threshold(self) -> float:
-        """What a choice must be worth to matter now; whatever is left out below it may be worth that much."""
-        if self.choice is None:
-            return self.least
-        gap = self.limits.gap / (1 + self.limits.gap)  # of the bound, which may be the smaller of the two
-        spare = max(_SHARE * gap * abs(self.value), self.exact.rounding)
-        self.floor = max(self.floor, self.value + spare)
-        return max(self.least, self.value + spare)
-
-    def lower(self, bound: float) -> None:
-        self.bound = max(self.value, self.floor, self.least, min(self.bound, bound))
-
-    def offer(self, network: Network, point: Point | None) -> None:
-        """Take a point of a restricted network that fits as the incumbent if it is better."""
-        if point is not None and point.value > self.value and (point.cost <= self.allowance).all():
-            self.value = point.value
-            self.choice = network.choice(point.places, len(self.problem.variables))
-
-    def offer_choice(self, choice: Choice) -> None:
-        value, cost_ns = self.problem.evaluate(choice)
-        if cost_ns <= self.budget_ns and self.problem.within_budgets(choice) and value > self.value:
-            self.value, self.choice = value, choice
+        return self.infeasible or self.known.closed
 
     def run(self) -> None:
-        if not self.exact.paying and self.problem.offset_ns > self.budget_ns:
-            self.infeasible, self.cheapest_ns = True, self.problem.offset_ns
+        problem, known = self.exact.problem, self.known
+        if not self.exact.paying and problem.offset_ns > known.budget_ns:
+            self.infeasible, self.cheapest_ns = True, problem.offset_ns
             return
         if not self.exact.possible:
             self.infeasible = True
             return
         network = self.exact.network
         start = self._look_coarsely()
-        if start is None or self.choice is None:
+        if start is None or known.choice is None:
             dual = self._dual(network, start)
             if dual is None or self.closed:
                 return
             start = dual.multipliers
         self.multipliers = start
         bounds = self._bounds(start)
-        below = max(_window(bounds, self.bound), 1e3 * self.exact.rounding)
-        top = self.bound
+        below = max(window(bounds, known.bound), 1e3 * self.exact.rounding)
+        top = known.bound
         while not (self.closed or self.stop()):
-            self.least = top - below
-            kept = sum(int((bound > self.least).sum()) for bound in bounds)
-            if self.least < min(self.exact.lowest, self.value) or kept > _NEARLY * sum(map(len, bounds)):
-                self.least = -np.inf  # all that may beat the incumbent
+            known.least = top - below
+            kept = sum(int((bound > known.least).sum()) for bound in bounds)
+            if known.least < min(self.exact.lowest, known.value) or kept > _NEARLY * sum(map(len, bounds)):
+                known.least = -np.inf  # all that may beat the incumbent
             self._search_above(bounds, start)
-            if self.least == -np.inf:
-                self.infeasible = self.choice is None and self.bound == -np.inf
+            if known.least == -np.inf:
+                self.infeasible = known.choice is None and known.bound == -np.inf
                 return
             below *= _WIDER
 
     def _bounds(self, multipliers: Floats) -> list[Floats]:
         """What choices with each option are worth at most; a new pass unless those before are as good."""
-        top, bounds = self.exact.bounds(self.allowance)
-        if not np.isfinite(top) or top - self.coarse_bound > _AS_GOOD * abs(top):
-            self.exact.add_pass(multipliers)
-            top, bounds = self.exact.bounds(self.allowance)
-        self.lower(top)
+        top, bounds = self.exact.bounds_near(self.allowance, multipliers, self.coarse_bound)
+        self.known.lower(top)
         return bounds
 
     def _search_above(self, bounds: Sequence[Floats], multipliers: Floats) -> None:
         """Search the choices worth more than ``least``; the bound ends there or where the best one is."""
-        threshold = self.threshold()
+        threshold = self.known.threshold()
         network = self._restricted(self.exact.network, [np.flatnonzero(b > threshold) for b in bounds])
         if network is None or self.closed or self._single(network):
             return
@@ -263,138 +281,118 @@ class _Search:
         smaller = self._fix(network, dual.multipliers)
         if smaller is None or self.closed or self._single(smaller):
             return
-        try:
-            self._close(smaller, dual.multipliers)
-        except CrowdedError:
+        if not self._close(smaller, dual.multipliers):
             self._branch(smaller, dual.multipliers)
 
     def _branch(self, network: Network, multipliers: Floats) -> None:
         """Search with the most connected variable fixed to each of its options, the most promising first."""
         hub = _hub(network)
-        _, marginals = network.marginals(multipliers)
-        outer, reached = self.bound, -np.inf
-        for option in np.argsort(-marginals[hub], kind="stable"):
+        _, marginals = network.marginals(multipliers[None])
+        outer, reached = self.known.bound, -np.inf
+        for option in np.argsort(-marginals[hub][0], kind="stable"):
             kept = [np.arange(size) for size in network.sizes]
             kept[hub] = np.array([option])
-            self.bound = outer
+            self.known.bound = outer
             branch = network.restrict(kept)
             if not self._single(branch) and not self.stop():
                 self._search_network(branch, multipliers)
-            reached = max(reached, self.bound)
+            reached = max(reached, self.known.bound)
             self.infeasible, self.cheapest_ns = False, None  # said of the branch alone
-        self.bound = outer
-        self.lower(reached)
+        self.known.bound = outer
+        self.known.lower(reached)
 
     def _look_coarsely(self) -> Floats | None:
         """Multipliers of the network with few options, whose choices become incumbents."""
         exact = self.exact
-        if max(exact.network.sizes, default=0) <= _COARSE or exact.network.resources == 0:
+        if not exact.worth_a_look:
             return None
         network = exact.coarse
         dual = solve_dual(network, self.allowance, exact.multipliers, self.stop, exact.lowest)
-        self.offer(network, dual.best)
+        self.known.offer(network, dual.best)
         if dual.cheapest is not None or not np.isfinite(dual.bound) or dual.bound < exact.lowest:
             return None
         self.coarse_bound = dual.bound
         return dual.multipliers
 
     def _fix(self, network: Network, multipliers: Floats) -> Network | None:
-        total, marginals = network.marginals(multipliers)
+        totals, marginals = network.marginals(multipliers[None])
         extra = float(multipliers @ self.allowance)
-        self.lower(total + extra)
-        threshold = self.threshold()
-        return self._restricted(network, [np.flatnonzero(m + extra > threshold) for m in marginals])
+        self.known.lower(float(totals[0]) + extra)
+        threshold = self.known.threshold()
+        return self._restricted(network, [np.flatnonzero(m[0] + extra > threshold) for m in marginals])
 
     def _restricted(self, network: Network, kept: Sequence[Ints]) -> Network | None:
         """The smaller network, or None when a variable has no option left: nothing reaches the threshold."""
         if all(len(options) for options in kept):
             return network.restrict(kept)
-        self.lower(-np.inf)
+        self.known.lower(-np.inf)
         return None
 
     def _dual(self, network: Network, start: Floats | None) -> Dual | None:
         """Multipliers of the bound, or None when the search is over."""
-        known = max(self.value, self.least)
-        dual = solve_dual(network, self.allowance, start, self.stop, self.exact.lowest, known)
-        if dual.cheapest is not None and self.choice is None and self.least == -np.inf:
+        known = self.known
+        most = max(known.value, known.least)
+        dual = solve_dual(network, self.allowance, start, self.stop, self.exact.lowest, most)
+        if dual.cheapest is not None and known.choice is None and known.least == -np.inf:
             self.infeasible = True
             if self.exact.paying:
-                self.cheapest_ns = round(float(dual.cheapest.cost[0])) + self.problem.offset_ns
+                self.cheapest_ns = round(float(dual.cheapest.cost[0])) + self.exact.problem.offset_ns
             return None
-        self.offer(network, dual.best)
+        known.offer(network, dual.best)
         if dual.cheapest is not None or dual.bound < self.exact.lowest:
-            self.lower(-np.inf)
-            self.infeasible = self.choice is None and self.least == -np.inf
+            known.lower(-np.inf)
+            self.infeasible = known.choice is None and known.least == -np.inf
             return None
-        self.lower(dual.bound)
-        if dual.reached and self.choice is not None:
-            self.lower(self.value)
+        known.lower(dual.bound)
+        if dual.reached and known.choice is not None:
+            known.lower(known.value)
             return None
         return dual
 
-    def _close(self, network: Network, multipliers: Floats) -> None:
-        """Labels above a falling threshold, until one choice proves to be the best."""
+    def _close(self, network: Network, multipliers: Floats) -> bool:
+        """Labels above a falling threshold, until one choice proves to be the best; False: too many."""
         if self._single(network):
-            return
-        shares = _POOL if len(multipliers) == 1 else _POOL_OF_MANY
-        pool = np.array([share * multipliers for share in shares])
-        beliefs = find_beliefs(network, pool, self.allowance, self.threshold())
+            return True
+        budgets = judged_by(self.allowance[None], multipliers[None])
+        beliefs = find_beliefs(network, budgets, self._thresholds())
         smaller = self._shrunk(network, beliefs)
-        if smaller is None:
-            return
-        if self._single(smaller):
-            return
+        if smaller is None or self._single(smaller):
+            return True
         if smaller is not network:
             network = smaller
-            beliefs = find_beliefs(network, pool, self.allowance, self.threshold())
-        self.lower(beliefs.bound())
+            beliefs = find_beliefs(network, budgets, self._thresholds())
+        self.known.lower(float(beliefs.bounds()[0]))
         crowded = _hub(network) >= 0
         limits = Limits(self.stop, _CROWDED if crowded else _MOST_LABELS, crowded)
-        top = self.bound
-        step = max(_FIRST_STEP * abs(top), 3 * self.exact.rounding)
-        if np.isfinite(self.least):
-            step = max(step, _FIRST_SHARE * (top - self.least))
         try:
-            while not self.closed:
-                least = self.threshold()
-                threshold = max(least, top - step)
-                if threshold < self.exact.lowest:
-                    threshold = least
-                found = best_above(beliefs, threshold, limits)
-                self.offer(network, found.point)
-                self.lower(max(threshold, found.dropped, self.value))
-                if found.dropped > -np.inf or threshold <= least:
-                    break
-                step *= 3.0 if found.labels < 100 else 1.8 if found.labels < 1000 else 1.35
+            return close([self.known], network, beliefs, limits, self.exact.lowest)
         except StoppedError:
-            pass
+            return True
+
+    def _thresholds(self) -> Floats:
+        return np.array([self.known.threshold()])
 
     def _single(self, network: Network) -> bool:
         """Whether only one choice is left; it is taken if it fits, and nothing else is better."""
         if network.sizes:
             return False
-        self.offer(network, network.point(np.zeros(0, np.intp)))
-        self.lower(-np.inf)
+        self.known.offer(network, network.points(np.zeros((1, 0), np.intp))[0])
+        self.known.lower(-np.inf)
         return True
 
     def _shrunk(self, network: Network, beliefs: Beliefs) -> Network | None:
         """The network of the options that the whole pool leaves, if that is worth building."""
-        kept = beliefs.surviving(self.threshold())
+        kept = beliefs.surviving(self._thresholds())
         if not all(len(options) for options in kept):
-            self.lower(-np.inf)
+            self.known.lower(-np.inf)
             return None
         worthwhile = sum(map(len, kept)) < 0.8 * sum(network.sizes)
         return network.restrict(kept) if worthwhile else network
 
     def solution(self) -> Solution:
         seconds = time.perf_counter() - self.started
-        if self.choice is not None:
-            value, cost_ns = self.problem.evaluate(self.choice)
-            status: Status = "optimal" if self.closed else "feasible"
-            bound = max(self.bound, value)
-            return Solution(self.choice, value, cost_ns, bound, status, self.cheapest_ns, _NAME, seconds)
+        if self.known.choice is not None:
+            return self.known.solution(_NAME, seconds, self.cheapest_ns)
         if self.infeasible:
             return Solution.infeasible(self.cheapest_ns, _NAME, seconds)
-        raise SolverError(
-            f"no choice within the budgets was found in {self.limits.seconds:g} s; allow more seconds"
-        )
+        raise SolverError(f"no choice within the budgets was found in {self.seconds:g} s; allow more seconds")

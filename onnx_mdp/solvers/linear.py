@@ -72,5 +72,5 @@ def _lines(problem: PruningProblem, factor: Factor) -> Iterator[Factor]:
 
 
 def _least_ns(exact: Exact) -> int:
-    _, point = exact.network.best(0.0, np.ones(1))
+    _, (point,) = exact.network.best(np.ones((1, 1)), np.zeros(1))
     return int(point.cost[0]) + exact.problem.offset_ns

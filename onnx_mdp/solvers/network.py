@@ -1,4 +1,4 @@
-"""A factor graph with exact (max, +) passes over it.
+"""A factor graph with exact (max, +) passes over it, for several vectors of multipliers at a time.
 
 For multipliers λ, one upward pass finds ``max_x Σ value − λ·cost`` over all choices, whatever the tables look
 like; a downward pass turns it into the *max-marginal* of every option: the best that any choice with that
@@ -99,19 +99,18 @@ class Network:
         options = [own[some] for own, some in zip(self.options, kept, strict=True)]
         return Network(self.variables, options, tables, (self.value, self.cost), self.fixed)
 
-    def theta(self, weight: float, multipliers: Floats) -> list[Floats]:
-        """``weight · value − multipliers · cost`` of every table; weight 0 keeps what is forbidden."""
-        thetas = []
-        for table in self.tables:
-            worth = table.value if weight else np.where(table.value == -np.inf, -np.inf, 0.0)
-            thetas.append(_less(worth, multipliers, table.cost))
-        return thetas
+    def theta(self, pool: Floats, weights: Floats) -> list[Floats]:
+        """``weight · value − multipliers · cost`` of every table, float64[rows, options of each].
 
-    def ascend(self, theta: Sequence[Floats]) -> list[Floats]:
+        ``pool`` is float64[rows, resources], ``weights`` float64[rows]; weight 0 keeps what is forbidden.
+        """
+        return [_weighed(table, pool, weights) for table in self.tables]
+
+    def ascend(self, theta: Sequence[Floats], rows: int) -> list[Floats]:
         """The message of every bucket; that of the last one is the maximum over all choices."""
         messages: list[Floats] = []
         for bucket in self.buckets:
-            messages.append(largest(self._parts(bucket, theta, messages), bucket.shape))
+            messages.append(largest(self._parts(bucket, theta, messages), rows, bucket.shape))
         return messages
 
     def descend(
@@ -119,17 +118,20 @@ class Network:
     ) -> None:
         """Visit what the best choice through every tuple reaches.
 
-        ``take(bucket, first, block)`` gets float64[k, ...], for the bucket's variable at k options from
-        ``first`` on, and must not keep it. Buckets come last to first.
+        ``take(bucket, first, block)`` gets float64[rows, k, ...], for the bucket's variable at k options
+        from ``first`` on, and must not keep it. Buckets come last to first.
         """
+        rows = len(messages[0]) if messages else 0
         outside: dict[int, Floats] = {}
         for index in range(len(self.buckets) - 1, -1, -1):
             bucket = self.buckets[index]
             parts = self._parts(bucket, theta, messages)
             if index in outside:
-                parts.append(outside[index][None])
-            inward = {c: np.full(kept_shape(bucket.shape, view), -np.inf) for c, view in bucket.children}
-            for first, block in blocks(parts, bucket.shape):
+                parts.append(outside[index][:, None])
+            inward = {
+                c: np.full((rows, *kept_shape(bucket.shape, view)), -np.inf) for c, view in bucket.children
+            }
+            for first, block in blocks(parts, rows, bucket.shape):
                 take(index, first, block)
                 for child, view in bucket.children:
                     gather(inward[child], block, first, view)
@@ -138,52 +140,77 @@ class Network:
                 dead = np.isneginf(messages[child])
                 outside[child] = np.where(dead, -np.inf, arrived - np.where(dead, 0.0, messages[child]))
 
-    def best(self, weight: float, multipliers: Floats) -> tuple[float, Point]:
-        """The maximum of ``weight · value − multipliers · cost``, constants included, and where it is."""
-        theta = self.theta(weight, multipliers)
-        messages = self.ascend(theta)
-        total = weight * self.value - float(multipliers @ self.cost)
-        total += float(messages[-1]) if messages else 0.0
-        return total, self.point(self._trace(theta, messages))
+    def best(self, pool: Floats, weights: Floats) -> tuple[Floats, list[Point]]:
+        """The maxima of ``weight · value − multipliers · cost``, constants included, and where they are.
 
-    def marginals(self, multipliers: Floats) -> tuple[float, list[Floats]]:
-        """The maximum of ``value − multipliers · cost`` and that of all choices with each option."""
-        theta = self.theta(1.0, multipliers)
-        messages = self.ascend(theta)
-        found = [np.full(size, -np.inf) for size in self.sizes]
+        Arguments as for `theta`; float64[rows] and a point a row.
+        """
+        theta = self.theta(pool, weights)
+        messages = self.ascend(theta, len(pool))
+        totals = weights * self.value - pool @ self.cost
+        if messages:
+            totals = totals + messages[-1]
+        return totals, self.points(self._trace(theta, messages, len(pool)))
+
+    def marginals(self, pool: Floats) -> tuple[Floats, list[Floats]]:
+        """The maxima of ``value − multipliers · cost`` and those of all choices with each option.
+
+        float64[rows], and float64[rows, options] of every variable.
+        """
+        theta = self.theta(pool, np.ones(len(pool)))
+        messages = self.ascend(theta, len(pool))
+        found = [np.full((len(pool), size), -np.inf) for size in self.sizes]
 
         def take(index: int, first: int, block: Floats) -> None:
+            rows, count = block.shape[:2]
             variable = self.buckets[index].scope[0]
-            found[variable][first : first + len(block)] = block.reshape(len(block), -1).max(axis=1)
+            found[variable][:, first : first + count] = block.reshape(rows, count, -1).max(axis=2)
 
         self.descend(theta, messages, take)
-        constant = self.value - float(multipliers @ self.cost)
-        total = float(messages[-1]) if messages else 0.0
-        return total + constant, [marginal + constant for marginal in found]
+        constant = self.value - pool @ self.cost
+        totals = constant + messages[-1] if messages else constant
+        return totals, [marginal + constant[:, None] for marginal in found]
 
-    def point(self, places: NDArray[np.intp]) -> Point:
-        """Value and cost of a choice of local options."""
-        value, cost = self.value, self.cost.copy()
+    def points(self, places: NDArray[np.intp]) -> list[Point]:
+        """Values and costs of choices of local options, ``places`` intp[rows, variables]."""
+        values = np.full(len(places), self.value)
+        costs = np.repeat(self.cost[None], len(places), axis=0)
         for table in self.tables:
-            at = tuple(places[v] for v in table.scope)
-            value += float(table.value[at])
-            cost += table.cost[(slice(None), *at)]
-        return Point(places, value, cost)
+            at: tuple[Any, ...] = tuple(places[:, v] for v in table.scope)
+            values += table.value[at]
+            costs += table.cost[(slice(None), *at)].T
+        return [Point(*one) for one in zip(places, values.tolist(), costs, strict=True)]
 
-    def _trace(self, theta: Sequence[Floats], messages: Sequence[Floats]) -> NDArray[np.intp]:
-        places = np.zeros(len(self.sizes), np.intp)
+    def _trace(self, theta: Sequence[Floats], messages: Sequence[Floats], rows: int) -> NDArray[np.intp]:
+        places = np.zeros((rows, len(self.sizes)), np.intp)
+        each = np.arange(rows)
         for bucket in reversed(self.buckets):
-            chosen = [places[v] for v in bucket.scope[1:]]
-            line = np.zeros(bucket.shape[0])
+            chosen = [places[:, v] for v in bucket.scope[1:]]
+            line = np.zeros((rows, bucket.shape[0]))
             for part in self._parts(bucket, theta, messages):
-                at = tuple(0 if part.shape[axis] == 1 else place for axis, place in enumerate(chosen, 1))
-                line = line + part[(slice(None), *at)]
-            places[bucket.scope[0]] = int(line.argmax())
+                axes = enumerate(chosen, 2)
+                at: list[Any] = [0 if part.shape[axis] == 1 else place for axis, place in axes]
+                line = line + part[(each, slice(None), *at)]
+            places[:, bucket.scope[0]] = line.argmax(axis=1)
         return places
 
     def _parts(self, bucket: Bucket, theta: Sequence[Floats], messages: Sequence[Floats]) -> list[Floats]:
         parts = [view.of(theta[table]) for table, view in bucket.tables]
         return parts + [view.of(messages[child]) for child, view in bucket.children]
+
+
+def _weighed(table: Table, pool: Floats, weights: Floats) -> Floats:
+    at = (slice(None), *[None] * table.value.ndim)
+    worth = table.value[None]
+    if (weights == 1).all():
+        worth = np.repeat(worth, len(pool), axis=0)
+    else:
+        allowed = worth > -np.inf
+        worth = np.where(allowed, weights[at] * np.where(allowed, worth, 0.0), -np.inf)
+    for multipliers, paid in zip(pool.T, table.cost, strict=True):
+        if multipliers.any():
+            worth -= multipliers[at] * paid
+    return worth
 
 
 def _squeezed(
@@ -236,10 +263,3 @@ def _absorbed(tables: Sequence[Table]) -> list[Table]:
         cost = kept[host].cost + table.cost[(slice(None), *at)]
         kept[host] = Table(scope, value, cost)
     return kept
-
-
-def _less(worth: Floats, multipliers: Floats, cost: Floats) -> Floats:
-    for multiplier, paid in zip(multipliers, cost, strict=True):
-        if multiplier:
-            worth = worth - multiplier * paid
-    return worth

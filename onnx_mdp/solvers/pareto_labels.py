@@ -1,184 +1,66 @@
-"""The best choice above a threshold: Pareto labels, kept only while a bound says that they can reach it.
+"""The best choices above thresholds: Pareto labels, kept only while a bound says that they can reach one.
 
 A label is a partial choice of the variables below a bucket: its value, its cost of each resource, and where
 it came from. Bucket by bucket, labels of the children are joined; of those that agree on what is still open,
 one that costs more and is worth less than another goes, and so does every label whose value, completed as
 well as any of a pool of multipliers allows, does not exceed the threshold. A high threshold keeps very few:
 the caller starts just below its upper bound and goes down until one choice appears, and that is the best.
+Several budgets are searched at once, each with its threshold and labels of its own: they share the steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_mdp.solvers.beliefs import Beliefs, Ints, Tuples
 from onnx_mdp.solvers.buckets import Bucket, Floats
 from onnx_mdp.solvers.network import Network, Point
 
-__all__ = [
-    "Beliefs",
-    "CrowdedError",
-    "Found",
-    "Ints",
-    "Limits",
-    "StoppedError",
-    "best_above",
-    "find_beliefs",
-]
+__all__ = ["Found", "Limits", "StoppedError", "best_above"]
 
 _JOINS = 1 << 18  # labels that are joined at once
-_JOINS_EACH = 100
+_JOINS_EACH = 50
 _RIVALS = 48  # with several resources, a group of labels is compared with so many of its best
-
-Ints = NDArray[np.intp]
 
 
 class StoppedError(Exception):
     """The time is up."""
 
 
-class CrowdedError(Exception):
-    """More labels than the caller wants."""
-
-
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """When to give up: ``stop`` tells that the time is up; above ``most`` labels in a bucket the most
-    promising are kept, or with ``strict`` CrowdedError is raised.
+    """When to give up: ``stop`` tells that the time is up; of more than ``most`` labels in a bucket the
+    most promising of a budget are kept, or with ``strict`` the budget is given up.
     """
 
     stop: Callable[[], bool]
     most: int
     strict: bool = False
 
-    def check(self, joins: int = 0) -> None:
-        """Raise for time, and for the joins that ``most`` labels would hardly need."""
+    def check(self) -> None:
+        """Raise when the time is up."""
         if self.stop():
             raise StoppedError
-        if self.strict and joins > _JOINS_EACH * self.most:
-            raise CrowdedError
 
-
-@dataclass(slots=True)
-class _Tuples:
-    """The tuples of a bucket that may be part of a choice above the threshold.
-
-    ``flat`` are their indices, ``upper`` float64[multipliers, tuples] what a choice through them reaches at
-    most, ``least`` float64[resources, tuples] what it costs at least.
-    """
-
-    flat: Ints = field(default_factory=lambda: np.zeros(0, np.intp))
-    upper: Floats = field(default_factory=lambda: np.zeros((0, 0)))
-    least: Floats = field(default_factory=lambda: np.zeros((0, 0)))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Beliefs:
-    """Bounds on every tuple of a network, for a pool of multipliers float64[multipliers, resources]."""
-
-    network: Network
-    pool: Floats
-    allowance: Floats
-    tuples: tuple[_Tuples, ...]
-    upward: tuple[list[Floats], ...]
-    cheapest: tuple[list[Floats], ...]
-
-    def surviving(self, threshold: float) -> list[Ints]:
-        """The local options of each variable through which a choice above ``threshold`` may lead."""
-        kept: list[Ints] = [np.zeros(0, np.intp)] * len(self.network.sizes)
-        for bucket, tuples in zip(self.network.buckets, self.tuples, strict=True):
-            alive = tuples.flat[tuples.upper.min(axis=0) > threshold]
-            kept[bucket.scope[0]] = np.unique(alive // max(1, bucket.entries // bucket.shape[0]))
-        return kept
-
-    def bound(self) -> float:
-        """An upper bound of every choice that was above the threshold of the beliefs, or −inf."""
-        tops = [t.upper.min(axis=0).max(initial=-np.inf) for t in self.tuples]
-        return float(min(tops, default=np.inf))
+    def crowded(self, labels: Ints, each: int = 1) -> Ints:
+        """The budgets with too many, by the number of ``labels`` of each; one may stand for ``each``."""
+        return np.flatnonzero(labels > each * self.most)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """The best point above the threshold or None, the bound of what was dropped, and labels made."""
+    """For each budget the best point that was found, at or above the threshold if there is one; the bound
+    float64[budgets] of what was dropped (inf: the budget was given up); labels made.
+    """
 
-    point: Point | None
-    dropped: float
+    points: tuple[Point | None, ...]
+    dropped: Floats
     labels: int
-
-
-def find_beliefs(network: Network, pool: Floats, allowance: Floats, threshold: float) -> Beliefs:
-    """Bound every tuple by each multiplier of the pool; keep those above ``threshold`` that can be paid."""
-    tuples = tuple(_Tuples() for _ in network.buckets)
-    upward, cheapest = [], []
-    for count, multipliers in enumerate(pool):
-        theta = network.theta(1.0, multipliers)
-        messages = network.ascend(theta)
-        constant = network.value + float(multipliers @ (allowance - network.cost))
-        if count == 0:
-            _select(network, theta, messages, tuples, threshold - constant)
-            upper = [t.upper for t in tuples]
-        else:
-            upper = _look_up(network, theta, messages, tuples)
-        for kept, row in zip(tuples, upper, strict=True):
-            kept.upper = np.vstack([kept.upper[:count], row + constant]) if count else row + constant
-        upward.append(messages)
-    for resource, unit in enumerate(np.eye(network.resources)):
-        theta = network.theta(0.0, unit)
-        messages = network.ascend(theta)
-        rows = _look_up(network, theta, messages, tuples)
-        for kept, row in zip(tuples, rows, strict=True):
-            least = network.cost[resource] - row
-            kept.least = np.vstack([kept.least, least]) if resource else least
-        cheapest.append(messages)
-    for kept in tuples:
-        alive = kept.upper.min(axis=0) > threshold
-        if network.resources:
-            alive &= (kept.least <= allowance[:, None]).all(axis=0)
-        else:
-            kept.least = np.zeros((0, len(kept.flat)))
-        kept.flat, kept.upper, kept.least = kept.flat[alive], kept.upper[:, alive], kept.least[:, alive]
-    return Beliefs(network, pool, allowance, tuples, tuple(upward), tuple(cheapest))
-
-
-def _select(
-    network: Network,
-    theta: Sequence[Floats],
-    messages: Sequence[Floats],
-    tuples: Sequence[_Tuples],
-    threshold: float,
-) -> None:
-    """Choose the tuples above the threshold, and note their bound as the first row."""
-    places: list[list[Ints]] = [[] for _ in tuples]
-    bounds: list[list[Floats]] = [[] for _ in tuples]
-
-    def take(index: int, first: int, block: Floats) -> None:
-        line = block.ravel()
-        found = np.flatnonzero(line > threshold)
-        places[index].append(found + first * (line.size // len(block)))
-        bounds[index].append(line[found])
-
-    network.descend(theta, messages, take)
-    for kept, flat, upper in zip(tuples, places, bounds, strict=True):
-        kept.flat, kept.upper = np.concatenate(flat), np.concatenate(upper)[None]
-
-
-def _look_up(
-    network: Network, theta: Sequence[Floats], messages: Sequence[Floats], tuples: Sequence[_Tuples]
-) -> list[Floats]:
-    """What a downward pass says of the chosen tuples, float64[1, tuples] a bucket."""
-    rows: list[list[Floats]] = [[] for _ in tuples]
-
-    def take(index: int, first: int, block: Floats) -> None:
-        line, flat = block.ravel(), tuples[index].flat
-        start = first * (line.size // len(block))
-        low, high = np.searchsorted(flat, (start, start + line.size))
-        rows[index].append(line[flat[low:high] - start])
-
-    network.descend(theta, messages, take)
-    return [np.concatenate(row)[None] for row in rows]
 
 
 @dataclass(slots=True, eq=False)
@@ -209,107 +91,160 @@ class _Partial:
 
 @dataclass(slots=True, eq=False)
 class _Rest:
-    """For each tuple, what the part of the choice outside the label adds at most, and costs at least."""
+    """Of the chosen tuples: whose they are, and what the part of the choice outside a label adds at most to
+    ``value − λ·cost``, float64[rows, tuples], and costs at least, float64[resources, tuples].
 
+    ``multipliers`` is float64[rows, resources, tuples], ``place_of`` finds a tuple among the chosen.
+    """
+
+    budget: Ints
+    place_of: Ints
     worth: Floats
     cost: Floats
+    multipliers: Floats
+
+    def reach(self, place: Ints, value: Floats, cost: Floats) -> Floats:
+        """What choices with these labels of these tuples are worth at most, float64[rows, labels]."""
+        paid = (self.multipliers[:, :, place] * cost).sum(axis=1)
+        reach: Floats = value - paid + self.worth[:, place]
+        return reach
 
 
-def best_above(beliefs: Beliefs, threshold: float, limits: Limits) -> Found:
-    """Return the best choice worth more than ``threshold``, or none.
+class _Growth:
+    """One run of `best_above`: thresholds, which rise where a budget is given up, and what was dropped."""
 
-    Labels that were cut are worth no more than ``dropped``. Raises StoppedError and CrowdedError as the
-    limits say.
+    def __init__(self, beliefs: Beliefs, thresholds: Floats, limits: Limits) -> None:
+        self.beliefs, self.limits = beliefs, limits
+        self.thresholds = thresholds.copy()
+        self.dropped = np.full(len(thresholds), -np.inf)
+        self.joins = np.zeros(len(thresholds), np.intp)
+        self.made: list[_Labels] = []
+
+    def join(self, index: int) -> tuple[_Partial, _Rest]:
+        """One label a tuple, then the labels of one child after the other, smallest first."""
+        network, tuples = self.beliefs.network, self.beliefs.tuples[index]
+        bucket = network.buckets[index]
+        chosen = np.flatnonzero(tuples.above(self.thresholds))
+        flat, budget = tuples.flat[chosen], tuples.budget[chosen]
+        at = dict(zip(bucket.scope, np.unravel_index(flat, bucket.shape), strict=True))
+        value, cost = np.zeros(len(flat)), np.zeros((network.resources, len(flat)))
+        for table, _ in bucket.tables:
+            place: tuple[Any, ...] = tuple(at[v] for v in network.tables[table].scope)
+            value += network.tables[table].value[place]
+            cost += network.tables[table].cost[(slice(None), *place)]
+        place_of = np.zeros(len(tuples.flat), np.intp)
+        place_of[chosen] = np.arange(len(chosen))
+        multipliers = self.beliefs.budgets.pool.transpose(1, 2, 0)[:, :, budget]
+        worth = tuples.upper[:, chosen] - (value - (multipliers * cost).sum(axis=1))
+        rest = _Rest(budget, place_of, worth, tuples.least[:, chosen] - cost, multipliers)
+        partial = _Partial(chosen, value, cost, {})
+        for child, _ in sorted(bucket.children, key=lambda pair: len(self.made[pair[0]].value)):
+            there: tuple[Any, ...] = tuple(at[v] for v in network.buckets[child].scope[1:])
+            rest.worth -= self.beliefs.upward[child][(budget, slice(None), *there)].T
+            rest.cost += self.beliefs.cheapest[child][(slice(None), *there)].reshape(network.resources, -1)
+            keys = _key(there, network.buckets[child], budget)
+            partial = self._joined(partial, rest, child, keys)
+        return partial, rest
+
+    def _joined(self, partial: _Partial, rest: _Rest, child: int, keys: Ints) -> _Partial:
+        """Every partial label with every label of the child that agrees with its tuple, if bounds allow."""
+        labels = self.made[child]
+        found = np.minimum(np.searchsorted(labels.keys, keys), len(labels.keys) - 1)
+        fits = labels.keys[found] == keys
+        starts = labels.starts[found]
+        counts = np.where(fits, labels.starts[found + 1] - starts, 0)[rest.place_of[partial.owner]]
+        if self.limits.strict:
+            counts = self._without_crowded(counts, rest.budget[rest.place_of[partial.owner]])
+        pieces = []
+        for low, high in _chunks(counts):
+            self.limits.check()
+            count = counts[low:high]
+            mine = np.repeat(np.arange(low, high), count)
+            place = rest.place_of[partial.owner[mine]]
+            theirs = starts[place] + np.arange(len(mine)) - np.repeat(np.cumsum(count) - count, count)
+            value = partial.value[mine] + labels.value[theirs]
+            cost = partial.cost[:, mine] + labels.cost[:, theirs]
+            budget = rest.budget[place]
+            alive = (rest.reach(place, value, cost) > self.thresholds[budget]).all(axis=0)
+            allowances = self.beliefs.budgets.allowances[budget].T
+            alive &= (cost + rest.cost[:, place] <= allowances).all(axis=0)
+            kept = np.flatnonzero(alive)
+            mine, theirs = mine[kept], theirs[kept]
+            sources = {before: own[mine] for before, own in partial.sources.items()} | {child: theirs}
+            piece = _Partial(partial.owner[mine], value[kept], cost[:, kept], sources)
+            pieces.append(piece.take(_undominated(piece.owner, piece.value, piece.cost)))
+        return _concatenated(pieces, partial, child)
+
+    def _without_crowded(self, counts: Ints, budget: Ints) -> Ints:
+        """No joins for budgets that would need more in all than their labels justify."""
+        self.joins += np.bincount(budget, counts, len(self.thresholds)).astype(np.intp)
+        crowded = self.limits.crowded(self.joins, _JOINS_EACH)
+        self._give_up(crowded)
+        return np.where(np.isin(budget, crowded), 0, counts) if len(crowded) else counts
+
+    def _give_up(self, budgets: Ints) -> None:
+        self.thresholds[budgets] = np.inf
+        self.dropped[budgets] = np.inf
+
+    def thinned(self, joined: _Partial, rest: _Rest) -> _Partial:
+        """The labels without those of crowded budgets, or without their least promising."""
+        place = rest.place_of[joined.owner]
+        budget = rest.budget[place]
+        kept = np.ones(len(budget), bool)
+        crowded = self.limits.crowded(np.bincount(budget, minlength=len(self.thresholds)))
+        for one in crowded:
+            own = np.flatnonzero(budget == one)
+            if self.limits.strict:
+                kept[own] = False
+                continue
+            reach = rest.reach(place[own], joined.value[own], joined.cost[:, own]).min(axis=0)
+            out = own[np.argpartition(-reach, self.limits.most)[self.limits.most :]]
+            self.dropped[one] = max(self.dropped[one], float(reach[np.isin(own, out)].max()))
+            kept[out] = False
+        if self.limits.strict:
+            self._give_up(crowded)
+        return joined.take(np.flatnonzero(kept)) if len(crowded) else joined
+
+    def tops(self) -> Iterator[Point | None]:
+        """The most valuable whole choice of each budget."""
+        network, labels = self.beliefs.network, self.made[-1]
+        for budget in range(len(self.thresholds)):
+            place = int(np.searchsorted(labels.keys, budget))
+            if place == len(labels.keys) or labels.keys[place] != budget:
+                yield None
+                continue
+            first, end = labels.starts[place : place + 2]
+            best = int(first + labels.value[first:end].argmax())
+            yield network.points(_trace(network, self.made, best)[None])[0]
+
+
+def best_above(beliefs: Beliefs, thresholds: Floats, limits: Limits) -> Found:
+    """Return the best choice of each budget worth more than its threshold, or none; inf asks for none.
+
+    Labels that were cut are worth no more than ``dropped``. Raises StoppedError when the time is up.
     """
-    network = beliefs.network
-    made: list[_Labels] = []
-    dropped, count = -np.inf, 0
-    for index, bucket in enumerate(network.buckets):
+    growth = _Growth(beliefs, thresholds, limits)
+    count = 0
+    for index, bucket in enumerate(beliefs.network.buckets):
         limits.check()
-        joined, rest = _join(beliefs, index, made, threshold, limits)
-        if len(joined.value) > limits.most:
-            if limits.strict:
-                raise CrowdedError
-            upper = _upper(beliefs.pool, joined, rest)
-            order = np.argpartition(-upper, limits.most)
-            dropped = max(dropped, float(upper[order[limits.most :]].max()))
-            joined = joined.take(np.sort(order[: limits.most]))
-        made.append(_grouped(bucket, beliefs.tuples[index].flat, joined))
-        count += len(made[-1].value)
-        if not len(made[-1].value):
-            return Found(None, dropped, count)
-    top = made[-1]
-    best = int(top.value.argmax())
-    return Found(network.point(_trace(network, made, best)), dropped, count)
+        joined, rest = growth.join(index)
+        joined = growth.thinned(joined, rest)
+        growth.made.append(_grouped(bucket, beliefs.tuples[index], joined))
+        count += len(joined.value)
+        if not len(joined.value):
+            return Found((None,) * len(thresholds), growth.dropped, count)
+    return Found(tuple(growth.tops()), growth.dropped, count)
 
 
-def _join(
-    beliefs: Beliefs, index: int, made: Sequence[_Labels], threshold: float, limits: Limits
-) -> tuple[_Partial, _Rest]:
-    """One label a tuple, then the labels of one child after the other, smallest first."""
-    network, bucket, tuples = beliefs.network, beliefs.network.buckets[index], beliefs.tuples[index]
-    chosen = tuples.upper.min(axis=0) > threshold
-    flat = tuples.flat[chosen]
-    at = dict(zip(bucket.scope, np.unravel_index(flat, bucket.shape), strict=True))
-    value, cost = np.zeros(len(flat)), np.zeros((network.resources, len(flat)))
-    for table, _ in bucket.tables:
-        place = tuple(at[v] for v in network.tables[table].scope)
-        value += network.tables[table].value[place]
-        cost += network.tables[table].cost[(slice(None), *place)]
-    rest = _Rest(tuples.upper[:, chosen] - (value - beliefs.pool @ cost), tuples.least[:, chosen] - cost)
-    partial = _Partial(np.flatnonzero(chosen), value, cost, {})
-    place_of = np.cumsum(chosen) - 1
-    for child, _ in sorted(bucket.children, key=lambda pair: len(made[pair[0]].value)):
-        separator = network.buckets[child].scope[1:]
-        there = tuple(at[v] for v in separator)
-        for row, messages in enumerate(beliefs.upward):
-            rest.worth[row] -= messages[child][there]
-        for row, messages in enumerate(beliefs.cheapest):
-            rest.cost[row] += messages[child][there]
-        keys = _key(there, network.buckets[child].shape[1:], len(flat))
-        partial = _joined(beliefs, partial, place_of, rest, child, keys, made[child], threshold, limits)
-    return partial, _Rest(rest.worth[:, place_of[partial.owner]], rest.cost[:, place_of[partial.owner]])
+def _key(at: tuple[Ints, ...], bucket: Bucket, budget: Ints) -> Ints:
+    """The separator state of a bucket, and whose it is."""
+    state = np.ravel_multi_index(at, bucket.shape[1:]) if at else 0
+    key: Ints = budget * _states(bucket) + state
+    return key
 
 
-def _key(at: tuple[Ints, ...], shape: tuple[int, ...], count: int) -> Ints:
-    return np.ravel_multi_index(at, shape) if at else np.zeros(count, np.intp)
-
-
-def _joined(
-    beliefs: Beliefs,
-    partial: _Partial,
-    place_of: Ints,
-    rest: _Rest,
-    child: int,
-    keys: Ints,
-    labels: _Labels,
-    threshold: float,
-    limits: Limits,
-) -> _Partial:
-    """Every partial label with every label of the child that agrees with its tuple, if bounds allow."""
-    found = np.minimum(np.searchsorted(labels.keys, keys), len(labels.keys) - 1)
-    fits = labels.keys[found] == keys
-    starts = labels.starts[found]
-    counts = np.where(fits, labels.starts[found + 1] - starts, 0)[place_of[partial.owner]]
-    limits.check(joins=int(counts.sum()))
-    pieces = []
-    for low, high in _chunks(counts):
-        limits.check()
-        count = counts[low:high]
-        mine = np.repeat(np.arange(low, high), count)
-        place = place_of[partial.owner[mine]]
-        theirs = starts[place] + np.arange(len(mine)) - np.repeat(np.cumsum(count) - count, count)
-        value = partial.value[mine] + labels.value[theirs]
-        cost = partial.cost[:, mine] + labels.cost[:, theirs]
-        alive = (cost <= beliefs.allowance[:, None] - rest.cost[:, place]).all(axis=0)
-        for multipliers, worth in zip(beliefs.pool, rest.worth, strict=True):
-            alive &= value - multipliers @ cost + worth[place] > threshold
-        kept = np.flatnonzero(alive)
-        mine, theirs = mine[kept], theirs[kept]
-        sources = {before: own[mine] for before, own in partial.sources.items()} | {child: theirs}
-        piece = _Partial(partial.owner[mine], value[kept], cost[:, kept], sources)
-        pieces.append(piece.take(_undominated(piece.owner, piece.value, piece.cost)))
-    return _concatenated(pieces, partial, child)
+def _states(bucket: Bucket) -> int:
+    return max(1, bucket.entries // bucket.shape[0])
 
 
 def _chunks(counts: Ints) -> Iterator[tuple[int, int]]:
@@ -338,15 +273,10 @@ def _concatenated(pieces: Sequence[_Partial], empty: _Partial, child: int) -> _P
     )
 
 
-def _upper(pool: Floats, partial: _Partial, rest: _Rest) -> Floats:
-    upper: Floats = (partial.value - pool @ partial.cost + rest.worth).min(axis=0)
-    return upper
-
-
-def _grouped(bucket: Bucket, flat: Ints, partial: _Partial) -> _Labels:
-    """Labels by the state of what is still open, without those that another one there beats."""
-    width = max(1, bucket.entries // bucket.shape[0])
-    option, key = np.divmod(flat[partial.owner], width)
+def _grouped(bucket: Bucket, tuples: Tuples, partial: _Partial) -> _Labels:
+    """Labels by budget and the state of what is still open, without those that another one there beats."""
+    option, key = np.divmod(tuples.flat[partial.owner], _states(bucket))
+    key += tuples.budget[partial.owner] * _states(bucket)
     order = _undominated(key, partial.value, partial.cost)
     partial, key, option = partial.take(order), key[order], option[order]
     keys, starts = np.unique(key, return_index=True)
