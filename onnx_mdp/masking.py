@@ -8,6 +8,7 @@ false statement: a bias or ``sigmoid(0)`` leaves a constant behind.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ def masked_model(original: ir.Model, structure: Structure, plan: PruningPlan) ->
         operation = structure.shadow.operations[index]
         labels = _labels_read(structure, operation, slot)
         if labels is not None and removed[labels].any():
-            masks.restrict(operation, slot, _Kept.of(structure, labels, removed))
+            masks.restrict(operation, slot, _Kept.of(structure, operation.inputs[slot], labels, removed))
     for block in structure.blocks:
         if block.name in plan.removed_blocks:
             joint = structure.shadow.operations[block.joint]
@@ -61,18 +62,23 @@ def _labels_read(structure: Structure, operation: Operation, slot: int) -> Label
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """Which entries of an input stay, broadcast, and how many of ``full`` stay in each row that does."""
+    """Which entries of an input stay, broadcast, and how many of ``full`` stay in each row that does.
+
+    ``shape`` is the shape of the input at the bound sizes.
+    """
 
     mask: npt.NDArray[np.bool_]
     full: int
     count: int
+    shape: tuple[int, ...]
 
     @staticmethod
-    def of(structure: Structure, labels: Labels, removed: npt.NDArray[np.bool_]) -> _Kept:
+    def of(structure: Structure, name: str, labels: Labels, removed: npt.NDArray[np.bool_]) -> _Kept:
         mask = keep_vector(labels, removed)
         heads = structure.graph.head[labels]
         rows, kept = len(np.unique(heads)), len(np.unique(heads[mask]))
-        return _Kept(mask, mask.size // rows, int(mask.sum()) // max(kept, 1))
+        count = int(mask.sum()) // max(kept, 1)
+        return _Kept(mask, mask.size // rows, count, structure.shadow.shapes[name])
 
 
 class _Masks:
@@ -118,8 +124,10 @@ class _Masks:
         node = self.makers[output]
         centred = operation.op_type == "LayerNormalization"
         mask = self._constant(kept.mask.astype(np.float32))
-        count = self._constant(np.asarray(kept.count, np.float32))
-        axes = [axis for axis in range(operation.attributes.get("axis", -1), 0)]
+        rank = len(kept.shape)
+        axes = range(operation.attributes.get("axis", -1) % rank, rank)
+        alike = math.prod(kept.shape[axis] for axis in axes if kept.mask.shape[axis] == 1)
+        count = self._constant(np.asarray(kept.count * alike, np.float32))
         epsilon = self._constant(np.asarray(operation.attributes.get("epsilon", 1e-5), np.float32))
         before = self.before.setdefault(output, [])
 

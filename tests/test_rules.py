@@ -328,6 +328,31 @@ def grouped(op: str, weight: str, channels: int, widths: tuple[int, ...], size: 
 
 
 TRAPS: dict[str, Case] = {
+    "layer norm written out": between(
+        NHWC.format(
+            body="a1 = ReduceMean<axes=[-1]>(n)\na2 = Sub(n, a1)\na3 = Mul(a2, a2)\na4 = ReduceMean<axes=[-1]>(a3)\n"
+            "a5 = Add(a4, eps)\na6 = Sqrt(a5)\na7 = Div(a2, a6)\na8 = Mul(a7, g)\nm = Add(a8, h)"
+        ),
+        weights=", float[8] g, float[8] h, float eps = {0.001}",
+    ),
+    "RMS norm written out": between(
+        NHWC.format(
+            body="a3 = Pow(n, two)\na4 = ReduceMean<axes=[-1]>(a3)\na5 = Add(a4, eps)\na6 = Sqrt(a5)\na7 = Div(n, a6)\n"
+            "m = Mul(a7, g)"
+        ),
+        weights=", float[8] g, float eps = {0.001}, float two = {2.0}",
+    ),
+    "layer norm over channels and positions": between(
+        "u = LayerNormalization<axis=1>(t, g)", weights=", float[8,6,6] g"
+    ),
+    "layer norm over positions only": between(
+        "u = LayerNormalization<axis=2>(t, g)", weights=", float[6,6] g"
+    ),
+    "layer norm with its statistics read": between(
+        NHWC.format(body="l, mean, deviation = LayerNormalization(n, g)\nm = Add(l, mean)"),
+        (),
+        weights=", float[8] g",
+    ),
     "a weight shared by readers of different widths": two(
         "m = Conv(t, e)\nn = Conv(v, e)\nr = Sigmoid(n)\nu = Concat<axis=1>(m, r)", (8, 8, 4, 4)
     ),
