@@ -20,7 +20,7 @@ import onnx_ir as ir
 from onnx import helper, numpy_helper
 
 from onnx_mdp.labels import keep_vector
-from onnx_mdp.model_io import model_bytes
+from onnx_mdp.model_io import model_proto
 from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.rules import Labels
 from onnx_mdp.shadow import Operation
@@ -34,7 +34,7 @@ _NORMS = ("LayerNormalization", "RMSNormalization")
 def masked_model(original: ir.Model, structure: Structure, plan: PruningPlan) -> onnx.ModelProto:
     """The original graph (projections split) with masks inserted and nothing sliced."""
     reference = structure.shadow.model if structure.shadow.split else original
-    proto = onnx.ModelProto.FromString(model_bytes(reference))
+    proto = model_proto(reference)
     removed = removed_classes(plan, structure)
     masks = _Masks(proto, {n.output[0]: n for n in proto.graph.node if n.output})
     for index, slot in structure.graph.reductions:

@@ -27,6 +27,7 @@ __all__ = [
     "content_hash",
     "load_model",
     "model_bytes",
+    "model_proto",
     "parameter_count",
     "save_model",
     "topology_hash",
@@ -149,10 +150,19 @@ def model_bytes(model: ir.Model) -> bytes:
     Raises:
         UnsupportedModelError: the weights exceed protobuf's limit of 2 GB.
     """
+    data: bytes = model_proto(model).SerializeToString()
+    return data
+
+
+def model_proto(model: ir.Model) -> onnx.ModelProto:
+    """The protobuf of a model, with copies of its weights.
+
+    Raises:
+        UnsupportedModelError: the weights exceed protobuf's limit of 2 GB.
+    """
     if _weight_bytes(model) > _PROTOBUF_LIMIT - 2**20:
         raise UnsupportedModelError("the model holds more than 2 GB of weights, which is not supported yet")
-    data: bytes = ir.to_proto(model).SerializeToString()
-    return data
+    return ir.to_proto(model)
 
 
 def _weight_bytes(model: ir.Model) -> int:

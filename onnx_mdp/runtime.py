@@ -205,6 +205,8 @@ def _session_options(
     options.log_severity_level = _FATAL
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    # Sessions that look at values are not timed; an arena would double the memory of a large model.
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = optimize
     if profile_prefix is not None:
         options.enable_profiling = True
         options.profile_file_prefix = profile_prefix

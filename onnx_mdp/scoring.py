@@ -23,7 +23,7 @@ import numpy.typing as npt
 import onnx
 
 from onnx_mdp.errors import UsageError
-from onnx_mdp.model_io import model_bytes
+from onnx_mdp.model_io import model_proto
 from onnx_mdp.output_drift import block_drifts, unit_steps
 from onnx_mdp.rules import Labels, Site, varying
 from onnx_mdp.runtime import Runtime, open_session
@@ -264,7 +264,7 @@ def _by_index(energy: Vector, count: int) -> Vector:
 
 def _mean_squares(structure: Structure, names: Sequence[str], feeds: Feeds) -> dict[str, Vector]:
     """``E[x²]`` of tensors over all feeds, by index of their labelled axes; the others have extent 1."""
-    proto = onnx.ModelProto.FromString(model_bytes(structure.shadow.model))
+    proto = model_proto(structure.shadow.model)
     outputs = {o.name for o in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in outputs)
     session = open_session(proto.SerializeToString(), Runtime())

@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from onnx_mdp.binding import doubled_shapes
 from onnx_mdp.errors import MeasurementError, UnsupportedModelError
-from onnx_mdp.model_io import clone, content_hash, model_bytes
+from onnx_mdp.model_io import clone, content_hash, model_proto
 from onnx_mdp.projections import Known, split_projections
 from onnx_mdp.runtime import Runtime, has_onnxruntime, import_onnxruntime, open_session
 from onnx_mdp.static_shapes import infer_statically
@@ -195,7 +195,7 @@ def _observe(
     wanted = [str(v.name) for n in model.graph for v in n.outputs if v.name] if all_shapes else list(pure)
     if not wanted:
         return {}, {}
-    proto = onnx.ModelProto.FromString(model_bytes(model))
+    proto = model_proto(model)
     if not has_onnxruntime():
         return infer_statically(proto, shapes, wanted, pure)
     outputs = {o.name for o in proto.graph.output}
