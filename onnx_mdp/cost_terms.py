@@ -21,10 +21,11 @@ from onnx_mdp.rules import varying
 from onnx_mdp.shadow import Operation
 from onnx_mdp.structure import Extent, Structure, extent, input_extent
 
-__all__ = ["CONTRACTIONS", "HEADS", "CostTerm", "anchors", "cost_terms", "width"]
+__all__ = ["CONTRACTIONS", "HEADS", "SUMMED_HEADS", "CostTerm", "anchors", "cost_terms", "width"]
 
 CONTRACTIONS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 HEADS = "heads"  # the kind of a term that makes heads: these are counted one by one
+SUMMED_HEADS = "heads, width summed"  # query times key
 _ELEMENTWISE = frozenset(
     (
         "Abs Add BatchNormalization Cast Ceil Clip Div Dropout Elu Erf Exp Floor Gelu HardSigmoid "
@@ -73,8 +74,12 @@ def cost_terms(structure: Structure) -> tuple[CostTerm, ...]:
         for op in structure.shadow.operations
         if op.op_type == "Add" and not any(name in structure.shadow.constants for name in op.inputs)
     }
+    riders: dict[int, list[str]] = {}
+    for op in structure.shadow.operations:
+        if charged[op.index] != op.index:
+            riders.setdefault(charged[op.index], []).append(op.op_type)
     return tuple(
-        _term(structure, op, op.index in joined)
+        _term(structure, op, op.index in joined, sorted(riders.get(op.index, [])))
         for op in structure.shadow.operations
         if charged[op.index] == op.index
     )
@@ -85,7 +90,7 @@ def width(extent_: Extent, kept: Mapping[int, int]) -> int:
     return extent_.fixed + sum(c * math.prod(kept[index] for index in scope) for scope, c in extent_.terms)
 
 
-def _term(structure: Structure, operation: Operation, joined: bool) -> CostTerm:
+def _term(structure: Structure, operation: Operation, joined: bool, riders: list[str]) -> CostTerm:
     reads, makes, kind = _widths(structure, operation)
     shapes = structure.shadow.shapes
     described: dict[str, Any] = {"op": operation.op_type, "kind": kind}
@@ -94,6 +99,9 @@ def _term(structure: Structure, operation: Operation, joined: bool) -> CostTerm:
     }
     described["in"] = _without_width(structure, operation.inputs[0]) if operation.inputs else []
     described["out"] = _without_width(structure, operation.outputs[0])
+    if not operation.op_type.startswith("Conv"):
+        # A convolution hides what rides on it in its own loop; a matrix product does not: GELU costs.
+        described["riders"] = riders
     if operation.op_type in CONTRACTIONS:
         if operation.inputs[1] in structure.shadow.constants:
             described["weight"] = list(shapes[operation.inputs[1]][2:])
@@ -156,7 +164,9 @@ def _product_widths(structure: Structure, operation: Operation) -> tuple[Extent,
         labels = structure.graph.tensors.get(name)
         for axis in () if labels is None else varying(labels):
             found[axis < rank - 2] = extent(structure, name, axis)
-    return found[False], found[True], HEADS
+    made = structure.graph.tensors.get(operation.outputs[0])
+    summed = made is None or len(varying(made)) < len([e for e in found.values() if e.terms])
+    return found[False], found[True], SUMMED_HEADS if summed else HEADS
 
 
 def _counts_heads(structure: Structure, name: str) -> bool:

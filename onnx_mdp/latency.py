@@ -4,10 +4,10 @@ For every shape key the time of a term is fitted, with non-negative coefficients
 
     t(a, b) = c0 + c1·⌈a/B⌉ + c2·⌈b/B⌉ + c3·⌈a/B⌉·⌈b/B⌉
 
-where ``a`` and ``b`` are the widths read and made and B is the provider's granularity (1 for a ``b`` that
-counts heads). The table is the fit
-evaluated at every choice: full in both widths, and monotone by construction. An affine map, fitted to the
-unpruned model and four held-out variants, turns sums of terms into whole-model milliseconds.
+where ``a`` and ``b`` are the widths read and made and B is the provider's granularity. In products of heads,
+``b`` counts heads one by one, and the width ``a`` of query and key, which is summed over, counts half blocks.
+The table is the fit evaluated at every choice: full in both widths, and monotone by construction. An affine
+map, fitted to the unpruned model and four held-out variants, turns sums of terms into whole-model milliseconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import lsq_linear, nnls
 
-from onnx_mdp.cost_terms import HEADS, CostTerm, cost_terms, width
+from onnx_mdp.cost_terms import HEADS, SUMMED_HEADS, CostTerm, cost_terms, width
 from onnx_mdp.granularity import granularity, unit_choices
 from onnx_mdp.lut_store import LutStore, Run
 from onnx_mdp.model_io import model_bytes, topology_hash
@@ -231,7 +231,12 @@ def _profile(
 
 
 def _features(key: str, a: float, b: float, step: int) -> tuple[float, float, float, float]:
-    u, v = -(-a // step), b if f'"kind":"{HEADS}"' in key else -(-b // step)
+    if f'"kind":"{SUMMED_HEADS}"' in key:
+        u, v = -(-a // max(1.0, step / 2)), b
+    elif f'"kind":"{HEADS}"' in key:
+        u, v = -(-a // step), b
+    else:
+        u, v = -(-a // step), -(-b // step)
     return (1.0, u, v, u * v)
 
 

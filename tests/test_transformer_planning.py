@@ -11,7 +11,7 @@ from zoo import analyse, prune_checked, random_plan
 
 from benchmarks.granularity import only
 from onnx_mdp.binding import bind_shapes
-from onnx_mdp.cost_terms import HEADS, cost_terms, width
+from onnx_mdp.cost_terms import HEADS, SUMMED_HEADS, cost_terms, width
 from onnx_mdp.documents import analyze_document, plan_totals
 from onnx_mdp.formulation import Formulation, formulate, plan_from_choice, variant_from_choice
 from onnx_mdp.granularity import unit_choices
@@ -199,7 +199,8 @@ def test_terms_of_attention_depend_on_embedding_heads_and_width(deit: Structure)
     terms = {t.operation: t for t in cost_terms(deit)}
     scores = terms[first]
     assert operations[first].op_type == "MatMul"
-    assert f'"kind":"{HEADS}"' in scores.key
+    assert f'"kind":"{SUMMED_HEADS}"' in scores.key
+    assert any(f'"kind":"{HEADS}"' in term.key for term in terms.values())
     assert scores.reads.terms == (((index["qk"],), 1),)
     assert scores.makes.terms == (((index["heads"],), 1),)
     query = terms[deit.dimensions[index["qk"]].producer]
