@@ -7,7 +7,7 @@ For every shape key the time of a term is fitted, with non-negative coefficients
 where ``a`` and ``b`` are the widths read and made and B is the provider's granularity. In products of heads,
 ``b`` counts heads one by one, and the width ``a`` of query and key, which is summed over, counts half blocks.
 The table is the fit evaluated at every choice: full in both widths, and monotone by construction. An affine
-map, fitted to the unpruned model and four held-out variants, turns sums of terms into whole-model milliseconds.
+map, fitted to the unpruned model and four held-out variants, turns sums of terms into milliseconds.
 """
 
 from __future__ import annotations

@@ -251,16 +251,17 @@ def test_the_joint_optimum_is_never_below_that_of_one_kind(deit: Structure) -> N
     full_ns = 1e6 * predict_ms(table, deit, full_variant(deit))
     limits = SolveLimits(gap=0.0)
     joint = solve(formulate(deit, importance, table).problem, round(0.7 * full_ns), limits=limits)
-    reached = 0
+    values = []
     for kind in ("mlp", "heads", "qk and value", "embedding", "blocks"):
         formulation = formulate(deit, importance, table, only(deit, kind))
         single = solve(formulation.problem, round(0.7 * full_ns), limits=limits)
         if single.choice is None:
             continue
-        reached += 1
-        assert single.value < joint.value
+        values.append(single.value)
+        assert single.value <= joint.value + 1e-9
         plan = plan_from_choice(deit, formulation, importance, single.choice)
         cut = {d.kind for d in deit.dimensions if d.name in plan.keep}
         assert cut <= set({"qk and value": ("qk", "value")}.get(kind, (kind,)))
         assert bool(plan.removed_blocks) == (kind == "blocks")
-    assert reached > 1
+    assert len(values) > 1
+    assert min(values) < joint.value - 0.01
