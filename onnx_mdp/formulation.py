@@ -195,6 +195,8 @@ class _Builder:
         for term in table.terms:
             reads, makes = self._axis(term.reads), self._axis(term.makes)
             scope, gate = self._scope((reads, makes), term.operation)
+            if len(scope) > _MAX_ARITY:
+                raise UnsupportedModelError(f"one layer depends on more than {_MAX_ARITY} widths: {term.key}")
             costs = np.zeros([len(self.variables[v].widths) for v in scope], np.int64)
             known: dict[tuple[int, int], int] = {}
             for place in itertools.product(*map(range, costs.shape)):
