@@ -62,6 +62,7 @@ def test_the_benchmarks_are_scripts() -> None:
         "cold_and_warm",
         "granularity",
         "latency_prediction",
+        "peers_on_transformers",
         "prune_cells",
         "solver",
     ]
