@@ -40,6 +40,7 @@ _ROW, _CELL, _NAME_LEAST, _BAR, _NUMBERS, _MARGIN, _HEAD = 0.165, 0.066, 1.3, 2.
 _NAME_CELLS = 30
 _LEAST = 6.0  # inches of width that the legend needs
 _LAYERS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
+_PART = re.compile(r"part_\d")
 _OPERATOR = re.compile(
     r"(?:Conv|ConvTranspose|Conv2D|Gemm|MatMul|BiasAdd|Relu6?|(?:Fused)?BatchNorm(?:V\d)?)(?:_\d+)?"
 )
@@ -203,17 +204,21 @@ def _short_names(names: Sequence[str]) -> list[str]:
 def _path(name: str) -> list[str]:
     """The parts of a hierarchical name, without the operator at its end.
 
-    TensorFlow's converter joins the names of all that it fused; the bias names the layer itself.
+    TensorFlow's converter joins the names of all that it fused; the bias names the layer itself. A part of a
+    split projection stays named.
 
     >>> _path("/layer1/layer1.0/conv1/Conv"), _path("model/relu/Relu;model/dense/BiasAdd")
     (['layer1', 'layer1.0', 'conv1'], ['model', 'dense'])
+    >>> _path("/layers.0/attention/qkv/MatMul/part_2")
+    ['layers.0', 'attention', 'qkv', 'part_2']
     """
     fused = name.split(";")
     chosen = next((part for part in fused if part.endswith("/BiasAdd")), fused[0])
     parts = [part for part in chosen.split("/") if part] or [name]
+    part = [parts.pop()] if len(parts) > 1 and _PART.fullmatch(parts[-1]) else []
     while len(parts) > 1 and (_OPERATOR.fullmatch(parts[-1]) or parts[-2].rstrip("_0123456789") == parts[-1]):
         parts.pop()
-    return parts
+    return parts + part
 
 
 def _unrepeated(parts: Sequence[str]) -> list[str]:
