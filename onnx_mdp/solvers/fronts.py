@@ -2,8 +2,8 @@
 
 An option's bound is ``m(λ) + λ·budget`` with ``m`` the same for every budget, so a pass over all options
 that one budget needed serves the others. Neighbouring budgets are then searched together, on the network of
-the options that any of them may need: the multipliers of each bound its neighbours too, and one set of labels
-holds the best choices of all. What that does not prove is solved alone.
+the options that any of them may need: each pass takes the multipliers of all, and labels, each of one budget,
+are joined in the same steps. What that does not prove is solved alone.
 """
 
 from __future__ import annotations
