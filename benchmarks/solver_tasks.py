@@ -90,6 +90,9 @@ def task_rows(given: argparse.Namespace) -> Iterator[Row]:
         answers = [a for a in solve_front(problem, budgets) if a.choice is not None]
         spent = time.process_time() - started
         yield _task_row("20 budgets", name, answers, [spent], 10 * statistics.median(once), given)
+        alone = [timed(partial(solve, problem, budget_ns)) for budget_ns in budgets]
+        reached = [a for a, _ in alone if a.choice is not None]
+        yield _task_row("same, one by one", name, reached, [sum(s for _, s in alone)], 0.0, given)
         found = [timed(partial(cheapest, problem, s * whole[0])) for s in _SHARES]
         yield _task_row("least latency", name, [a for a, _ in found], [s for _, s in found], 0.5, given)
     for name in small if given.quick else [*small, *(n for n in given.models if n == "resnet50 by 8")]:

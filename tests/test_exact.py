@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
 from unittest import mock
 
 import highspy
@@ -15,8 +17,7 @@ from hypothesis import strategies as st
 
 from onnx_mdp.errors import MissingBackendError, SolverError
 from onnx_mdp.problem import Block, Budget, Factor, PruningProblem, Variable, WidthSum
-from onnx_mdp.solvers import SolveLimits, cheapest, fastest, mindtpy, solve
-from onnx_mdp.solvers import exact as exact_module
+from onnx_mdp.solvers import SolveLimits, cheapest, compiled, fastest, mindtpy, search, solve
 from onnx_mdp.solvers.exact import Exact, price, upper_bound
 from onnx_mdp.solvers.fronts import solve_front
 
@@ -132,14 +133,24 @@ def test_exact_is_brute_force_under_several_budgets(problem: PruningProblem, sha
         assert answer.fastest_ns == truth.fastest_ns
 
 
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Constants with which small problems meet what is meant for large ones."""
+    hub = {"_HUB_LEAST": 0, "_HUB_SHARE": 0.0}
+    with (
+        mock.patch.object(compiled, "_COARSE", 2),
+        mock.patch.multiple(search, _FEW=1, _NEARLY=2.0, _CROWDED=1, _SMALL=0, _LARGE=0, **hub),
+    ):
+        yield
+
+
 @LAWS
 @given(st.one_of(problems(), problems(budgets=True)), SHARES)
 def test_every_stage_is_exact_where_small_problems_reach_it(problem: PruningProblem, share: float):
     """Two options on the first look, one in the first window, and branching as soon as there is a label."""
     budget_ns = budget_between(problem, share)
     truth = solve(problem, budget_ns, "exhaustive")
-    eager = {"_COARSE": 2, "_FEW": 1, "_NEARLY": 2.0, "_CROWDED": 1, "_HUB_LEAST": 0, "_HUB_SHARE": 0.0}
-    with mock.patch.multiple(exact_module, **eager):
+    with eager():
         answer = solve(problem, budget_ns, limits=EXACT)
     assert answer.status == truth.status
     assert agree(answer.value, truth.value)
@@ -218,10 +229,15 @@ def test_the_cheapest_choice_of_a_value_is_that_of_brute_force(problem: PruningP
 @given(problems(), st.lists(SHARES, min_size=1, max_size=6))
 def test_a_front_is_its_single_solves(problem: PruningProblem, shares: list[float]):
     budgets_ns = [budget_between(problem, share) for share in shares]
-    for budget_ns, answer in zip(budgets_ns, solve_front(problem, budgets_ns, limits=EXACT), strict=True):
+    with eager():
+        hurried = solve_front(problem, budgets_ns, limits=EXACT)
+    front = solve_front(problem, budgets_ns, limits=EXACT)
+    for budget_ns, *answers in zip(budgets_ns, front, hurried, strict=True):
         alone = solve(problem, budget_ns, limits=EXACT)
-        assert answer.status == alone.status
-        assert agree(answer.value, alone.value)
+        for answer in answers:
+            assert answer.status == alone.status
+            assert agree(answer.value, alone.value)
+            assert agree(answer.bound, alone.bound)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -230,9 +246,10 @@ def test_neighbouring_budgets_are_proven_together(seed: int):
     problem = chain(np.random.default_rng(seed), 9, 24)
     budgets_ns = [budget_of(problem, share) for share in np.linspace(0.2, 0.95, 13)]
     alone = [solve(problem, budget_ns, limits=EXACT) for budget_ns in budgets_ns]
-    with mock.patch.object(Exact, "solve", autospec=True, side_effect=Exact.solve) as by_itself:
+    one_search = search.Search._search
+    with mock.patch.object(search.Search, "_search", autospec=True, side_effect=one_search) as searched:
         front = solve_front(problem, budgets_ns, limits=EXACT)
-    assert by_itself.call_count <= len(budgets_ns) // 2
+    assert searched.call_count <= len(budgets_ns) // 2
     for one, other in zip(front, alone, strict=True):
         assert one.status == other.status
         assert one.gap <= 1e-11
@@ -320,12 +337,13 @@ def test_a_time_limit_returns_the_incumbent_with_its_true_bound():
     assert hurried.value <= best.value <= hurried.bound + 1e-9
 
 
-def test_a_hint_never_makes_it_worse():
+def test_solves_of_one_problem_in_any_order_agree():
+    """What one budget taught, its multipliers and bounds, does not change the answer for another."""
     problem = chain(np.random.default_rng(2), 8, 20)
-    budget_ns = budget_of(problem, 0.4)
-    alone = solve(problem, budget_ns, limits=EXACT)
-    for hint in (alone.choice, problem.widest(), tuple(0 for _ in problem.variables)):
-        assert agree(Exact(problem).solve(budget_ns, EXACT, hint).value, alone.value)
+    exact = Exact(problem)
+    for share in (0.9, 0.4, 0.6, 0.4):
+        budget_ns = budget_of(problem, share)
+        assert agree(exact.solve(budget_ns, EXACT).value, solve(problem, budget_ns, limits=EXACT).value)
 
 
 def test_outer_approximation_is_wrong_where_exact_is_right():

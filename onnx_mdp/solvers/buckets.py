@@ -106,6 +106,7 @@ def largest(parts: Sequence[Floats], rows: int, shape: tuple[int, ...]) -> Float
     if rows * math.prod(shape) <= _WHOLE:
         top: Floats = _total(parts, (rows, *shape)).max(axis=1)
         return top
+    parts = _merged(parts)
     still = [part for part in parts if part.shape[1] == 1]
     found = np.full((rows, *shape[1:]), -np.inf)
     for _, block in blocks([part for part in parts if part.shape[1] > 1], rows, shape):
@@ -123,7 +124,9 @@ def blocks(parts: Sequence[Floats], rows: int, shape: tuple[int, ...]) -> Iterat
     width = rows * math.prod(shape[1:])
     if width * shape[0] <= _WHOLE:
         yield 0, _total(parts, (rows, *shape))
-    elif width < _WIDE:
+        return
+    parts = _merged(parts)
+    if width < _WIDE:
         step = _WHOLE // width
         for first in range(0, shape[0], step):
             some = [part[:, first : first + step] if part.shape[1] > 1 else part for part in parts]
@@ -135,6 +138,14 @@ def blocks(parts: Sequence[Floats], rows: int, shape: tuple[int, ...]) -> Iterat
         lone = [still] if any(part.shape[1] == 1 for part in parts) else []
         for option in range(shape[0]):
             yield option, _summed([*(part[:, option] for part in moving), *lone], buffer)[:, None]
+
+
+def _merged(parts: Sequence[Floats]) -> list[Floats]:
+    """One part a shape: many small ones cost less to sum than to spread over the bucket each."""
+    merged: dict[tuple[int, ...], Floats] = {}
+    for part in parts:
+        merged[part.shape] = merged[part.shape] + part if part.shape in merged else part
+    return list(merged.values())
 
 
 def _summed(slices: Sequence[Floats], buffer: Floats) -> Floats:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnx_mdp.problem import Choice, PruningProblem, Solution, SolveLimits, Status
+from onnx_mdp.problem import Choice, Solution, Status
 from onnx_mdp.solvers.buckets import Floats
+from onnx_mdp.solvers.compiled import CompiledProblem
 from onnx_mdp.solvers.network import Network, Point
 
 __all__ = ["Incumbent"]
@@ -17,31 +18,31 @@ class Incumbent:
     """The best choice within a budget, the bound, and what was left out; a resource of one search.
 
     ``allowance`` is float64[resources]. ``least`` is set by a search that looks only at choices worth more:
-    then the bound goes no lower.
+    then the bound goes no lower. ``multipliers`` are the best known, and ``near`` a limit below which the
+    bound cannot come. ``infeasible`` says that no choice fits, and ``cheapest_ns`` what the cheapest costs.
+    ``alone`` asks for a search of its own.
     """
 
-    def __init__(
-        self,
-        problem: PruningProblem,
-        budget_ns: int,
-        allowance: Floats,
-        limits: SolveLimits,
-        rounding: float,
-    ) -> None:
-        """Start with nothing."""
-        self.problem, self.budget_ns, self.allowance = problem, budget_ns, allowance
-        self.gap, self.rounding = limits.gap, rounding
+    def __init__(self, compiled: CompiledProblem, budget_ns: int, gap: float) -> None:
+        """Start with nothing; ``gap`` is what may be left, as a share of the bound."""
+        self.problem, self.budget_ns, self.gap = compiled.problem, budget_ns, gap
+        self.allowance, self.rounding = compiled.allowance(budget_ns), compiled.rounding
         self.value = -np.inf
         self.choice: Choice | None = None
         self.bound, self.floor, self.least = np.inf, -np.inf, -np.inf
+        self.infeasible = False
+        self.cheapest_ns: int | None = None
+        self.multipliers: Floats | None = None
+        self.near = -np.inf
+        self.alone = False
 
     @property
     def closed(self) -> bool:
         """Whether nothing is worth more than the gap allows; a bound of −inf says that nothing fits."""
-        if self.bound == -np.inf:
+        if self.infeasible or self.bound == -np.inf:
             return True
         left = max(self.gap * abs(self.bound), 3 * self.rounding)
-        return self.choice is not None and self.bound - self.value <= left
+        return self.choice is not None and self.bound < np.inf and self.bound - self.value <= left
 
     @property
     def searched(self) -> bool:
@@ -73,10 +74,11 @@ class Incumbent:
         if cost_ns <= self.budget_ns and self.problem.within_budgets(choice) and value > self.value:
             self.value, self.choice = value, choice
 
-    def solution(self, solver: str, seconds: float, cheapest_ns: int | None = None) -> Solution:
-        """The choice with its bound; there must be one."""
-        assert self.choice is not None
+    def solution(self, solver: str, seconds: float) -> Solution:
+        """The choice with its bound, or that there is none."""
+        if self.choice is None:
+            return Solution.infeasible(self.cheapest_ns, solver, seconds)
         value, cost_ns = self.problem.evaluate(self.choice)
         status: Status = "optimal" if self.closed else "feasible"
         bound = max(self.bound, value)
-        return Solution(self.choice, value, cost_ns, bound, status, cheapest_ns, solver, seconds)
+        return Solution(self.choice, value, cost_ns, bound, status, self.cheapest_ns, solver, seconds)

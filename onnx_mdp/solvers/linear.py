@@ -30,7 +30,7 @@ def solve_linearly(problem: PruningProblem, budget_ns: int, limits: SolveLimits)
     """
     started = time.perf_counter()
     simple = Exact(_linear(problem))
-    low, high = _least_ns(simple), simple.problem.evaluate(problem.widest())[1]
+    low, high = _least_ns(simple), simple.compiled.problem.evaluate(problem.widest())[1]
     found = None
     for _ in range(_ROUNDS):
         middle = (low + high) // 2
@@ -72,5 +72,5 @@ def _lines(problem: PruningProblem, factor: Factor) -> Iterator[Factor]:
 
 
 def _least_ns(exact: Exact) -> int:
-    _, (point,) = exact.network.best(np.ones((1, 1)), np.zeros(1))
-    return int(point.cost[0]) + exact.problem.offset_ns
+    _, (point,) = exact.compiled.network.best(np.ones((1, 1)), np.zeros(1))
+    return int(point.cost[0]) + exact.compiled.problem.offset_ns

@@ -128,15 +128,18 @@ class Network:
             parts = self._parts(bucket, theta, messages)
             if index in outside:
                 parts.append(outside[index][:, None])
+            # Children that see the same variables are told the same.
+            views = {view.others: view for _, view in bucket.children}
             inward = {
-                c: np.full((rows, *kept_shape(bucket.shape, view)), -np.inf) for c, view in bucket.children
+                others: np.full((rows, *kept_shape(bucket.shape, view)), -np.inf)
+                for others, view in views.items()
             }
             for first, block in blocks(parts, rows, bucket.shape):
                 take(index, first, block)
-                for child, view in bucket.children:
-                    gather(inward[child], block, first, view)
+                for others, view in views.items():
+                    gather(inward[others], block, first, view)
             for child, view in bucket.children:
-                arrived = view.back(inward[child])
+                arrived = view.back(inward[view.others])
                 dead = np.isneginf(messages[child])
                 outside[child] = np.where(dead, -np.inf, arrived - np.where(dead, 0.0, messages[child]))
 

@@ -25,6 +25,7 @@ __all__ = ["Found", "Limits", "StoppedError", "best_above"]
 
 _JOINS = 1 << 18  # labels that are joined at once
 _JOINS_EACH = 50
+_ERROR = 1e-13  # of the terms of a sum
 _RIVALS = 48  # with several resources, a group of labels is compared with so many of its best
 
 
@@ -55,22 +56,25 @@ class Limits:
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
     """For each budget the best point that was found, at or above the threshold if there is one; the bound
-    float64[budgets] of what was dropped (inf: the budget was given up); labels made.
+    float64[budgets] of what was dropped (inf: the budget was given up); how many labels each one made.
     """
 
     points: tuple[Point | None, ...]
     dropped: Floats
-    labels: int
+    labels: Ints
 
 
 @dataclass(slots=True, eq=False)
 class _Labels:
-    """Labels of one bucket, those of one separator state (``keys``, ascending) beside each other."""
+    """Labels of one bucket, those of one separator state (``keys``, ascending) beside each other, the ones
+    with the largest ``reach`` (worth at the first multipliers of their budget) first.
+    """
 
     keys: Ints
     starts: Ints
     value: Floats
     cost: Floats
+    reach: Floats
     option: Ints
     sources: dict[int, Ints]
 
@@ -108,6 +112,14 @@ class _Rest:
         paid = (self.multipliers[:, :, place] * cost).sum(axis=1)
         reach: Floats = value - paid + self.worth[:, place]
         return reach
+
+    def needed(self, place: Ints, partial: _Partial, thresholds: Floats) -> Floats:
+        """What another label must be worth at the first multipliers, less rounding, float64[labels]."""
+        paid = (self.multipliers[0][:, place] * partial.cost).sum(axis=0)
+        threshold, rest = thresholds[self.budget[place]], self.worth[0, place]
+        size = abs(threshold) + abs(rest) + abs(partial.value) + abs(paid)
+        needed: Floats = threshold - rest - partial.value + paid - _ERROR * size
+        return needed
 
 
 class _Growth:
@@ -152,9 +164,12 @@ class _Growth:
         found = np.minimum(np.searchsorted(labels.keys, keys), len(labels.keys) - 1)
         fits = labels.keys[found] == keys
         starts = labels.starts[found]
-        counts = np.where(fits, labels.starts[found + 1] - starts, 0)[rest.place_of[partial.owner]]
+        ends = np.where(fits, labels.starts[found + 1], starts)
+        own = rest.place_of[partial.owner]
+        enough = rest.needed(own, partial, self.thresholds)
+        counts = _first_below(labels.reach, starts[own], ends[own], enough) - starts[own]
         if self.limits.strict:
-            counts = self._without_crowded(counts, rest.budget[rest.place_of[partial.owner]])
+            counts = self._without_crowded(counts, rest.budget[own])
         pieces = []
         for low, high in _chunks(counts):
             self.limits.check()
@@ -224,16 +239,28 @@ def best_above(beliefs: Beliefs, thresholds: Floats, limits: Limits) -> Found:
     Labels that were cut are worth no more than ``dropped``. Raises StoppedError when the time is up.
     """
     growth = _Growth(beliefs, thresholds, limits)
-    count = 0
+    count = np.zeros(len(thresholds), np.intp)
     for index, bucket in enumerate(beliefs.network.buckets):
         limits.check()
         joined, rest = growth.join(index)
         joined = growth.thinned(joined, rest)
-        growth.made.append(_grouped(bucket, beliefs.tuples[index], joined))
-        count += len(joined.value)
+        first = beliefs.budgets.pool[:, 0]
+        growth.made.append(_grouped(bucket, beliefs.tuples[index], joined, first))
+        count += np.bincount(rest.budget[rest.place_of[joined.owner]], minlength=len(count))
         if not len(joined.value):
             return Found((None,) * len(thresholds), growth.dropped, count)
     return Found(tuple(growth.tops()), growth.dropped, count)
+
+
+def _first_below(reach: Floats, low: Ints, high: Ints, need: Floats) -> Ints:
+    """Where, in each descending range from ``low`` to ``high``, the values that exceed ``need`` end."""
+    low, high = low.copy(), high.copy()
+    for _ in range(int((high - low).max(initial=0)).bit_length()):
+        middle = (low + high) >> 1
+        enough = (low < high) & (reach[np.minimum(middle, len(reach) - 1)] > need)
+        low = np.where(enough, middle + 1, low)
+        high = np.where(enough, high, middle)
+    return low
 
 
 def _key(at: tuple[Ints, ...], bucket: Bucket, budget: Ints) -> Ints:
@@ -273,15 +300,21 @@ def _concatenated(pieces: Sequence[_Partial], empty: _Partial, child: int) -> _P
     )
 
 
-def _grouped(bucket: Bucket, tuples: Tuples, partial: _Partial) -> _Labels:
-    """Labels by budget and the state of what is still open, without those that another one there beats."""
+def _grouped(bucket: Bucket, tuples: Tuples, partial: _Partial, multipliers: Floats) -> _Labels:
+    """Labels by budget and the state of what is still open, without those that another one there beats;
+    ``multipliers`` are the first ones, float64[budgets, resources].
+    """
     option, key = np.divmod(tuples.flat[partial.owner], _states(bucket))
     key += tuples.budget[partial.owner] * _states(bucket)
     order = _undominated(key, partial.value, partial.cost)
+    paid = (multipliers[tuples.budget[partial.owner[order]]].T * partial.cost[:, order]).sum(axis=0)
+    reach = partial.value[order] - paid
+    best_first = np.lexsort((-reach, key[order]))
+    order, reach = order[best_first], reach[best_first]
     partial, key, option = partial.take(order), key[order], option[order]
     keys, starts = np.unique(key, return_index=True)
     starts = np.append(starts, len(key))
-    return _Labels(keys, starts, partial.value, partial.cost, option, partial.sources)
+    return _Labels(keys, starts, partial.value, partial.cost, reach, option, partial.sources)
 
 
 def _undominated(group: Ints, value: Floats, cost: Floats) -> Ints:

@@ -1,0 +1,106 @@
+"""A problem ready to be searched: its network, what choices may cost, and the bounds that were paid for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from onnx_mdp.problem import Choice, PruningProblem
+from onnx_mdp.solvers.buckets import Floats
+from onnx_mdp.solvers.compilation import compile_network
+from onnx_mdp.solvers.network import Network
+
+__all__ = ["CompiledProblem"]
+
+_COARSE = 12  # options a variable on the first look
+_ROUNDING = 1e-12  # of the largest possible value
+
+
+class CompiledProblem:
+    """The factor graph of a problem; searches for several budgets share the bounds on its options."""
+
+    def __init__(self, problem: PruningProblem) -> None:
+        """Compile the problem; see `compile_network`."""
+        self.problem = problem
+        self.network = compile_network(problem)
+        self.summed = [budget for budget in problem.budgets if not budget.peak]
+        self.paying = self.network.resources > len(self.summed)
+        tables = self.network.tables
+        finite = [t.value[np.isfinite(t.value)] for t in tables]
+        self.possible = np.isfinite(self.network.value) and all(len(values) for values in finite)
+        constant = self.network.value if self.possible else 0.0
+        largest = abs(constant) + sum(float(np.abs(v).max(initial=0.0)) for v in finite)
+        self.rounding = _ROUNDING * (largest or 1.0)
+        least = constant + sum(float(v.min(initial=0.0)) for v in finite)
+        self.lowest = least - 1e9 * self.rounding  # a bound so low proves that nothing fits
+        self._in_sums = {v for law in problem.sums for v in (law.total, *(part for part, _ in law.parts))}
+        self._passes: list[tuple[Floats, float, list[Floats]]] = []
+
+    def allowance(self, budget_ns: int) -> Floats:
+        """What the choices may cost of each resource, constants that no choice changes taken off."""
+        own = [float(budget_ns - self.problem.offset_ns)] if self.paying else []
+        return np.array(own + [budget.allowance - budget.offset for budget in self.summed])
+
+    @cached_property
+    def coarse(self) -> Network | None:
+        """Some evenly spaced options of each variable; all of those in width sums, which need each other.
+
+        None where that is no smaller, or where nothing has a price.
+        """
+        network = self.network
+        if max(network.sizes, default=0) <= _COARSE or not network.resources:
+            return None
+        return network.restrict(
+            [
+                np.arange(size)
+                if self._whole(v)
+                else np.unique(np.linspace(0, size - 1, _COARSE).round().astype(np.intp))
+                for v, size in enumerate(network.sizes)
+            ]
+        )
+
+    def around(self, choices: Sequence[Choice]) -> Network:
+        """The options near those of the choices, five times as dense as in `coarse`."""
+        network, kept = self.network, []
+        for v, (variable, size) in enumerate(zip(network.variables, network.sizes, strict=True)):
+            if self._whole(v):
+                kept.append(np.arange(size))
+                continue
+            chosen = np.searchsorted(network.options[v], [choice[variable] for choice in choices])
+            reach = size / _COARSE
+            step = max(1, int(np.ceil(reach / 5)))
+            steps = np.arange(-np.ceil(reach / step), np.ceil(reach / step) + 1).astype(np.intp) * step
+            near = np.unique(chosen[:, None] + steps)
+            kept.append(near[(near >= 0) & (near < size)])
+        return network.restrict(kept)
+
+    def _whole(self, v: int) -> bool:
+        """Whether a first look takes all options of a local variable."""
+        variable = self.network.variables[v]
+        summed = variable in self._in_sums or variable >= len(self.problem.variables)
+        return summed or self.network.sizes[v] <= _COARSE
+
+    def bounds_near(
+        self, allowance: Floats, multipliers: Floats, near: float, as_good: float
+    ) -> tuple[float, list[Floats]]:
+        """The bound of all choices, and of those with each option, by all passes over the network so far.
+
+        A pass at these multipliers is added, unless those before come within a share of ``near``.
+        """
+        top, bounds = self._bounds(allowance)
+        if not np.isfinite(top) or top - near > as_good * abs(top):
+            totals, found = self.network.marginals(multipliers[None])
+            self._passes.append((multipliers, float(totals[0]), [rows[0] for rows in found]))
+            top, bounds = self._bounds(allowance)
+        return top, bounds
+
+    def _bounds(self, allowance: Floats) -> tuple[float, list[Floats]]:
+        top = np.inf
+        options = [np.full(size, np.inf) for size in self.network.sizes]
+        for multipliers, total, found in self._passes:
+            extra = float(multipliers @ allowance)
+            top = min(top, total + extra)
+            options = [np.minimum(o, f + extra) for o, f in zip(options, found, strict=True)]
+        return top, options

@@ -1,0 +1,294 @@
+"""The search of a compiled problem for one budget, or for several neighbouring ones together.
+
+An option's bound is ``m(λ) + λ·allowance`` with ``m`` the same for every budget, so a pass over all options
+that one budget needed serves the others. Neighbours are searched on the network of the options that any of
+them may need: each pass takes the multipliers of all, and labels, each of one budget, are joined in the same
+steps. Where labels crowd, the variable that most buckets see is fixed to each of its options in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from onnx_mdp.solvers.beliefs import Budgets, Ints, find_beliefs
+from onnx_mdp.solvers.buckets import Floats
+from onnx_mdp.solvers.compiled import CompiledProblem
+from onnx_mdp.solvers.deepening import FIRST_STEP, close
+from onnx_mdp.solvers.dual import Dual, solve_dual, solve_duals
+from onnx_mdp.solvers.incumbent import Incumbent
+from onnx_mdp.solvers.network import Network
+from onnx_mdp.solvers.pareto_labels import Limits, StoppedError
+
+__all__ = ["Search"]
+
+_TOGETHER, _LARGE_TOGETHER = 10, 5  # budgets; options and labels add up, while the number of steps does not
+_SMALL, _LARGE = 1 << 15, 1 << 20  # entries of a pass
+_AS_GOOD, _LARGE_AS_GOOD = 1e-3, 2e-3  # of the bound: passes for other budgets that come so close are enough
+_CROWDED = 3000  # labels in one bucket: then fixing a variable that most buckets see is cheaper
+_HUB_LEAST, _HUB_SHARE = 4, 0.3  # buckets
+_MOST_LABELS = 300_000  # in one bucket; more are cut to the most promising, and the bound says so
+_FEW = 6  # options a variable in the first window below the bound
+_WIDER = 3.0
+_NEARLY = 0.7  # of all options in the window: it may as well be open
+# Other multipliers bound other tuples better, most of all where one variable moves all others.
+_POOL = (1.0, 0.7, 0.85, 1.18, 1.4)
+_POOL_OF_MANY = (1.0, 0.9, 1.1)
+
+_Known = Sequence[Incumbent]
+
+
+class Search:
+    """One search; a resource of `Exact`. ``stop`` tells that the time is up."""
+
+    def __init__(self, compiled: CompiledProblem, stop: Callable[[], bool]) -> None:
+        """Search nothing yet."""
+        self.compiled, self.stop = compiled, stop
+
+    def run(self, known: _Known) -> None:
+        """Close the gap of each budget, ascending, unless the time is up first."""
+        compiled = self.compiled
+        for one in known:
+            if not compiled.paying and compiled.problem.offset_ns > one.budget_ns:
+                one.infeasible, one.cheapest_ns = True, compiled.problem.offset_ns
+            elif not compiled.possible:
+                one.infeasible = True
+        self._look(_open(known))
+        together = _LARGE_TOGETHER if compiled.network.entries > _LARGE else _TOGETHER
+        together = together if compiled.network.resources == 1 else 1
+        for group in _groups(_open(known), together):
+            self._search(group)
+            for one in _open(group):
+                one.alone = False
+                self._search([one])
+
+    def _look(self, known: _Known) -> None:
+        """Find multipliers on few options of each variable, whose choices become incumbents."""
+        coarse = self.compiled.coarse
+        able = []
+        if coarse is not None:
+            for one, dual in self._duals(coarse, known):
+                one.offer(coarse, dual.best)
+                if dual.cheapest is None and np.isfinite(dual.bound) and dual.bound >= self.compiled.lowest:
+                    one.multipliers, one.near = dual.multipliers, dual.bound
+                    able.append(one)
+        rest = [one for one in known if one not in able or one.choice is None]
+        for one in self._bounded(self.compiled.network, rest):
+            one.near = one.bound
+
+    def _look_closer(self, known: _Known) -> None:
+        """Better multipliers and incumbents, from the options around those of the first look."""
+        near = self.compiled.around([one.choice for one in known if one.choice is not None])
+        for one, dual in self._duals(near, known):
+            one.offer(near, dual.best)
+            if dual.cheapest is None and dual.bound > one.near:
+                one.multipliers, one.near = dual.multipliers, dual.bound
+
+    def _search(self, known: _Known) -> None:
+        """Search the choices in a window below the bound of each budget, then in wider ones."""
+        compiled = self.compiled
+        loose = len(known) > 1 and compiled.network.entries > _LARGE
+        as_good = _LARGE_AS_GOOD if loose else _AS_GOOD
+        if loose:
+            self._look_closer(known)
+        bounds, windows, tops = {}, {}, {}
+        for one in known:
+            assert one.multipliers is not None
+            top, bounds[one] = compiled.bounds_near(one.allowance, one.multipliers, one.near, as_good)
+            one.lower(top)
+            tops[one] = one.near if loose else top
+            windows[one] = max(_window(bounds[one], top), 1e3 * one.rounding)
+            while tops[one] - windows[one] >= one.bound:
+                windows[one] *= _WIDER
+        left = list(known)
+        while left and not self.stop():
+            for one in left:
+                one.least = tops[one] - windows[one]
+                kept = sum(int((bound > one.least).sum()) for bound in bounds[one])
+                nearly = kept > _NEARLY * sum(map(len, bounds[one]))
+                if nearly or one.least < min(compiled.lowest, one.value):
+                    one.least = -np.inf  # all that may beat the incumbent
+                windows[one] *= _WIDER
+            network = self._union(compiled.network, left, bounds)
+            if network is not None:
+                self._explore(network, left)
+            for one in left:
+                one.infeasible |= one.least == one.bound == -np.inf and one.choice is None
+            left = [one for one in _open(left) if one.least > -np.inf and not (loose or one.alone)]
+
+    def _explore(self, network: Network, known: _Known) -> None:
+        """Lower the bound of each budget in this network to ``least`` or to the best choice."""
+        left = self._bounded(network, known)
+        if not left:
+            return
+        bounds = self._marginals(network, left)
+        floors = {one: one.least for one in left}
+        tops = {one: one.bound for one in left}
+        windows = {one: max(_window(bounds[one], one.bound), 1e3 * one.rounding) for one in left}
+        if network.entries <= _SMALL:  # labels step down by themselves
+            windows = dict.fromkeys(left, np.inf)
+        while left and not self.stop():
+            for one in left:
+                least = tops[one] - windows[one]
+                hopeless = least < min(self.compiled.lowest, one.value)
+                one.least = floors[one] if hopeless else max(floors[one], least)
+                windows[one] *= _WIDER
+            fixed = self._union(network, left, bounds)
+            if fixed is not None:
+                self._close(fixed, _unsearched(left))
+            left = [one for one in _open(left) if one.least > floors[one] and not one.alone]
+
+    def _close(self, network: Network, known: _Known) -> None:
+        """Labels, and where they crowd, a variable fixed to each of its options."""
+        pool = np.array([one.multipliers for one in known])
+        budgets = _judged_by(np.array([one.allowance for one in known]), pool)
+        beliefs = find_beliefs(network, budgets, _thresholds(known))
+        kept = beliefs.surviving(_thresholds(known))
+        if not all(map(len, kept)) or sum(map(len, kept)) < 0.8 * sum(network.sizes):
+            smaller = self._restricted(network, kept, known)
+            if smaller is None:
+                return
+            network, beliefs = smaller, find_beliefs(smaller, budgets, _thresholds(known))
+        for one, reached in zip(known, beliefs.bounds().tolist(), strict=True):
+            one.lower(reached)
+        hub = _hub(network)
+        strict = hub >= 0 or len(known) > 1
+        limits = Limits(self.stop, _CROWDED if strict else _MOST_LABELS, strict)
+        try:
+            crowded = close(known, network, beliefs, limits, self.compiled.lowest)
+        except StoppedError:
+            return
+        if crowded and hub >= 0:
+            self._branch(network, crowded, hub)
+        else:
+            for one in crowded:
+                one.alone = True
+
+    def _branch(self, network: Network, known: _Known, hub: int) -> None:
+        """Search with a variable fixed to each of its options, the most promising first."""
+        bounds = {one: own[hub] for one, own in self._marginals(network, known).items()}
+        outer = {one: one.bound for one in known}
+        reached = dict.fromkeys(known, -np.inf)
+        promise = np.max([bounds[one] - one.bound for one in known], axis=0)
+        for option in np.argsort(-promise, kind="stable"):
+            some = [one for one in known if bounds[one][option] > one.threshold()]
+            if not some or self.stop():
+                for one in some:
+                    reached[one] = outer[one]
+                continue
+            for one in some:
+                one.bound = outer[one]
+            kept = [np.arange(size) for size in network.sizes]
+            kept[hub] = np.array([option])
+            branch = self._restricted(network, kept, some)
+            if branch is not None:
+                self._explore(branch, some)
+            for one in some:
+                reached[one] = max(reached[one], one.bound)
+        for one in known:
+            one.bound = outer[one]
+            one.lower(reached[one])
+
+    def _duals(self, network: Network, known: _Known) -> list[tuple[Incumbent, Dual]]:
+        allowances, starts = [one.allowance for one in known], [one.multipliers for one in known]
+        most = [max(one.value, one.least) for one in known]
+        if network.resources == 1:
+            found = solve_duals(network, allowances, starts, self.stop, most)
+        else:
+            lowest = self.compiled.lowest
+            found = [
+                solve_dual(network, allowance, start, self.stop, lowest, value)
+                for allowance, start, value in zip(allowances, starts, most, strict=True)
+            ]
+        return list(zip(known, found, strict=True))
+
+    def _bounded(self, network: Network, known: _Known) -> list[Incumbent]:
+        """Lower bounds by the dual; the budgets that are not settled by that."""
+        left = []
+        for one, dual in self._duals(network, known):
+            one.offer(network, dual.best)
+            nothing = dual.cheapest is not None or dual.bound < self.compiled.lowest
+            one.lower(-np.inf if nothing else dual.bound)
+            one.multipliers = dual.multipliers
+            if nothing and network is self.compiled.network and one.choice is None:
+                one.infeasible = True
+                if dual.cheapest is not None and self.compiled.paying:
+                    cheapest = float(dual.cheapest.cost[0])
+                    one.cheapest_ns = round(cheapest) + self.compiled.problem.offset_ns
+            elif dual.reached and one.choice is not None:
+                one.lower(one.value)
+            elif not nothing:
+                left.append(one)
+        return _unsearched(left)
+
+    def _marginals(self, network: Network, known: _Known) -> dict[Incumbent, list[Floats]]:
+        """The bounds of each budget's options by the multipliers of all; lowers the bounds of the whole."""
+        pool = np.array([one.multipliers for one in known])
+        totals, marginals = network.marginals(pool)
+        bounds = {}
+        for one in known:
+            extra = pool @ one.allowance
+            one.lower(float((totals + extra).min()))
+            bounds[one] = [(found + extra[:, None]).min(axis=0) for found in marginals]
+        return bounds
+
+    def _union(
+        self, network: Network, known: _Known, bounds: dict[Incumbent, list[Floats]]
+    ) -> Network | None:
+        kept = [np.zeros(size, bool) for size in network.sizes]
+        for one in known:
+            if not one.searched:
+                threshold = one.threshold()
+                kept = [k | (b > threshold) for k, b in zip(kept, bounds[one], strict=True)]
+        return self._restricted(network, [np.flatnonzero(k) for k in kept], known)
+
+    def _restricted(self, network: Network, kept: Sequence[Ints], known: _Known) -> Network | None:
+        """The smaller network; None where no more than one choice is left, which is taken if it fits."""
+        smaller = network.restrict(kept) if all(map(len, kept)) else None
+        if smaller is not None and smaller.sizes:
+            return smaller
+        for one in known:
+            if smaller is not None:
+                one.offer(smaller, smaller.points(np.zeros((1, 0), np.intp))[0])
+            one.lower(-np.inf)
+        return None
+
+
+def _open(known: _Known) -> list[Incumbent]:
+    return [one for one in known if not one.closed]
+
+
+def _unsearched(known: _Known) -> list[Incumbent]:
+    return [one for one in known if not one.searched]
+
+
+def _groups(known: _Known, most: int) -> Iterator[_Known]:
+    count = -(-len(known) // most)
+    for index in range(count):
+        yield known[index * len(known) // count : (index + 1) * len(known) // count]
+
+
+def _thresholds(known: _Known) -> Floats:
+    """What a choice of each budget must be worth to matter; inf where nothing more is asked."""
+    return np.array([np.inf if one.searched else one.threshold() for one in known])
+
+
+def _judged_by(allowances: Floats, multipliers: Floats) -> Budgets:
+    """Budgets with their best multipliers, float64[budgets, resources], and some beside them."""
+    shares = np.array(_POOL if multipliers.shape[1] == 1 else _POOL_OF_MANY)
+    return Budgets(allowances, shares[:, None] * multipliers[:, None])
+
+
+def _window(bounds: Sequence[Floats], top: float) -> float:
+    """How far below ``top`` a few options of each variable reach."""
+    every = np.sort(np.concatenate(bounds))[::-1]
+    count = min(_FEW * len(bounds), len(every)) - 1
+    return max(top - float(every[count]), FIRST_STEP * abs(top))
+
+
+def _hub(network: Network) -> int:
+    """The variable that most buckets see, or -1 if there is none that many see."""
+    seen = np.bincount([v for bucket in network.buckets for v in bucket.scope], minlength=1)
+    hub = int(seen.argmax())
+    return hub if seen[hub] > max(_HUB_LEAST, _HUB_SHARE * len(network.buckets)) else -1
