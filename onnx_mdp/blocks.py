@@ -74,7 +74,7 @@ def _block_at(
 
 def _kind(operations: Sequence[Operation]) -> str:
     types = {operation.op_type for operation in operations}
-    if "Softmax" in types:
+    if types & {"Attention", "Softmax"}:
         return "attention"
     return "conv" if types & {"Conv", "ConvTranspose"} else "mlp"
 

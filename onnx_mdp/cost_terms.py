@@ -28,8 +28,8 @@ HEADS = "heads"  # the kind of a term that makes heads: these are counted one by
 SUMMED_HEADS = "heads, width summed"  # query times key
 _ELEMENTWISE = frozenset(
     (
-        "Abs Add BatchNormalization Cast Ceil Clip Div Dropout Elu Erf Exp Floor Gelu HardSigmoid "
-        "HardSwish Identity InstanceNormalization LeakyRelu Log Max Min Mish Mul Neg PRelu Pow "
+        "Abs Add BatchNormalization Cast Ceil Clip Div Dropout Elu Erf Exp Floor Gelu GroupNormalization "
+        "HardSigmoid HardSwish Identity InstanceNormalization LeakyRelu Log Max Min Mish Mul Neg PRelu Pow "
         "Reciprocal Relu Round Selu Sigmoid Softplus Sqrt Sub Sum Swish Tanh ThresholdedRelu Where"
     ).split()
 )
@@ -148,6 +148,8 @@ def _widths(structure: Structure, operation: Operation) -> tuple[Extent, Extent,
         return reads, makes, f"groups {groups}"
     if operation.op_type == "MatMul":
         return _product_widths(structure, operation)
+    if operation.op_type == "Attention" and not operation.domain:
+        return _width(structure, operation.inputs[0]), _width(structure, operation.outputs[0]), "attention"
     source = next((n for n in operation.inputs if n and n not in structure.shadow.constants), "")
     makes = _width(structure, operation.outputs[0])
     kind = HEADS if _counts_heads(structure, operation.outputs[0]) else "moves"

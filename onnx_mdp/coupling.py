@@ -104,9 +104,9 @@ def _first_atoms(state: Labelling) -> Classes:
 
 
 def _rectangles(state: Labelling, classes: Classes) -> Iterator[tuple[Labels, Labels]]:
-    """(atoms, classes) of every tensor that varies along two axes or more; equal ones once."""
+    """(atoms, classes) of every tensor or view that varies along two axes or more; equal ones once."""
     seen: set[tuple[tuple[int, ...], bytes]] = set()
-    for labels in state.tensors.values():
+    for labels in (*state.tensors.values(), *state.views):
         if len(varying(labels)) < 2:
             continue
         key = (labels.shape, labels.tobytes())

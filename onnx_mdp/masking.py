@@ -8,6 +8,7 @@ false statement: a bias or ``sigmoid(0)`` leaves a constant behind.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from onnx_mdp.structure import Structure
 __all__ = ["masked_model"]
 
 _NORMS = ("LayerNormalization", "RMSNormalization")
+_GROUP_NORMS = ("GroupNormalization", "InstanceNormalization")
 
 
 def masked_model(original: ir.Model, structure: Structure, plan: PruningPlan) -> onnx.ModelProto:
@@ -98,14 +100,14 @@ class _Masks:
         if node.op_type in _NORMS:
             self._restrict_norm(operation, kept)
             return
-        if node.op_type in ("ReduceMax", "ReduceMin"):
-            neutral = np.asarray(-np.inf if node.op_type == "ReduceMax" else np.inf, np.float32)
-            inputs = [self._constant(kept.mask), name, self._constant(neutral)]
-            self._insert(node, slot, "Where", inputs)
+        if node.op_type in _GROUP_NORMS:
+            self._restrict_group_norm(operation, kept)
             return
-        # Not a product: what a removed unit holds may be infinite, and 0 · ∞ is no zero.
-        zero = self._constant(np.zeros((), np.float32))
-        self._insert(node, slot, "Where", [self._constant(kept.mask), name, zero])
+        if node.op_type in ("ReduceMax", "ReduceMin"):
+            least = -np.inf if node.op_type == "ReduceMax" else np.inf
+            node.input[slot] = self._where(operation.outputs[0], kept.mask, name, least)
+            return
+        node.input[slot] = self._where(operation.outputs[0], kept.mask, name, 0.0)
         if node.op_type == "ReduceMean":
             ratio = np.asarray(kept.full / kept.count, np.float32)
             output = operation.outputs[0]
@@ -129,13 +131,7 @@ class _Masks:
         alike = math.prod(kept.shape[axis] for axis in axes if kept.mask.shape[axis] == 1)
         count = self._constant(np.asarray(kept.count * alike, np.float32))
         epsilon = self._constant(np.asarray(operation.attributes.get("epsilon", 1e-5), np.float32))
-        before = self.before.setdefault(output, [])
-
-        def add(op_type: str, *inputs: str) -> str:
-            name = f"mdp_mask_{self.count}"
-            self.count += 1
-            before.append(helper.make_node(op_type, list(inputs), [name]))
-            return name
+        add = functools.partial(self._add, output)
 
         def mean(value: str) -> str:
             place = self._constant(np.asarray(axes, np.int64))
@@ -156,6 +152,36 @@ class _Masks:
         node.op_type = "Add"
         node.input.extend([value, bias])
 
+    def _restrict_group_norm(self, operation: Operation, kept: _Kept) -> None:
+        """Write the normalisation out, with mean and variance over the kept channels of each group."""
+        output = operation.outputs[0]
+        node = self.makers[output]
+        add = functools.partial(self._add, output)
+        channels = kept.shape[1]
+        groups = operation.attributes.get("num_groups", channels)
+        ratio = self._constant(np.asarray(kept.full / kept.count, np.float32))
+        lines = self._constant(np.asarray([0, groups, -1], np.int64))
+        along = self._constant(np.asarray([0, channels, *[1] * (len(kept.shape) - 2)], np.int64))
+        group = self._constant(np.arange(channels) * groups // channels)
+        epsilon = self._constant(np.asarray(operation.attributes.get("epsilon", 1e-5), np.float32))
+
+        def mean(value: str) -> str:
+            """Of each group, laid along its channels; the pool takes any number of positions."""
+            masked = self._where(output, kept.mask, value, 0.0)
+            pooled = add("GlobalAveragePool", add("Reshape", masked, lines))
+            return add("Reshape", add("Gather", add("Mul", pooled, ratio), group, axis=1), along)
+
+        value = add("Sub", node.input[0], mean(node.input[0]))
+        deviation = add("Sqrt", add("Add", mean(add("Mul", value, value)), epsilon))
+        scale, bias = (
+            add("Reshape", name, self._constant(np.asarray([1, -1, *[1] * (len(kept.shape) - 2)])))
+            for name in node.input[1:]
+        )
+        value = add("Mul", add("Div", value, deviation), scale)
+        del node.input[:], node.attribute[:]
+        node.op_type = "Add"
+        node.input.extend([value, bias])
+
     def silence(self, output: str, slot: int) -> None:
         """Multiply one input of the maker of ``output`` by zero."""
         node = self.makers[output]
@@ -171,6 +197,30 @@ class _Masks:
         copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
         del self.proto.graph.node[:]
         self.proto.graph.node.extend(copies)
+
+    def _where(self, output: str, mask: npt.NDArray[np.bool_], value: str, neutral: float) -> str:
+        """``value`` where the mask is true, before the maker of ``output``.
+
+        Not a product: what a removed unit holds may be infinite, and 0 · ∞ is no zero. Channels that were
+        merged with positions are masked apart from these: how many there are may be symbolic.
+        """
+        other = self._constant(np.asarray(neutral, np.float32))
+        changes = np.flatnonzero(np.diff(mask).any(axis=tuple(range(mask.ndim - 1))))
+        run = math.gcd(mask.shape[-1], *(changes + 1).tolist())
+        if run == 1:
+            return self._add(output, "Where", self._constant(mask), value, other)
+        parts = self._constant(np.asarray([*[0] * (mask.ndim - 1), mask.shape[-1] // run, -1], np.int64))
+        apart = self._add(output, "Reshape", value, parts)
+        chosen = self._add(output, "Where", self._constant(mask[..., ::run, None]), apart, other)
+        return self._add(output, "Reshape", chosen, self._add(output, "Shape", value))
+
+    def _add(self, output: str, op_type: str, *inputs: str, **attributes: Any) -> str:
+        """A node before the maker of ``output``; the name of what it makes."""
+        name = f"mdp_mask_{self.count}"
+        self.count += 1
+        node = helper.make_node(op_type, list(inputs), [name], **attributes)
+        self.before.setdefault(output, []).append(node)
+        return name
 
     def _insert(self, node: onnx.NodeProto, slot: int, op_type: str, inputs: Sequence[str]) -> None:
         output = next(o for o, n in self.makers.items() if n is node)

@@ -46,12 +46,18 @@ def parameter_products(structure: Structure) -> tuple[Product, ...]:
 
 
 def mac_products(structure: Structure) -> tuple[Product, ...]:
-    """One product for each convolution and matrix product: its multiply-accumulates."""
-    return tuple(
-        Product(1.0, tuple(_mac_extents(structure, operation)), operation.index)
-        for operation in structure.shadow.operations
-        if operation_macs(operation, structure.shadow.shapes)
-    )
+    """One product for each convolution and matrix product, two for attention: multiply-accumulates."""
+    shapes = structure.shadow.shapes
+    found: list[Product] = []
+    for operation in structure.shadow.operations:
+        if operation_macs(operation, shapes) and operation.op_type == "Attention":
+            tokens = float(shapes[operation.inputs[1]][-2])
+            for name in (operation.inputs[0], operation.outputs[0]):
+                extents = tuple(extent(structure, name, axis) for axis in range(len(shapes[name])))
+                found.append(Product(tokens, extents, operation.index))
+        elif operation_macs(operation, shapes):
+            found.append(Product(1.0, tuple(_mac_extents(structure, operation)), operation.index))
+    return tuple(found)
 
 
 def memory_moments(structure: Structure, bytes_each: int = 4) -> tuple[tuple[Product, ...], ...]:

@@ -7,6 +7,7 @@ things change: initializer data along the cut axes, entries of shape operands th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -320,15 +321,46 @@ def _patch_groups(edit: _Edit, operation: Operation) -> None:
         _set_ints(edit, operation, "group", int(edit.keep(operation.inputs[0], 1).sum()))
 
 
+def _patch_attention(edit: _Edit, operation: Operation) -> None:
+    """Fewer heads, and the scale of the original width, which the operator would compute from the new one."""
+    query = operation.inputs[0]
+    rank = len(edit.structure.shadow.shapes[query])
+    if rank == 3:
+        for slot, name in ((0, "q_num_heads"), (1, "kv_num_heads"), (0, "num_heads")):
+            if name in operation.attributes:
+                heads = _kept_parts(edit.keep(operation.inputs[slot], 2), operation.attributes[name])
+                _set_ints(edit, operation, name, heads)
+    if operation.op_type != "Attention" or "scale" in operation.attributes:
+        return
+    count = operation.attributes["q_num_heads"] if rank == 3 else 1
+    keep = edit.keep(query, rank - 1)
+    if int(keep.sum()) // _kept_parts(keep, count) < len(keep) // count:
+        scale = ir.AttrFloat32("scale", 1 / math.sqrt(len(keep) // count))
+        edit.nodes[operation.index].attributes["scale"] = scale
+
+
+def _patch_group_norm(edit: _Edit, operation: Operation) -> None:
+    groups = operation.attributes["num_groups"]
+    _set_ints(edit, operation, "num_groups", _kept_parts(edit.keep(operation.inputs[0], 1), groups))
+
+
+def _kept_parts(keep: Mask, parts: int) -> int:
+    """How many of equal parts keep anything."""
+    return int(keep.reshape(parts, -1).any(1).sum())
+
+
 _PATCHES: Mapping[str, Callable[[_Edit, Operation], None]] = {
+    "Attention": _patch_attention,
     "ConstantOfShape": _patch_target_shape,
     "Conv": _patch_groups,
     "ConvTranspose": _patch_groups,
     "Expand": _patch_target_shape,
     "Gather": _patch_gather,
+    "GroupNormalization": _patch_group_norm,
     "Pad": _patch_pad,
     "Reshape": _patch_target_shape,
     "Resize": _patch_resize,
+    "RotaryEmbedding": _patch_attention,
     "Slice": _patch_slice,
     "Split": _patch_split,
 }

@@ -27,6 +27,7 @@ from onnx_mdp.model_io import model_proto
 from onnx_mdp.output_drift import block_drifts, unit_steps
 from onnx_mdp.rules import Labels, Site, varying
 from onnx_mdp.runtime import Runtime, open_session
+from onnx_mdp.shadow import Operation
 from onnx_mdp.structure import Structure
 
 __all__ = [
@@ -172,7 +173,7 @@ def activation(structure: Structure, feeds: Feeds, progress: Progress = _silent)
     for index in products:
         query, key = operations[index].inputs[:2]
         labels = structure.graph.tensors[query]
-        met = energies[query] * np.swapaxes(energies[key], -1, -2)
+        met = energies[query] * _laid_along(energies[key], operations[index], energies[query].shape)
         scores += weight[index] * _share(structure, labels, np.broadcast_to(met, labels.shape))
     return Scores(scores)
 
@@ -227,8 +228,20 @@ def _unit_products(structure: Structure) -> list[int]:
     return [
         i
         for i, slot in structure.graph.reductions
-        if operations[i].op_type == "MatMul" and slot == 0 and (i, 1) in structure.graph.reductions
+        if operations[i].op_type in ("Attention", "MatMul")
+        and slot == 0
+        and (i, 1) in structure.graph.reductions
     ]
+
+
+def _laid_along(key: Vector, operation: Operation, shape: tuple[int, ...]) -> Vector:
+    """Energies of the key where the query of this shape meets them; a key head serves a group of heads."""
+    if operation.op_type == "MatMul":
+        return np.swapaxes(key, -1, -2)
+    if key.ndim == 3:
+        heads, groups = (operation.attributes[name] for name in ("q_num_heads", "kv_num_heads"))
+        return key.reshape(groups, -1).repeat(heads // groups, 0).reshape(1, 1, -1)
+    return key.repeat(shape[1] // key.shape[1], 1)
 
 
 def _share(structure: Structure, labels: Labels, energy: Vector) -> Vector:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -295,7 +296,7 @@ def _scope(structure: Structure, index: int, rows: int) -> tuple[int, ...]:
 
 
 def operation_macs(operation: Operation, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Multiply-accumulates of one operation (0 for all but Conv, ConvTranspose, Gemm and MatMul)."""
+    """Multiply-accumulates of one operation (0 for all but convolutions, products and attention)."""
     if operation.op_type == "Conv":
         return int(np.prod(shapes[operation.outputs[0]]) * np.prod(shapes[operation.inputs[1]][1:]))
     if operation.op_type == "ConvTranspose":
@@ -304,6 +305,9 @@ def operation_macs(operation: Operation, shapes: Mapping[str, tuple[int, ...]]) 
         transposed = operation.op_type == "Gemm" and operation.attributes.get("transA", 0)
         inner = shapes[operation.inputs[0]][-2 if transposed else -1]
         return int(np.prod(shapes[operation.outputs[0]]) * inner)
+    if operation.op_type == "Attention" and not operation.domain:
+        wide = sum(math.prod(shapes[name]) for name in (operation.inputs[0], operation.outputs[0]))
+        return wide * shapes[operation.inputs[1]][-2]
     return 0
 
 

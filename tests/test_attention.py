@@ -7,7 +7,7 @@ of its own in every head is coupled over the heads, never wrong and never an err
 # ruff: noqa: E501 - ONNX text is clearer in long lines than cut in the middle of a node
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -38,10 +38,12 @@ class Case:
     body: str
     found: tuple[tuple[str, int, int], ...]
     weights: str = ""
+    opset: int = 18
 
     def model(self) -> onnx.ModelProto:
         weights = WEIGHTS + (f", {self.weights}" if self.weights else "")
-        return text_model(f"(float[1,5,6] x) => (float[1,5,6] y) <{weights}> {{ {self.body} }}", opset=18)
+        text = f"(float[1,5,6] x) => (float[1,5,6] y) <{weights}> {{ {self.body} }}"
+        return text_model(text, opset=self.opset)
 
 
 FULL = (("heads", 3, 1), ("qk", 4, 3), ("value", 4, 3))
@@ -102,6 +104,15 @@ CASES = {
         (("heads", 2, 1), ("qk", 3, 2), ("value", 3, 2)),
         "float[6,6] wk2, float[6,6] wv2, int64[4] four = {1,5,4,3}, int64[4] two = {1,5,2,3}, int64[1] place = {2},"
         "int64[5] wide = {1,2,2,3,5}, int64[4] many = {1,4,3,5}, int64[5] tall = {1,2,2,5,3}, int64[4] rows = {1,4,5,3}",
+    ),
+    "a query that cannot be pruned": Case(
+        "q0 = Concat<axis=2>(x, x) q1 = Reshape(q0, split) q = Transpose<perm=[0,2,1,3]>(q1)\n"
+        + KEY
+        + VALUE
+        + SCORES
+        + MIX
+        + OUT,
+        (("value", 4, 3),),
     ),
     "one key and value for all heads": Case(
         QUERY
@@ -193,6 +204,114 @@ CASES = {
         "float[6,3] wg, int64[1] last = {-1}",
     ),
 }
+
+# The operator of opset 23: keys are not transposed, and heads × width may come as one axis.
+KEY_23 = "k0 = MatMul(x, wk) k1 = Add(bk, k0) k2 = Reshape(k1, split) k = Transpose<perm=[0,2,1,3]>(k2)\n"
+MIX_23 = "o1 = Transpose<perm=[0,2,1,3]>(o0) o = Reshape(o1, merge)\n"
+FLAT = "q0 = MatMul(x, wq) q = Add(bq, q0) k0 = MatMul(x, wk) k = Add(bk, k0) v0 = MatMul(x, wv) v = Add(bv, v0)\n"
+NARROW = "q = MatMul(x, wq) k = MatMul(x, wk2) v = MatMul(x, wv2)\n"
+TURNED = "float[1,5,2] cos, float[1,5,2] sin"
+GROUPED_23 = (("heads", 2, 1), ("qk", 3, 2), ("value", 3, 2))
+OPERATOR = {
+    "heads apart": Case(QUERY + KEY_23 + VALUE + "o0 = Attention(q, k, v)\n" + MIX_23 + OUT, FULL),
+    "heads and widths in one axis": Case(
+        FLAT + "o = Attention<q_num_heads=3, kv_num_heads=3>(q, k, v)\n" + OUT, FULL
+    ),
+    "a scale, a soft cap and causal": Case(
+        FLAT
+        + "o = Attention<q_num_heads=3, kv_num_heads=3, scale=0.3, softcap=2.0, is_causal=1>(q, k, v)\n"
+        + OUT,
+        FULL,
+    ),
+    "a table for each head": Case(
+        FLAT + "o = Attention<q_num_heads=3, kv_num_heads=3>(q, k, v, table)\n" + OUT,
+        FULL,
+        "float[1,3,5,5] table",
+    ),
+    "a table of three axes": Case(
+        QUERY + KEY_23 + VALUE + "o0 = Attention(q, k, v, table)\n" + MIX_23 + OUT,
+        FULL,
+        "float[3,5,5] table",
+        24,
+    ),
+    "a mask that all heads share": Case(
+        FLAT + "o = Attention<q_num_heads=3, kv_num_heads=3>(q, k, v, mask)\n" + OUT,
+        FULL,
+        "bool[5,5] mask = {1,0,1,1,0,1,1,1,1,0,1,1,1,1,0,1,1,1,1,0,1,1,1,1,1}",
+    ),
+    "a table that is computed for each head": Case(
+        FLAT
+        + "t0 = MatMul(x, wt) t1 = Transpose<perm=[0,2,1]>(t0) t = Unsqueeze(t1, two)\n"
+        + "o = Attention<q_num_heads=3, kv_num_heads=3>(q, k, v, u)\n".replace(
+            "(q, k, v, u)", "(q, k, v, e)"
+        ).replace("o = ", "e = Expand(t, five) o = ")
+        + OUT,
+        FULL,
+        "float[6,3] wt, int64[1] two = {2}, int64[4] five = {1,3,5,5}",
+    ),
+    "a table that the input gives": Case(
+        FLAT
+        + "t0 = Transpose<perm=[0,2,1]>(x) t1 = Slice(t0, from, heads, second) t2 = Unsqueeze(t1, two) t = Expand(t2, five)\n"
+        + "o = Attention<q_num_heads=3, kv_num_heads=3>(q, k, v, t)\n"
+        + OUT,
+        (("qk", 4, 3), ("value", 4, 3)),
+        "int64[1] from = {0}, int64[1] heads = {3}, int64[1] second = {1}, int64[1] two = {2}, int64[4] five = {1,3,5,5}",
+    ),
+    "one head for the operator": Case(
+        FLAT + "o = Attention<q_num_heads=1, kv_num_heads=1>(q, k, v)\n" + OUT,
+        (("qk", 12, 1), ("value", 12, 1)),
+    ),
+    "two query heads for each key head": Case(
+        NARROW + "o = Attention<q_num_heads=4, kv_num_heads=2>(q, k, v)\n" + OUT,
+        GROUPED_23,
+        "float[6,6] wk2, float[6,6] wv2",
+    ),
+    "two query heads for each key head, apart": Case(
+        "q0 = MatMul(x, wq) q1 = Reshape(q0, four) q = Transpose<perm=[0,2,1,3]>(q1)\n"
+        "k0 = MatMul(x, wk2) k1 = Reshape(k0, pair) k = Transpose<perm=[0,2,1,3]>(k1)\n"
+        "v0 = MatMul(x, wv2) v1 = Reshape(v0, pair) v = Transpose<perm=[0,2,1,3]>(v1)\n"
+        "o0 = Attention(q, k, v, table)\n" + MIX_23 + OUT,
+        GROUPED_23,
+        "float[6,6] wk2, float[6,6] wv2, int64[4] four = {1,5,4,3}, int64[4] pair = {1,5,2,3}, float[1,4,5,5] table",
+    ),
+    "one key head for all": Case(
+        "q = MatMul(x, wq) k = MatMul(x, w4) v = MatMul(x, w5)\n"
+        "o = Attention<q_num_heads=3, kv_num_heads=1>(q, k, v)\n" + OUT,
+        COUPLED,
+        "float[6,4] w4, float[6,4] w5",
+    ),
+    "query and key turned by their place": Case(
+        QUERY
+        + KEY_23
+        + VALUE
+        + "qr = RotaryEmbedding(q, cos, sin) kr = RotaryEmbedding(k, cos, sin)\n"
+        + "o0 = Attention(qr, kr, v)\n"
+        + MIX_23
+        + OUT,
+        (("heads", 3, 1), ("value", 4, 3)),
+        TURNED,
+    ),
+    "query and key turned, heads and widths in one axis": Case(
+        FLAT
+        + "qr = RotaryEmbedding<num_heads=3, interleaved=1>(q, cos, sin) kr = RotaryEmbedding<num_heads=3>(k, cos, sin)\n"
+        + "o = Attention<q_num_heads=3, kv_num_heads=3>(qr, kr, v)\n"
+        + OUT,
+        (("heads", 3, 1), ("value", 4, 3)),
+        TURNED,
+    ),
+    "a query for the operator that cannot be pruned": Case(
+        "q = Concat<axis=2>(x, x) k = MatMul(x, wk) v = MatMul(x, wv)\n"
+        "o = Attention<q_num_heads=3, kv_num_heads=3>(q, k, v)\n" + OUT,
+        (("value", 4, 3),),
+    ),
+    "scores that are given away": Case(
+        QUERY + KEY_23 + VALUE + "o0, pk, pv = Attention(q, k, v, , past, past)\n"
+        "p = ReduceSum<keepdims=0>(pk) o2 = Add(o0, p)\n" + MIX_23.replace("(o0)", "(o2)") + OUT,
+        (),
+        "float[1,3,2,4] past",
+    ),
+}
+CASES |= {name: replace(case, opset=max(23, case.opset)) for name, case in OPERATOR.items()}
 
 
 def prunable(structure: Structure) -> list[Dimension]:

@@ -32,6 +32,7 @@ ORDER = (
     "rules.elementwise",
     "rules.attention",
     "rules.contraction",
+    "rules.statistics",
     "rules",
     "coupling",
     "labels",

@@ -184,6 +184,12 @@ NORMALISATION = {
     "InstanceNormalization": between(
         "u = InstanceNormalization(t, scale, shift)", weights=", float[8] scale, float[8] shift"
     ),
+    "GroupNormalization": between(
+        "u = GroupNormalization<num_groups=2>(t, scale, shift)",
+        (2, 8),
+        21,
+        ", float[8] scale, float[8] shift",
+    ),
 }
 
 MOVEMENT = {
@@ -304,6 +310,26 @@ UNIT_STATISTICS = {
     ),
 }
 
+# 8 channels as 2 heads of width 4, and 36 positions as tokens; more in test_attention.py.
+TOKENS = "f = Reshape(t, s)\nh = Transpose<perm=[0,2,1]>(f)\n{body}\nn = Transpose<perm=[0,2,1]>(m)\nu = Reshape(n, back)"
+SIZES = ", int64[3] s = {1, 8, 36}, int64[4] back = {1, 8, 6, 6}"
+ATTENTION = {
+    "Attention": between(
+        TOKENS.format(
+            body="q = MatMul(h, wq)\nk = MatMul(h, wk)\nm = Attention<q_num_heads=2, kv_num_heads=2>(q, k, h)"
+        ),
+        (2, 8, 8),
+        23,
+        SIZES + ", float[8,8] wq, float[8,8] wk",
+    ),
+    "RotaryEmbedding": between(
+        TOKENS.format(body="m = RotaryEmbedding<num_heads=2>(h, cos, sin)"),
+        (2,),
+        23,
+        SIZES + ", float[1,36,2] cos, float[1,36,2] sin",
+    ),
+}
+
 RULES_TESTED: dict[str, Case] = {
     **UNARY,
     **BINARY,
@@ -312,6 +338,7 @@ RULES_TESTED: dict[str, Case] = {
     **CONTRACTION,
     **FILLED,
     **UNIT_STATISTICS,
+    **ATTENTION,
 }
 
 GROUPED = """(float[1,3,6,6] x) => (float[1,4,{size}] y) <
@@ -341,6 +368,51 @@ TRAPS: dict[str, Case] = {
             "m = Mul(a7, g)"
         ),
         weights=", float[8] g, float eps = {0.001}, float two = {2.0}",
+    ),
+    "group norm of one group": between(
+        "u = GroupNormalization<num_groups=1>(t, g, h)", (8,), 21, ", float[8] g, float[8] h"
+    ),
+    "group norm of groups of one": between(
+        "u = GroupNormalization<num_groups=8>(t, g, h)", (8,), 21, ", float[8] g, float[8] h"
+    ),
+    "two group norms of different groups": between(
+        "m = GroupNormalization<num_groups=4>(t, g, h)\nu = GroupNormalization<num_groups=2>(m, g, h)",
+        (2,),
+        21,
+        ", float[8] g, float[8] h",
+    ),
+    "group norm without the operator": between(
+        "m0 = Reshape(t, s)\nm1 = InstanceNormalization(m0, ones, zeros)\nm2 = Reshape(m1, back)\nm3 = Mul(m2, g)\n"
+        "u = Add(m3, h)",
+        (2, 8),
+        weights=", int64[3] s = {0, 2, -1}, int64[4] back = {1, 8, 6, 6}, float[2] ones, float[2] zeros, "
+        "float[8,1,1] g, float[8,1,1] h",
+    ),
+    "group norm of one group without the operator": between(
+        "m0 = Reshape(t, s)\nm1 = InstanceNormalization(m0, ones, zeros)\nm2 = Reshape(m1, back)\nm3 = Mul(m2, g)\n"
+        "u = Add(m3, h)",
+        (8,),
+        weights=", int64[3] s = {0, 1, -1}, int64[4] back = {1, 8, 6, 6}, float[1] ones, float[1] zeros, "
+        "float[8,1,1] g, float[8,1,1] h",
+    ),
+    "group norm without the operator, of any image size": Case(
+        """(float[N,3,H,W] x) => (float[N,4,H,W] y) <float[8,3,1,1] a, float[8] b, float[4,8,1,1] c,
+            int64[3] s = {0, 2, -1}, float[2] ones, float[2] zeros, float[8,1,1] g, float[8,1,1] h> {
+            t = Conv(x, a, b)
+            m0 = Reshape(t, s)
+            m1 = InstanceNormalization(m0, ones, zeros)
+            back = Shape(t)
+            m2 = Reshape(m1, back)
+            m3 = Mul(m2, g)
+            u = Add(m3, h)
+            y = Conv(u, c)
+        }""",
+        (2, 8),
+        shapes={"x": (1, 3, 6, 6)},
+    ),
+    "instance norm over channels of a transposed tensor": between(
+        "n = Transpose<perm=[0,2,3,1]>(t)\nm = InstanceNormalization(n, g, h)\nu = Transpose<perm=[0,3,1,2]>(m)",
+        weights=", float[6] g, float[6] h",
     ),
     "layer norm over channels and positions": between(
         "u = LayerNormalization<axis=1>(t, g)", weights=", float[8,6,6] g"
@@ -913,7 +985,8 @@ def test_the_law_holds_and_the_right_units_can_go(name: str) -> None:
     assert informative(pruned, structure)
     for index in structure.prunable:
         dimension = structure.dimensions[index]
-        single = PruningPlan(keep={dimension.name: (len(dimension.units) - 1,)})
+        last = tuple(row * dimension.count + dimension.count - 1 for row in range(dimension.rows))
+        single = PruningPlan(keep={dimension.name: last})
         pruned, _ = prune_checked(model, structure, single)
         assert operands(pruned) != operands(rewrite(structure, PruningPlan(keep={})))
 

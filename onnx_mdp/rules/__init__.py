@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnx_mdp.rules import attention, contraction, elementwise, movement
+from onnx_mdp.rules import attention, contraction, elementwise, movement, statistics
 from onnx_mdp.rules.labelling import RULES, Labelling, Labels, Rule, Site, couple, rule, squash, varying
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "movement",
     "rule",
     "squash",
+    "statistics",
     "varying",
 ]

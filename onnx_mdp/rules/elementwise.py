@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from onnx_mdp.rules.labelling import Labelling, Labels, align, couple, rule, varying
+from onnx_mdp.rules.labelling import Labelling, Labels, align, align_shape, couple, rule, varying
 from onnx_mdp.shadow import Operation
 
-__all__: list[str] = []
+__all__ = ["meet"]
 
 
 @rule(
@@ -49,26 +51,42 @@ def size(state: Labelling, operation: Operation) -> None:
 )
 def meets(state: Labelling, operation: Operation) -> None:
     """Operands meet position by position under broadcasting; constants are cut as the others are."""
-    shape = state.shape(operation.outputs[0])
-    operands = [(slot, name) for slot, name in enumerate(operation.inputs) if name]
-    activations = [(slot, name) for slot, name in operands if not state.is_constant(name)]
-    aligned = {slot: align(state.labels(name), len(shape)) for slot, name in activations}
-    extents = {slot: (1,) * (len(shape) - len(state.shape(n))) + state.shape(n) for slot, n in operands}
+    operands = {slot: name for slot, name in enumerate(operation.inputs) if name}
+    state.emit(operation, meet(state, operation, state.shape(operation.outputs[0]), operands))
+
+
+def meet(
+    state: Labelling,
+    operation: Operation,
+    shape: tuple[int, ...],
+    operands: Mapping[int, str],
+    computed: Labels | None = None,
+) -> Labels:
+    """The labels of ``shape`` where operands, by slot, meet; ``computed`` is one that has no name."""
+    aligned = {
+        slot: align(state.labels(name), len(shape))
+        for slot, name in operands.items()
+        if not state.is_constant(name)
+    }
+    extents = {slot: align_shape(state.shape(name), len(shape)) for slot, name in operands.items()}
+    names = {slot: repr(name) for slot, name in operands.items()}
+    if computed is not None:
+        aligned[-1], extents[-1], names[-1] = computed, shape, "what it computes"
     axes = {axis for labels in aligned.values() for axis in varying(labels)}
-    for slot, name in activations:
+    for slot in aligned:
         heads = bool(varying(aligned[slot])) and set(varying(aligned[slot])) < axes
         if any(extents[slot][axis] == 1 and shape[axis] > 1 for axis in axes) and not heads:
-            state.freeze(aligned[slot], f"{operation} broadcasts {name!r} over a prunable axis")
+            state.freeze(aligned[slot], f"{operation} broadcasts {names[slot]} over a prunable axis")
             aligned[slot] = np.zeros_like(aligned[slot])
     joint = np.zeros((1,) * len(shape), np.int32)
     for slot in sorted(aligned, key=lambda s: -int((aligned[s] > 0).any())):
         joint = _meet(state, operation, joint, aligned[slot])
-    for slot, name in activations:
-        _check_broadcast(state, operation, name, aligned[slot], extents[slot], joint)
-    for slot, _name in operands:
+    for slot, labels in aligned.items():
+        _check_broadcast(state, operation, names[slot], labels, extents[slot], joint)
+    for slot in operands:
         if slot not in aligned:
             _cut_constant(state, operation, slot, extents[slot], joint)
-    state.emit(operation, joint)
+    return joint
 
 
 def _meet(state: Labelling, operation: Operation, joint: Labels, labels: Labels) -> Labels:
@@ -94,7 +112,7 @@ def _check_broadcast(
     for axis in varying(joint):
         if extents[axis] > 1:
             fixed = (labels == 0) & (joint > 0)
-            state.freeze(np.where(fixed, joint, 0), f"{operation} meets {name!r}, which cannot be pruned")
+            state.freeze(np.where(fixed, joint, 0), f"{operation} meets {name}, which cannot be pruned")
 
 
 def _cut_constant(
@@ -121,16 +139,14 @@ def normalises(state: Labelling, operation: Operation) -> None:
     state.emit(operation, labels)
 
 
-@rule("BatchNormalization", "InstanceNormalization")
+@rule("BatchNormalization")
 def normalises_each_channel(state: Labelling, operation: Operation) -> None:
-    """Statistics and affine parameters belong to one channel each."""
+    """Statistics and affine parameters are constants of one channel each."""
     labels = state.labels(operation.inputs[0])
     why = f"{operation} normalises over a prunable axis"
     for axis in varying(labels):
         if axis != 1:
             labels = couple(state, labels, axis, why)
-            if operation.op_type == "InstanceNormalization":
-                state.freeze(labels, why)
     vector = state.vector(labels, 1, state.shape(operation.inputs[0])[1], why)
     for slot in range(1, len(operation.inputs)):
         state.site(operation, slot, 0, vector)

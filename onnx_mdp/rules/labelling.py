@@ -30,6 +30,7 @@ __all__ = [
     "Rule",
     "Site",
     "align",
+    "align_shape",
     "couple",
     "expand",
     "rule",
@@ -100,6 +101,11 @@ def align(labels: Labels, rank: int) -> Labels:
     return labels.reshape((1,) * (rank - labels.ndim) + labels.shape)
 
 
+def align_shape(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """Prepend extents of 1, as broadcasting does."""
+    return (1,) * (rank - len(shape)) + shape
+
+
 def couple(state: Labelling, labels: Labels, axis: int, why: str) -> Labels:
     """Make all labels along ``axis`` live and die together; return them with that axis squashed."""
     joint: Labels = labels.max(axis, keepdims=True)
@@ -124,6 +130,7 @@ class Labelling:
         self.unsupported: dict[str, str] = {}
         self.held: list[npt.NDArray[np.int32]] = []
         self.wholes: list[tuple[Labels, int]] = []
+        self.views: list[Labels] = []
         self.kinds: list[tuple[npt.NDArray[np.int32], str]] = []
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -217,6 +224,12 @@ class Labelling:
         if axis in varying(labels) and len(varying(labels)) > 1:
             self.wholes.append((labels, axis))
 
+    def view(self, labels: Labels, axis: int) -> None:
+        """The operation sees a tensor in this form of its own, ``axis`` the outer of those that it splits."""
+        if len(varying(labels)) > 1:
+            self.views.append(labels)
+            self.whole(labels, axis)
+
     def calls(self, labels: Labels, kind: str) -> None:
         """Name the kind of dimension that these labels belong to."""
         self.kinds.append((np.unique(labels[labels > 0]), kind))
@@ -243,7 +256,13 @@ class Labelling:
             self.freeze(self.labels(name), f"graph output {name}")
 
     def _refuse(self, operation: Operation, key: str, names: Sequence[str]) -> None:
+        fused = " (a runtime fused it: prune the file from before that)" if _is_fused(operation) else ""
         touched = any(bool((self.labels(n) > 0).any()) for n in names)
         if touched:
-            self.unsupported.setdefault(key, f"no rule for operator {key}")
-        self.freeze_inputs(operation, f"no rule for operator {key}, which {operation} is")
+            self.unsupported.setdefault(key, f"no rule for operator {key}{fused}")
+        self.freeze_inputs(operation, f"no rule for operator {key}, which {operation} is{fused}")
+
+
+def _is_fused(operation: Operation) -> bool:
+    """Whether the operator is of a domain that ONNX Runtime saves optimised models in."""
+    return operation.domain.startswith(("com.microsoft", "com.ms."))
