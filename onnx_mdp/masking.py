@@ -202,17 +202,22 @@ class _Masks:
         """``value`` where the mask is true, before the maker of ``output``.
 
         Not a product: what a removed unit holds may be infinite, and 0 · ∞ is no zero. Channels that were
-        merged with positions are masked apart from these: how many there are may be symbolic.
+        merged with positions, or heads with the batch, are masked apart from these, which may be symbolic.
         """
-        other = self._constant(np.asarray(neutral, np.float32))
+        add = functools.partial(self._add, output)
         changes = np.flatnonzero(np.diff(mask).any(axis=tuple(range(mask.ndim - 1))))
         run = math.gcd(mask.shape[-1], *(changes + 1).tolist())
-        if run == 1:
-            return self._add(output, "Where", self._constant(mask), value, other)
-        parts = self._constant(np.asarray([*[0] * (mask.ndim - 1), mask.shape[-1] // run, -1], np.int64))
-        apart = self._add(output, "Reshape", value, parts)
-        chosen = self._add(output, "Where", self._constant(mask[..., ::run, None]), apart, other)
-        return self._add(output, "Reshape", chosen, self._add(output, "Shape", value))
+        apart = value
+        if mask.ndim > 1 and mask.shape[0] > 1:
+            rest = add("Gather", add("Shape", value), self._constant(np.arange(1, mask.ndim)))
+            heads = self._constant(np.asarray([-1, mask.shape[0]]))
+            apart, mask = add("Reshape", value, add("Concat", heads, rest, axis=0)), mask[None]
+        elif run > 1:
+            parts = np.asarray([*[0] * (mask.ndim - 1), mask.shape[-1] // run, -1])
+            apart, mask = add("Reshape", value, self._constant(parts)), mask[..., ::run, None]
+        other = self._constant(np.asarray(neutral, np.float32))
+        chosen = add("Where", self._constant(mask), apart, other)
+        return chosen if apart == value else add("Reshape", chosen, add("Shape", value))
 
     def _add(self, output: str, op_type: str, *inputs: str, **attributes: Any) -> str:
         """A node before the maker of ``output``; the name of what it makes."""

@@ -110,7 +110,8 @@ def _slice_initializers(edit: _Edit) -> None:
         name = edit.structure.shadow.operations[index].inputs[slot]
         key = (name, b"".join(bytes([axis]) + np.packbits(masks[axis]).tobytes() for axis in sorted(masks)))
         if key not in versions:
-            versions[key] = _sliced(edit, name, masks)
+            stored = name in edit.model.graph.initializers
+            versions[key] = _sliced(edit, name, masks) if stored else _selected(edit, index, slot, masks)
         edit.nodes[index].replace_input_with(slot, versions[key])
     _restore_names(edit.model, versions)
 
@@ -124,6 +125,21 @@ def _sliced(edit: _Edit, name: str, masks: Mapping[int, Mask]) -> ir.Value:
     value.doc_string = original.doc_string
     if original.const_value is not None and value.const_value is not None:
         value.const_value.doc_string = original.const_value.doc_string
+    return value
+
+
+def _selected(edit: _Edit, index: int, slot: int, masks: Mapping[int, Mask]) -> ir.Value:
+    """What is computed at run time is cut before its first reader."""
+    node = edit.nodes[index]
+    value = node.inputs[slot]
+    assert value is not None
+    for axis, mask in masks.items():
+        kept = _add_initializer(edit.model, f"{value.name}__kept", np.flatnonzero(mask))
+        gather = ir.Node("", "Gather", [value, kept], [ir.AttrInt64("axis", axis)])
+        gather.name = edit.unique(f"{node.name}/pruned_{slot}")
+        gather.outputs[0].name = edit.unique(f"{value.name}__pruned")
+        edit.model.graph.insert_before(node, gather)
+        value = gather.outputs[0]
     return value
 
 
@@ -289,8 +305,10 @@ def _patch_gather(edit: _Edit, operation: Operation) -> None:
         return
     keep = edit.keep(source, axis)
     wrapped = np.where(indices < 0, indices + len(keep), indices)
-    places = np.cumsum(keep) - 1
-    _set_operand(edit, operation, 1, places[wrapped[keep[wrapped]]] if indices.ndim else places[wrapped])
+    for place in range(indices.ndim):
+        kept = edit.keep(operation.outputs[0], axis + place)
+        wrapped = np.compress(kept, wrapped, place)
+    _set_operand(edit, operation, 1, (np.cumsum(keep) - 1)[wrapped])
 
 
 def _patch_pad(edit: _Edit, operation: Operation) -> None:

@@ -215,8 +215,12 @@ def _data_input(structure: Structure, site: Site) -> str:
 def _energy(structure: Structure, site: Site) -> Vector | None:
     """Squared norm of a weight at each index of the site's axis; None for vectors such as a bias."""
     operation = structure.shadow.operations[site.operation]
-    weight = structure.shadow.constants[operation.inputs[site.slot]]
-    if weight.ndim < 2 or operation.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+    weight = structure.shadow.constants.get(operation.inputs[site.slot])
+    if (
+        weight is None
+        or weight.ndim < 2
+        or operation.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul")
+    ):
         return None
     squares = weight.astype(np.float64) ** 2
     return np.asarray(squares.sum(axis=tuple(a for a in range(weight.ndim) if a != site.axis)))

@@ -74,7 +74,8 @@ class Shadow:
 
     ``model`` is the normalised model, the one that the rewriter edits; ``shapes`` holds every tensor;
     ``constants`` the values that depend on no input value; ``dynamic`` marks the entries of those that
-    change with a symbolic dimension (``bool`` of the value's shape); ``inputs`` maps each graph input to
+    change with a symbolic dimension (``bool`` of the value's shape); ``independent`` names what nodes compute
+    from no input value, be it too large to hold in ``constants``; ``inputs`` maps each graph input to
     its bound shape; ``source`` is the content hash of the file that was prepared; ``split`` names the fused
     projections that became several.
     """
@@ -88,6 +89,7 @@ class Shadow:
     outputs: tuple[str, ...]
     source: str
     split: tuple[str, ...] = ()
+    independent: frozenset[str] = frozenset()
 
     def consumers(self) -> Mapping[str, tuple[tuple[int, int], ...]]:
         """For every tensor, the (operation, input slot) pairs that read it."""
@@ -129,6 +131,7 @@ def prepare(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> Shadow:
         outputs=tuple(str(v.name) for v in model.graph.outputs),
         source=source,
         split=split,
+        independent=frozenset(pure),
     )
 
 

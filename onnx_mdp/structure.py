@@ -203,6 +203,7 @@ class _Builder:
                 members=tuple(
                     Member(operations[s.operation].inputs[s.slot], s.axis, s.operation, s.slot, s.role)
                     for s in sites
+                    if operations[s.operation].inputs[s.slot] in graph.shadow.model.graph.initializers
                 ),
                 producer=producer,
                 frozen=frozen,

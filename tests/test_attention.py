@@ -193,6 +193,17 @@ CASES = {
         FULL,
         "int64[1] last = {-1}",
     ),
+    "normalised query, its length expanded": Case(
+        QUERY
+        + "l = ReduceL2(q, last) f = Shape(q) e = Expand(l, f) n = Div(q, e)\n"
+        + KEY
+        + VALUE
+        + "s0 = MatMul(n, k) s = Softmax(s0)\n"
+        + MIX
+        + OUT,
+        FULL,
+        "int64[1] last = {-1}",
+    ),
     "a gate for each head": Case(
         QUERY
         + KEY

@@ -222,6 +222,13 @@ MOVEMENT = {
         w=", int64 s = {4}, int64 zero = {0}",
     ),
     "Gather": tail("u = Gather<axis=1>(t, i)", (5, 3), 3, w=", int64[3] i = {1, 3, 5}"),
+    "GatherND": dense(
+        "h = Transpose<perm=[0,2,3,1]>(t)\ng = GatherND<batch_dims=1>(h, i)\nm = ReduceMean<axes=[1], keepdims=0>(g)\n"
+        "u = Relu(m)",
+        8,
+        weights=", int64[1,3,2] i = {0, 1, 2, 3, 6, 6}",
+    ),
+    "GridSample": between("u = GridSample(t, g)", weights=", float[1,6,6,2] g"),
     "Concat": tail("r = Sigmoid(t)\nu = Concat<axis=1>(t, r)", (8,), 16),
     "Expand": tail("p = GlobalAveragePool(t)\nu = Expand(p, s)", (8,), 8, w=", int64[4] s = {1, 8, 6, 6}"),
     "Tile": tail("u = Tile(t, r)", (8,), 8, "12,6", w=", int64[4] r = {1, 1, 2, 1}"),
@@ -557,6 +564,85 @@ TRAPS: dict[str, Case] = {
     ),
     "Gather with negative indices": tail("u = Gather<axis=1>(t, i)", (2, 6), 2, w=", int64[2] i = {-1, 0}"),
     "Gather with repeated indices": tail("u = Gather<axis=-3>(t, i)", (6,), 3, w=", int64[3] i = {0, 2, 0}"),
+    "Gather of scattered places from a flat tensor": tail(
+        "f = Reshape(t, s)\nu = Gather(f, i)",
+        (8,),
+        8,
+        "2,2",
+        w=", int64[1] s = {-1}, int64[1,8,2,2] i = {"
+        + ", ".join(str(36 * c + p) for c in range(8) for p in (0, 5, 30, 35))
+        + "}",
+    ),
+    "Gather of channels in two rows": tail(
+        "g = Gather<axis=1>(t, i)\nu = Reshape(g, s)",
+        (2, 4),
+        4,
+        w=", int64[2,2] i = {0, 3, 6, 7}, int64[4] s = {1, -1, 6, 6}",
+    ),
+    "Gather by indices that the batch gives": Case(
+        """(float[N,3,6,6] x) => (float[N,M] y) <float[8,3,1,1] a, float[1,1] c, int64[1] flat = {-1}, int64 zero = {0},
+            int64 one = {1}, int64[2] row = {1, -1}, int64[2] column = {-1, 1}> {
+            t = Conv(x, a)
+            p = GlobalAveragePool(t)
+            f = Reshape(p, flat)
+            s = Shape(x)
+            n = Gather(s, zero)
+            i = Range(zero, n, one)
+            g = Gather(f, i)
+            k = Reshape(g, column)
+            m = MatMul(k, c)
+            y = Reshape(m, row)
+        }""",
+        (),
+    ),
+    "GatherND of channels": dense(
+        "g = GatherND<batch_dims=1>(t, i)\nu = Relu(g)",
+        3,
+        (),
+        weights=", int64[1,3,3] i = {0, 1, 2, 3, 6, 6, 7, 0, 0}",
+    ),
+    "GridSample by a computed grid of two channels": Case(
+        """(float[1,3,6,6] x) => (float[1,4,6,6] y) <float[8,3,1,1] a, float[2,3,1,1] b, float[4,8,1,1] c> {
+            t = Conv(x, a)
+            g = Conv(x, b)
+            h = Transpose<perm=[0,2,3,1]>(g)
+            u = GridSample(t, h)
+            y = Conv(u, c)
+        }""",
+        (),
+    ),
+    "a table that the batch repeats": Case(
+        """(float[N,3,6,6] x) => (float[N,4,6,6] y) <float[8,3,1,1] a, float[1,8,1,1] e, float[4,8,1,1] c,
+            int64[1] o = {0}, int64[1] one = {1}, int64[3] rest = {8, 1, 1}> {
+            t = Conv(x, a)
+            s = Shape(x)
+            n = Slice(s, o, one)
+            target = Concat<axis=0>(n, rest)
+            g = Expand(e, target)
+            u = Add(t, g)
+            y = Conv(u, c)
+        }""",
+        (8,),
+    ),
+    "a table that the batch repeats, labelled along another axis": Case(
+        """(float[N,3,6,6] x) => (float[N,4,6,6] y) <float[8,3,1,1] a, float[1,8,6,6] e, float[4,8,1,1] c,
+            int64[1] o = {0}, int64[1] one = {1}, int64[3] rest = {8, 6, 6}> {
+            t = Conv(x, a)
+            s = Shape(x)
+            n = Slice(s, o, one)
+            target = Concat<axis=0>(n, rest)
+            g = Expand(e, target)
+            u = Add(g, t)
+            y = Conv(u, c)
+        }""",
+        (8,),
+    ),
+    "an activation that is expanded before it is multiplied": between(
+        "p = ReduceMean<axes=[1]>(t)\ns = Shape(t)\nq = Expand(p, s)\nu = Mul(t, q)"
+    ),
+    "an activation that is expanded for two readers": between(
+        "p = ReduceMean<axes=[1]>(t)\ns = Shape(t)\nq = Expand(p, s)\nm = Mul(t, q)\nu = Add(m, q)", ()
+    ),
     "Gather of one position": dense(
         "p = GlobalAveragePool(t)\nq = Gather<axis=3>(p, o)\nu = Gather<axis=2>(q, o)",
         8,

@@ -72,6 +72,8 @@ def meet(
     names = {slot: repr(name) for slot, name in operands.items()}
     if computed is not None:
         aligned[-1], extents[-1], names[-1] = computed, shape, "what it computes"
+    _leave_computed(state, operation, operands, aligned)
+    copies = _leave_copies(state, operands, aligned, extents)
     axes = {axis for labels in aligned.values() for axis in varying(labels)}
     for slot in aligned:
         heads = bool(varying(aligned[slot])) and set(varying(aligned[slot])) < axes
@@ -82,11 +84,44 @@ def meet(
     for slot in sorted(aligned, key=lambda s: -int((aligned[s] > 0).any())):
         joint = _meet(state, operation, joint, aligned[slot])
     for slot, labels in aligned.items():
+        if slot in copies:
+            continue
         _check_broadcast(state, operation, names[slot], labels, extents[slot], joint)
     for slot in operands:
-        if slot not in aligned:
+        if slot in copies:
+            state.tensors[operands[slot]] = joint
+        elif slot not in aligned:
             _cut_constant(state, operation, slot, extents[slot], joint)
     return joint
+
+
+def _leave_computed(
+    state: Labelling, operation: Operation, operands: Mapping[int, str], aligned: dict[int, Labels]
+) -> None:
+    """What depends on no input value is cut as a constant is, unless its own labels fit the others."""
+    computed = [slot for slot in aligned if slot in operands and state.is_computed(operands[slot])]
+    axes = {axis for slot, labels in aligned.items() if slot not in computed for axis in varying(labels)}
+    for slot in computed:
+        own = set(varying(aligned[slot]))
+        if not own or (axes and own != axes):
+            state.freeze(aligned.pop(slot), f"{operation} meets {operands[slot]!r} along another axis")
+
+
+def _leave_copies(
+    state: Labelling,
+    operands: Mapping[int, str],
+    aligned: dict[int, Labels],
+    extents: Mapping[int, tuple[int, ...]],
+) -> tuple[int, ...]:
+    """Operands that were expanded, for this reader alone, along axes that are labelled here."""
+    axes = {axis for labels in aligned.values() for axis in varying(labels)}
+    found = []
+    for slot, name in operands.items():
+        missing = axes - set(varying(aligned[slot])) if slot in aligned else set()
+        full = all(extents[slot][axis] > 1 for axis in axes)
+        if missing and full and missing <= set(state.repeats(name)):
+            found.append(slot)
+    return tuple(found)
 
 
 def _meet(state: Labelling, operation: Operation, joint: Labels, labels: Labels) -> Labels:
@@ -111,7 +146,7 @@ def _check_broadcast(
     """An operand may leave a labelled axis out (extent 1), but may not be fixed or single along it."""
     for axis in varying(joint):
         if extents[axis] > 1:
-            fixed = (labels == 0) & (joint > 0)
+            fixed = ((labels == 0) | (axis not in varying(labels))) & (joint > 0)
             state.freeze(np.where(fixed, joint, 0), f"{operation} meets {name}, which cannot be pruned")
 
 

@@ -44,8 +44,9 @@ Role = Literal["in", "out", "each"]
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Operation ``operation`` reads, in input ``slot``, an initializer whose ``axis`` has these atoms.
+    """Operation ``operation`` reads, in input ``slot``, a constant whose ``axis`` has these atoms.
 
+    The constant is an initializer, or computed at run time from constants and sizes alone.
     ``role`` says what the axis is to the operation: ``out`` makes the indices (rows of a weight),
     ``in`` sums over them (columns), ``each`` holds one parameter for each (bias, scale, depthwise filter).
     """
@@ -131,6 +132,7 @@ class Labelling:
         self.held: list[npt.NDArray[np.int32]] = []
         self.wholes: list[tuple[Labels, int]] = []
         self.views: list[Labels] = []
+        self.repeated: dict[str, tuple[int, ...]] = {}
         self.kinds: list[tuple[npt.NDArray[np.int32], str]] = []
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -160,6 +162,14 @@ class Labelling:
         """Whether a tensor depends on no input value, nor, if it holds floats, on an input's size."""
         value = self.shadow.constants.get(name)
         return value is not None and (name not in self.shadow.dynamic or value.dtype.kind != "f")
+
+    def is_computed(self, name: str) -> bool:
+        """Whether nodes compute a tensor from constants and sizes alone: it is cut where it is read."""
+        return name in self.shadow.independent and not self.is_constant(name)
+
+    def repeats(self, name: str) -> tuple[int, ...]:
+        """Axes of a tensor that hold one index many times, for a single reader: they may be of any length."""
+        return self.repeated.get(name, ())
 
     def fresh(self, count: int) -> Labels:
         """New atoms, one for each of ``count`` indices."""
@@ -199,9 +209,9 @@ class Labelling:
         return expand(labels, axis, extent).reshape(-1).copy()
 
     def site(self, operation: Operation, slot: int, axis: int, labels: Labels, role: Role = "each") -> None:
-        """The operation reads an initializer that is cut along ``axis`` with these labels."""
+        """The operation reads a constant that is cut along ``axis`` with these labels."""
         name = operation.inputs[slot] if slot < len(operation.inputs) else ""
-        if name and (not self.is_constant(name) or name in self.shadow.dynamic):
+        if name and not self.is_constant(name) and not self.is_computed(name):
             why = f"{operation} computes its parameters at run time"
             self.freeze(labels, why)
             self.freeze(self.labels(name), why)

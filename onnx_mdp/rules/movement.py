@@ -161,14 +161,14 @@ def split(state: Labelling, operation: Operation) -> None:
 
 @rule("Gather")
 def gather(state: Labelling, operation: Operation) -> None:
-    """Constant indices select labels; run-time indices may not select along a prunable axis."""
+    """Constant indices, of any rank, select labels; run-time indices may not along a prunable axis."""
     labels = state.labels(operation.inputs[0])
     axis = operation.attributes.get("axis", 0) % max(labels.ndim, 1)
     indices = state.constant(operation, 1)
     rank = len(state.shape(operation.inputs[1]))
     if axis not in varying(labels):
         state.emit(operation, labels.reshape(labels.shape[:axis] + (1,) * rank + labels.shape[axis + 1 :]))
-    elif indices is None:
+    elif indices is None or operation.inputs[1] in state.shadow.dynamic:
         state.freeze_inputs(operation, f"{operation} selects a prunable axis at run time")
     elif rank == 0 and len(varying(labels)) > 1:
         # One index is left of this axis, so it cannot be cut: what differs along it leaves together.
@@ -176,10 +176,35 @@ def gather(state: Labelling, operation: Operation) -> None:
         state.emit(operation, joint.squeeze(axis))
     else:
         state.whole(labels, axis)
-        chosen = labels.take(indices.astype(np.int64), axis)
-        if rank != 1:
-            state.freeze(chosen, f"{operation} selects a prunable axis with a {rank}-dimensional index")
-        state.emit(operation, chosen if rank == 1 else np.zeros((1,) * chosen.ndim, np.int32))
+        chosen = squash(labels.take(indices.astype(np.int64), axis))
+        if not rank:
+            state.freeze(chosen, f"{operation} selects a single index of a prunable axis")
+        for place in range(axis, axis + rank - 1):
+            state.whole(chosen, place)
+        state.emit(operation, chosen)
+
+
+@rule("GatherND")
+def gather_places(state: Labelling, operation: Operation) -> None:
+    """Indices select places by the leading axes; what lies at a place keeps its labels."""
+    labels = state.labels(operation.inputs[0])
+    places = state.shape(operation.inputs[1])
+    selected = operation.attributes.get("batch_dims", 0) + places[-1]
+    if any(axis < selected for axis in varying(labels)):
+        state.freeze_inputs(operation, f"{operation} selects along a prunable axis")
+        return
+    rank = len(state.shape(operation.outputs[0]))
+    state.emit(operation, align(labels.reshape(labels.shape[selected:]), rank))
+
+
+@rule("GridSample")
+def grid_sample(state: Labelling, operation: Operation) -> None:
+    """Positions are interpolated channel by channel, at the same places in each."""
+    labels = state.labels(operation.inputs[0])
+    if set(varying(labels)) <= {1} and not varying(state.labels(operation.inputs[1])):
+        state.emit(operation, labels)
+    else:
+        state.freeze_inputs(operation, f"{operation} samples over a prunable axis")
 
 
 @rule("Concat")
@@ -231,6 +256,13 @@ def repeats(state: Labelling, operation: Operation) -> None:
             state.freeze(labels, f"{operation} repeats a prunable axis")
             labels = np.zeros((1,) * len(after), np.int32)
             break
+    readers = sum(operation.outputs[0] in reader.inputs for reader in state.shadow.operations)
+    if operation.op_type == "Expand" and readers == 1 and not state.is_constant(operation.inputs[0]):
+        grown = (axis for axis in range(len(after)) if before[axis] == 1 < after[axis])
+        target = [1] * (len(after) - state.shape(operation.inputs[1])[0])
+        state.repeated[operation.outputs[0]] = tuple(
+            axis for axis in grown if not state.entry_moves(operation, 1, axis - len(target))
+        )
     places = state.shape(operation.inputs[1])[0]
     _freeze_moving(state, operation, 1, labels, range(len(after) - places, len(after)))
     state.emit(operation, labels)
