@@ -23,7 +23,8 @@ from onnx import helper, numpy_helper
 from onnx_mdp.labels import keep_vector
 from onnx_mdp.model_io import model_proto
 from onnx_mdp.plan import PruningPlan, removed_classes
-from onnx_mdp.rules import Labels
+from onnx_mdp.rules import Labelling, Labels, squash, varying
+from onnx_mdp.rules.contraction import reduced_axes
 from onnx_mdp.shadow import Operation
 from onnx_mdp.structure import Structure
 
@@ -43,7 +44,7 @@ def masked_model(original: ir.Model, structure: Structure, plan: PruningPlan) ->
         operation = structure.shadow.operations[index]
         labels = _labels_read(structure, operation, slot)
         if labels is not None and removed[labels].any():
-            masks.restrict(operation, slot, _Kept.of(structure, operation.inputs[slot], labels, removed))
+            masks.restrict(operation, slot, _Kept.of(structure, operation, slot, labels, removed))
     for block in structure.blocks:
         if block.name in plan.removed_blocks:
             joint = structure.shadow.operations[block.joint]
@@ -75,9 +76,16 @@ class _Kept:
     shape: tuple[int, ...]
 
     @staticmethod
-    def of(structure: Structure, name: str, labels: Labels, removed: npt.NDArray[np.bool_]) -> _Kept:
+    def of(
+        structure: Structure, operation: Operation, slot: int, labels: Labels, removed: npt.NDArray[np.bool_]
+    ) -> _Kept:
+        name = operation.inputs[slot]
         mask = keep_vector(labels, removed)
         heads = structure.graph.head[labels]
+        if operation.op_type == "ReduceMean":
+            axes = reduced_axes(Labelling(structure.shadow), operation, labels.ndim) or ()
+            if set(varying(squash(heads))) <= set(axes):
+                heads = np.zeros_like(heads)  # the heads are averaged over as well
         rows, kept = len(np.unique(heads)), len(np.unique(heads[mask]))
         count = int(mask.sum()) // max(kept, 1)
         return _Kept(mask, mask.size // rows, count, structure.shadow.shapes[name])

@@ -162,9 +162,15 @@ class _Builder:
         self.normalised = {
             number
             for index, slot in graph.reductions
-            if graph.shadow.operations[index].op_type in _NORMS
+            if self._is_norm(graph.shadow.operations[index])
             for number in np.unique(graph.tensors[graph.shadow.operations[index].inputs[slot]]).tolist()
         }
+
+    def _is_norm(self, operation: Operation) -> bool:
+        """A layer norm, or a mean over the units of each token, which it is made of before opset 17."""
+        labels = self.graph.tensors.get(operation.inputs[0])
+        last = labels is not None and bool(labels.ndim) and labels.ndim - 1 in varying(labels)
+        return operation.op_type in _NORMS or (operation.op_type == "ReduceMean" and last)
 
     def add_grid(self, grid: Grid) -> None:
         """The heads of a grid, and a width for each of its parts."""

@@ -46,6 +46,11 @@ class Case:
         return text_model(text, opset=self.opset)
 
 
+FUSED = (
+    "p0 = MatMul(x, w36) p1 = Add(p0, b36) p2 = Reshape(p1, five) p = Transpose<perm=[2,0,3,1,4]>(p2)\n"
+    "q = Gather<axis=0>(p, zero) k0 = Gather<axis=0>(p, one) k = Transpose<perm=[0,1,3,2]>(k0) v = Gather<axis=0>(p, two)\n"
+)
+FUSED_WEIGHTS = "float[6,36] w36, float[36] b36, int64[5] five = {1,5,3,3,4}, int64 zero = {0}, int64 one = {1}, int64 two = {2}"
 FULL = (("heads", 3, 1), ("qk", 4, 3), ("value", 4, 3))
 COUPLED = (("qk", 4, 1), ("value", 4, 1))
 CASES = {
@@ -154,6 +159,24 @@ CASES = {
         + MIX
         + OUT,
         (("qk", 2, 1), ("qk", 2, 1), ("value", 4, 1)),
+    ),
+    "one projection, cut into parts inside of each head": Case(  # LeViT
+        "p0 = MatMul(x, wide3) p1 = Add(p0, bias3) p = Reshape(p1, inner) q1, k1, v1 = Split<axis=3>(p, parts)\n"
+        "q = Transpose<perm=[0,2,1,3]>(q1) k = Transpose<perm=[0,2,3,1]>(k1) v = Transpose<perm=[0,2,1,3]>(v1)\n"
+        + SCORES
+        + "o0 = MatMul(s, v) o1 = Transpose<perm=[0,2,1,3]>(o0) o = Reshape(o1, six)\n"
+        + "y = MatMul(o, wo3)",
+        (("qk", 2, 1), ("value", 3, 1)),
+        "float[6,21] wide3, float[21] bias3, int64[4] inner = {1,5,3,7}, int64[3] parts = {2,2,3}, int64[3] six = {1,5,9}, float[9,6] wo3",
+    ),
+    "one projection, whose parts have another reader": Case(
+        FUSED
+        + SCORES
+        + MIX
+        + "h = ReduceMean<keepdims=0>(p, all) o2 = Add(o, h)\n"
+        + OUT.replace("(o,", "(o2,"),
+        (("heads", 3, 1), ("qk", 4, 3)),
+        FUSED_WEIGHTS + ", int64[5] all = {0,1,2,3,4}",
     ),
     "heads that are mixed": Case(
         QUERY + KEY + VALUE + "s0 = MatMul(q, k) s1 = Conv(s0, talk) s = Softmax(s1)\n" + MIX + OUT,
@@ -345,6 +368,16 @@ def test_the_law_holds_and_the_right_widths_can_go(name: str) -> None:
         last = tuple(row * dimension.count + dimension.count - 1 for row in range(dimension.rows))
         pruned, _ = prune_checked(model, structure, PruningPlan(keep={dimension.name: last}))
         assert weights(pruned) != weights(rewrite(structure, PruningPlan(keep={})))
+
+
+def test_a_projection_is_split_where_all_of_its_readers_select_one_part() -> None:
+    split = Case(FUSED + SCORES + MIX + OUT, FULL, FUSED_WEIGHTS)
+    model, structure = analyse(split.model())
+    assert len(structure.shadow.split) == 1
+    assert tuple((d.kind, d.count, d.rows) for d in prunable(structure)) == FULL
+    prune_checked(model, structure, random_plan(structure, np.random.default_rng(0)))
+    for name, case in CASES.items():
+        assert analyse(case.model())[1].shadow.split == (), name
 
 
 def weights(model: object) -> list[tuple[int, ...]]:

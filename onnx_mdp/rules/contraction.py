@@ -8,7 +8,7 @@ from onnx_mdp.rules.attention import multiply_activations
 from onnx_mdp.rules.labelling import Labelling, Labels, couple, rule, varying
 from onnx_mdp.shadow import Operation
 
-__all__: list[str] = []
+__all__ = ["reduced_axes"]
 
 
 @rule("Conv")
@@ -127,7 +127,7 @@ def _matmul_by_weight(state: Labelling, operation: Operation, *, data: int, weig
 def reduces_axes(state: Labelling, operation: Operation) -> None:
     """The label ends where it is reduced over; elsewhere it passes. Over one of two axes, rows are left."""
     labels = state.labels(operation.inputs[0])
-    axes = _reduced_axes(state, operation, labels.ndim)
+    axes = reduced_axes(state, operation, labels.ndim)
     if axes is None:
         state.freeze_inputs(operation, f"{operation} computes its axes at run time")
         return
@@ -147,7 +147,8 @@ def reduces_axes(state: Labelling, operation: Operation) -> None:
     state.emit(operation, labels)
 
 
-def _reduced_axes(state: Labelling, operation: Operation, rank: int) -> tuple[int, ...] | None:
+def reduced_axes(state: Labelling, operation: Operation, rank: int) -> tuple[int, ...] | None:
+    """The axes that a reduction ends; None if they are computed at run time."""
     listed = operation.attributes.get("axes")
     if len(operation.inputs) > 1 and operation.inputs[1]:
         given = state.constant(operation, 1)
