@@ -42,16 +42,19 @@ class Known:
 class _Fused:
     """A linear layer (with the Add of its bias, if any) whose output is reshaped, transposed and selected.
 
-    ``axis`` is the axis of the parts after the reshape; ``selected`` the tensors by part.
+    ``axis`` is the axis of the parts after the reshape; ``order`` how the other axes are transposed, by
+    ``transpose``; ``selected`` the tensors by part; ``measured`` the nodes that ask how many tokens it has.
     """
 
     linear: ir.Node
     bias: ir.Node | None
     reshape: ir.Node
     transpose: ir.Node | None
+    order: tuple[int, ...]
     axis: int
     parts: int
     selected: tuple[tuple[int, ir.Value], ...]
+    measured: tuple[ir.Node, ...]
 
 
 def split_projections(model: ir.Model, known: Known) -> tuple[str, ...]:
@@ -60,6 +63,8 @@ def split_projections(model: ir.Model, known: Known) -> tuple[str, ...]:
     names = []
     for fused in found:
         if fused is not None:
+            for node in fused.measured:
+                node.replace_input_with(0, fused.linear.inputs[0])
             for part, value in fused.selected:
                 _build(model, known, fused, part, value)
             names.append(fused.linear.name or str(fused.linear.outputs[0].name))
@@ -73,31 +78,54 @@ def _match(reshape: ir.Node, known: Known) -> _Fused | None:
     width = known.shapes[str(source.name)][-1:]
     after = known.shapes.get(str(reshape.outputs[0].name), ())
     axes = [q for q in range(len(after)) if (math.prod(after[q:]),) == width and after[q] in _PARTS]
-    layer = _linear(source, known)
+    layer, measured = _linear(source, known), _measured(source, known)
     if not axes or layer is None or str(reshape.inputs[1].name) not in known.values:
         return None
-    axis, value, transpose = axes[0], reshape.outputs[0], None
-    place = axis
-    readers = [use.node for use in value.uses()]
-    if len(readers) == 1 and readers[0].op_type == "Transpose":
-        transpose = readers[0]
-        place = list(transpose.attributes["perm"].as_ints()).index(axis)
-        value = transpose.outputs[0]
-    selected = _selected(value, place, known)
+    axis = axes[0]
+    value, moved, transpose = _moved(reshape.outputs[0], len(after), known)
+    if None in moved:
+        return None
+    order = tuple(a - (a > axis) for a in moved if a is not None and a != axis)
+    selected = _selected(value, moved.index(axis), known)
     parts = [part for part, _ in selected]
     if not parts or len(set(parts)) < len(parts) or value.is_graph_output():
         return None
-    return _Fused(*layer, reshape, transpose, axis, after[axis], selected)
+    return _Fused(*layer, reshape, transpose, order, axis, after[axis], selected, measured)
+
+
+def _moved(value: ir.Value, rank: int, known: Known) -> tuple[ir.Value, list[int | None], ir.Node | None]:
+    """Where transposes, and axes of extent 1 that come and go, leave the axes; None is such an axis."""
+    moved: list[int | None] = list(range(rank))
+    transpose = None
+    while _private(value):
+        (node,) = (use.node for use in value.uses())
+        if node.op_type == "Transpose":
+            transpose, moved = node, [moved[a] for a in node.attributes["perm"].as_ints()]
+        elif node.op_type == "Unsqueeze":
+            places = _axes(node, 1, len(known.shapes[str(node.outputs[0].name)]), known)
+            for place in sorted(places):
+                moved.insert(place, None)
+        elif node.op_type == "Squeeze":
+            places = _axes(node, 1, len(moved), known)
+            if not places or any(moved[place] is not None for place in places):
+                break
+            moved = [a for place, a in enumerate(moved) if place not in places]
+        else:
+            break
+        value = node.outputs[0]
+    return value, moved, transpose
 
 
 def _linear(source: ir.Value, known: Known) -> tuple[ir.Node, ir.Node | None] | None:
     """The MatMul or Gemm with a constant weight that makes ``source``, and the Add of its bias."""
     maker, bias = source.producer(), None
-    if maker is not None and maker.op_type == "Add" and _private(source):
+    if len(list(source.uses())) - len(_measured(source, known)) > 1 or source.is_graph_output():
+        return None
+    if maker is not None and maker.op_type == "Add":
         inputs = [v for v in maker.inputs if v is not None and v.name not in known.values]
         bias, maker = maker, inputs[0].producer() if len(inputs) == 1 else None
         source = inputs[0] if inputs else source
-    if maker is None or maker.domain not in ("", "ai.onnx") or not _private(source):
+    if maker is None or maker.domain not in ("", "ai.onnx") or (bias is not None and not _private(source)):
         return None
     gemm = maker.op_type == "Gemm"
     plain = all(
@@ -109,6 +137,28 @@ def _linear(source: ir.Value, known: Known) -> tuple[ir.Node, ir.Node | None] | 
     if weight.const_value is None or len(known.shapes.get(str(weight.name), ())) != 2:
         return None
     return maker, bias
+
+
+def _measured(source: ir.Value, known: Known) -> tuple[ir.Node, ...]:
+    """The Shape nodes that read a tensor, if nobody takes the last extent from them."""
+    last = len(known.shapes[str(source.name)]) - 1
+    nodes = tuple(use.node for use in source.uses() if use.node.op_type == "Shape")
+    if any(_int(n, "start", 0) or "end" in n.attributes or n.outputs[0].is_graph_output() for n in nodes):
+        return ()
+    readers = [use.node for node in nodes for use in node.outputs[0].uses()]
+    return nodes if all(last not in _taken(reader, last, known) for reader in readers) else ()
+
+
+def _taken(reader: ir.Node, last: int, known: Known) -> range | list[int]:
+    """Which entries of a shape a node takes; all of them if it does not say so."""
+    given = [_constant(reader, slot, known) for slot in (1, 2)]
+    if reader.op_type == "Gather" and given[0] is not None:
+        return [int(index) % (last + 1) for index in given[0].reshape(-1)]
+    steps = _constant(reader, 4, known)
+    if reader.op_type != "Slice" or steps is not None or any(g is None or g.size != 1 for g in given):
+        return range(last + 1)
+    start, stop = (int(g.reshape(-1)[0]) for g in given if g is not None)
+    return range(last + 1)[start:stop]
 
 
 def _private(value: ir.Value) -> bool:
@@ -197,10 +247,8 @@ def _build(model: ir.Model, known: Known, fused: _Fused, part: int, selected: ir
     shape = (*after[: fused.axis], *after[fused.axis + 1 :])
     value = _add(fused, known, fused.reshape, [value, _target(model, known, fused, part)], part, shape)
     if fused.transpose is not None:
-        order = [a for a in fused.transpose.attributes["perm"].as_ints() if a != fused.axis]
-        order = [a - (a > fused.axis) for a in order]
-        value = _add(fused, known, fused.transpose, [value], part, tuple(shape[a] for a in order))
-        value.producer().attributes["perm"] = ir.AttrInt64s("perm", order)  # type: ignore[union-attr]
+        value = _add(fused, known, fused.transpose, [value], part, tuple(shape[a] for a in fused.order))
+        value.producer().attributes["perm"] = ir.AttrInt64s("perm", fused.order)  # type: ignore[union-attr]
     name = str(selected.name)
     selected.replace_all_uses_with(value)
     selected.name = f"{name}__fused"

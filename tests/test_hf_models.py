@@ -119,7 +119,7 @@ MODELS = {
         "SiglipVisionModel",
         VIT,
         # The pooling head has one projection for key and value, and a learned query.
-        "embedding 1, heads 3, qk 3, value 2, mlp 3, channel 1",
+        "embedding 1, heads 3, qk 3, value 3, mlp 3, channel 1",
         "attention mlp attention mlp mlp",
         output="pooler_output",
     ),

@@ -167,6 +167,41 @@ def test_splitting_fused_projections_changes_no_output(
     assert np.abs(after - before).max() <= 1e-6 * np.abs(before).max()
 
 
+@pytest.mark.parametrize(
+    ("exporter", "dynamic"), [("torchscript", False), ("torchscript", True), ("dynamo", True)]
+)
+def test_the_attention_of_torch_is_split(exporter: str, dynamic: bool, tmp_path: Path) -> None:
+    """``nn.MultiheadAttention``, as in torchvision's ViT, moves its parts through axes of extent 1."""
+    torch = pytest.importorskip("torch")
+    from models.export import export_module
+
+    class Network(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = torch.nn.Conv2d(3, 24, 8, 8)
+            self.attention = torch.nn.MultiheadAttention(24, 3, batch_first=True)
+            self.head = torch.nn.Linear(24, 5)
+
+        def forward(self, image: Any) -> Any:
+            x = self.patches(image).flatten(2).transpose(1, 2)
+            mixed, _ = self.attention(x, x, x, need_weights=False)
+            return self.head((x + mixed).mean(1))
+
+    torch.manual_seed(0)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it has no ONNX form
+    try:
+        path = export_module(Network(), (3, 32, 32), tmp_path / "model.onnx", exporter, dynamic)  # type: ignore[arg-type]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    model, structure = analyse(path)
+    assert len(structure.shadow.split) == 1
+    assert golden(structure) == ["channel 24 x1", "heads 3 x1", "qk 8 x3", "value 8 x3"]
+    for seed in range(8):
+        _, evidence = prune_checked(model, structure, random_plan(structure, np.random.default_rng(seed)))
+        assert evidence.worst <= 1e-5
+
+
 @pytest.mark.parametrize("name", DIMENSIONS)
 def test_the_pruned_model_has_the_same_dimensions_with_the_kept_sizes(name: str, exported: Exported) -> None:
     _, structure = analyse(exported(name))
