@@ -131,17 +131,29 @@ class VisionTransformer(nn.Module):
         return out if self.head_distilled is None else (out + self.head_distilled(x[:, 1])) / 2
 
 
-def deit(
+def deit(embedding: int, heads: int, *, distilled: bool = False, **sizes: int) -> VisionTransformer:
+    """Return DeiT, with one projection for query, key and value; ``sizes`` as for `_transformer`."""
+    return _transformer(embedding, heads, fused=True, scaled=False, distilled=distilled, **sizes)
+
+
+def vit(embedding: int, heads: int, **sizes: int) -> VisionTransformer:
+    """Return ViT with separate projections and LayerScale; ``sizes`` as for `_transformer`."""
+    return _transformer(embedding, heads, fused=False, scaled=True, distilled=False, **sizes)
+
+
+def _transformer(
     embedding: int,
     heads: int,
     *,
+    fused: bool,
+    scaled: bool,
+    distilled: bool,
     layers: int = 12,
     image: int = 224,
     patch: int = 16,
     classes: int = 1000,
-    distilled: bool = False,
 ) -> VisionTransformer:
-    """Return DeiT with an MLP four times as wide as the embedding."""
+    """Return a transformer with an MLP four times as wide as the embedding."""
     return VisionTransformer(
         image=image,
         patch=patch,
@@ -150,24 +162,7 @@ def deit(
         heads=heads,
         hidden=4 * embedding,
         classes=classes,
-        fused=True,
-        scaled=False,
+        fused=fused,
+        scaled=scaled,
         distilled=distilled,
-    )
-
-
-def vit(
-    embedding: int, heads: int, *, layers: int = 12, image: int = 224, patch: int = 16, classes: int = 1000
-) -> VisionTransformer:
-    """Return ViT with separate projections and LayerScale."""
-    return VisionTransformer(
-        image=image,
-        patch=patch,
-        embedding=embedding,
-        layers=layers,
-        heads=heads,
-        hidden=4 * embedding,
-        classes=classes,
-        fused=False,
-        scaled=True,
     )

@@ -5,9 +5,8 @@ The mutation tests break a rewrite on purpose, always into a valid graph that ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -18,6 +17,7 @@ from onnx import helper, numpy_helper
 from zoo import (
     CNNS,
     analyse,
+    cut_wrongly,
     in_double,
     informative,
     operands,
@@ -29,7 +29,6 @@ from zoo import (
     zoo_structure,
 )
 
-from onnx_mdp import rewriting
 from onnx_mdp.documents import verify_document
 from onnx_mdp.errors import VerificationError
 from onnx_mdp.masking import masked_model
@@ -436,17 +435,7 @@ def test_every_wrongly_cut_weight_is_noticed(which: int, monkeypatch: pytest.Mon
     keep = {structure.dimensions[i].name: (0, 1, 4) for i in structure.prunable}
     plan = PruningPlan(keep=keep)
     assert len(keep) == 3
-    operation, slot, axis = sites(structure)[which]
-    tensor = structure.shadow.operations[operation].inputs[slot]
-    true_slice = rewriting._sliced
-
-    def wrong_slice(edit: Any, name: str, masks: Mapping[int, Any]) -> ir.Value:
-        rolled = {a: np.roll(m, 1) if name == tensor and a == axis else m for a, m in masks.items()}
-        return true_slice(edit, name, rolled)
-
-    monkeypatch.setattr(rewriting, "_sliced", wrong_slice)
-    broken = rewrite(structure, plan)
-    monkeypatch.undo()
+    broken = cut_wrongly(monkeypatch, structure, plan, sites(structure)[which])
     assert operands(broken) != operands(rewrite(structure, plan))
     assert noticed(model, structure, broken, plan)
 
@@ -462,16 +451,7 @@ def test_a_wrongly_cut_weight_of_a_real_network_is_noticed(
     removed = removed_classes(plan, structure)
     inward = [s for s in structure.graph.sites if s.role == "in" and removed[s.labels].any()]
     site = inward[int(rng.integers(len(inward)))]
-    tensor = structure.shadow.operations[site.operation].inputs[site.slot]
-    true_slice = rewriting._sliced
-
-    def wrong_slice(edit: Any, name: str, masks: Mapping[int, Any]) -> ir.Value:
-        wrong = {a: np.roll(m, 1) if name == tensor and a == site.axis else m for a, m in masks.items()}
-        return true_slice(edit, name, wrong)
-
-    monkeypatch.setattr(rewriting, "_sliced", wrong_slice)
-    broken = rewrite(structure, plan)
-    monkeypatch.undo()
+    broken = cut_wrongly(monkeypatch, structure, plan, (site.operation, site.slot, site.axis))
     assert noticed(model, structure, broken, plan)
 
 

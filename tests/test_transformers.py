@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
-from zoo import analyse, informative, operands, prune_checked, random_plan, run
+from zoo import analyse, cut_wrongly, informative, operands, prune_checked, random_plan, run
 
-from onnx_mdp import rewriting
 from onnx_mdp.errors import VerificationError
 from onnx_mdp.model_io import model_bytes
 from onnx_mdp.plan import PruningPlan
@@ -226,17 +225,7 @@ def test_a_wrongly_cut_weight_is_noticed(
     """As many indices as planned, but the wrong ones, along one axis of one weight at a time."""
     model, structure = analyse(exported("deit_micro"))
     plan = random_plan(structure, np.random.default_rng(4), blocks=False, least=0.4)
-    operation, slot, axis = _inward_sites(structure)[which]
-    tensor = structure.shadow.operations[operation].inputs[slot]
-    true_slice = rewriting._sliced
-
-    def wrong_slice(edit: Any, name: str, masks: Mapping[int, Any]) -> ir.Value:
-        rolled = {a: np.roll(m, 1) if name == tensor and a == axis else m for a, m in masks.items()}
-        return true_slice(edit, name, rolled)
-
-    monkeypatch.setattr(rewriting, "_sliced", wrong_slice)
-    broken = rewrite(structure, plan)
-    monkeypatch.undo()
+    broken = cut_wrongly(monkeypatch, structure, plan, _inward_sites(structure)[which])
     if operands(broken) == operands(rewrite(structure, plan)):
         pytest.skip("the plan leaves this axis as it is")
     evidence = verify(model, structure, broken, plan)

@@ -18,6 +18,7 @@ import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
 
+from onnx_mdp import rewriting
 from onnx_mdp.binding import bind_shapes
 from onnx_mdp.model_io import ModelLike, load_model, model_bytes
 from onnx_mdp.plan import PruningPlan
@@ -31,6 +32,7 @@ from onnx_mdp.verification import Evidence, verify
 __all__ = [
     "CNNS",
     "analyse",
+    "cut_wrongly",
     "in_double",
     "informative",
     "operands",
@@ -148,6 +150,23 @@ def operands(model: ir.Model) -> list[tuple[str, int, bytes]]:
                 array = value.const_value.numpy()
                 found.append((f"{node.op_type} {array.dtype}{array.shape}", slot, array.tobytes()))
     return found
+
+
+def cut_wrongly(
+    monkeypatch: pytest.MonkeyPatch, structure: Structure, plan: PruningPlan, site: tuple[int, int, int]
+) -> ir.Model:
+    """Rewrite with as many indices as planned, but the wrong ones, along one (operation, slot, axis)."""
+    operation, slot, axis = site
+    tensor = structure.shadow.operations[operation].inputs[slot]
+    true_slice = rewriting._sliced
+
+    def wrong_slice(edit: Any, name: str, masks: Mapping[int, Any]) -> ir.Value:
+        rolled = {a: np.roll(m, 1) if name == tensor and a == axis else m for a, m in masks.items()}
+        return true_slice(edit, name, rolled)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rewriting, "_sliced", wrong_slice)
+        return rewrite(structure, plan)
 
 
 def text_model(
