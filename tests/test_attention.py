@@ -14,10 +14,13 @@ import onnx
 import pytest
 from zoo import analyse, informative, prune_checked, random_plan, run, text_model
 
+from onnx_mdp.cost_terms import width
 from onnx_mdp.errors import UsageError
 from onnx_mdp.plan import PruningPlan, kept_count, kept_units, removed_classes
+from onnx_mdp.resources import mac_products
 from onnx_mdp.rewriting import rewrite
-from onnx_mdp.structure import Dimension, Structure, extent
+from onnx_mdp.scoring import activation
+from onnx_mdp.structure import Dimension, Structure, extent, macs
 
 WEIGHTS = (
     "float[6,12] wq, float[12] bq, float[6,12] wk, float[12] bk, float[6,12] wv, float[12] bv, float[12,6] wo, "
@@ -409,6 +412,39 @@ def test_a_projection_is_split_where_all_of_its_readers_select_one_part(name: st
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("one projection")])
 def test_a_projection_stays_fused_where_a_reader_needs_it_whole(name: str) -> None:
     assert analyse(CASES[name].model())[1].shadow.split == ()
+
+
+@pytest.mark.parametrize("name", ["heads apart", "heads and widths in one axis"])
+def test_the_operator_counts_as_what_it_stands_for(name: str) -> None:
+    """Multiply-accumulates, as a number and by widths, and the activation scores of each unit."""
+    _, whole = analyse(CASES[name].model())
+    _, parts = analyse(CASES["separate projections"].model())
+    assert macs(whole.shadow) == macs(parts.shadow)
+    kept = dict(zip(whole.prunable, (2, 3, 1), strict=True))
+    totals = [
+        sum(p.unit * np.prod([width(e, kept) for e in p.extents]) for p in mac_products(structure))
+        for structure in (whole, parts)
+    ]
+    assert totals[0] == totals[1] < macs(whole.shadow)
+    feeds = [
+        {"x": np.random.default_rng(seed).standard_normal((1, 5, 6)).astype(np.float32)} for seed in (0, 1)
+    ]
+    found = [activation(structure, feeds).classes for structure in (whole, parts)]
+    for ours, theirs in zip(prunable(whole), prunable(parts), strict=True):
+        assert np.allclose(found[0][list(ours.units)], found[1][list(theirs.units)], rtol=1e-5)
+
+
+def test_a_scale_is_written_only_where_queries_become_narrower() -> None:
+    model, structure = analyse(CASES["two query heads for each key head"].model())
+    heads, width_, value = prunable(structure)
+    for dimension, expected in ((heads, None), (value, None), (width_, 1 / np.sqrt(3))):
+        last = tuple(row * dimension.count for row in range(dimension.rows))
+        pruned, _ = prune_checked(model, structure, PruningPlan(keep={dimension.name: last}))
+        (node,) = (n for n in pruned.graph if n.op_type == "Attention")
+        scale = node.attributes["scale"].as_float() if "scale" in node.attributes else None
+        assert scale == (None if expected is None else pytest.approx(expected))
+        counts = [node.attributes[name].as_int() for name in ("q_num_heads", "kv_num_heads")]
+        assert counts == ([2, 1] if dimension is heads else [4, 2])
 
 
 # Operators that ONNX Runtime makes of a graph and saves with its optimised model.
