@@ -183,6 +183,16 @@ CASES = {
         (("heads", 3, 1), ("qk", 4, 3)),
         FUSED_WEIGHTS + ", int64[5] all = {0,1,2,3,4}",
     ),
+    "heads and widths picked by one table": Case(
+        "q0 = MatMul(x, wq) q1 = Transpose<perm=[0,2,1]>(q0) q2 = Gather<axis=1>(q1, places) q = Transpose<perm=[0,1,3,2]>(q2)\n"
+        + KEY
+        + VALUE
+        + SCORES
+        + MIX
+        + OUT,
+        (("qk", 4, 1), ("value", 4, 3)),
+        "int64[3,4] places = {0,1,2,3,4,5,6,7,8,9,10,11}",
+    ),
     "heads that are mixed": Case(
         QUERY + KEY + VALUE + "s0 = MatMul(q, k) s1 = Conv(s0, talk) s = Softmax(s1)\n" + MIX + OUT,
         (("heads", 3, 1), ("qk", 4, 3), ("heads", 3, 1), ("value", 4, 3)),

@@ -640,6 +640,10 @@ TRAPS: dict[str, Case] = {
     "an activation that is expanded before it is multiplied": between(
         "p = ReduceMean<axes=[1]>(t)\ns = Shape(t)\nq = Expand(p, s)\nu = Mul(t, q)"
     ),
+    "an activation that is expanded, of fewer axes": between(
+        "p = ReduceMean<axes=[0, 1], keepdims=0>(t)\nq = Expand(p, s)\nu = Mul(t, q)",
+        weights=", int64[3] s = {8, 6, 6}",
+    ),
     "an activation that is expanded for two readers": between(
         "p = ReduceMean<axes=[1]>(t)\ns = Shape(t)\nq = Expand(p, s)\nm = Mul(t, q)\nu = Add(m, q)", ()
     ),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from onnx_mdp.rules.labelling import Labelling, Labels, align, align_shape, couple, rule, varying
+from onnx_mdp.rules.labelling import Labelling, Labels, align, align_shape, couple, rule, squash, varying
 from onnx_mdp.shadow import Operation
 
 __all__ = ["meet"]
@@ -89,7 +89,8 @@ def meet(
         _check_broadcast(state, operation, names[slot], labels, extents[slot], joint)
     for slot in operands:
         if slot in copies:
-            state.tensors[operands[slot]] = joint
+            found, own = squash(joint), len(state.shape(operands[slot]))
+            state.tensors[operands[slot]] = found.reshape(found.shape[len(shape) - own :])
         elif slot not in aligned:
             _cut_constant(state, operation, slot, extents[slot], joint)
     return joint
@@ -119,7 +120,8 @@ def _leave_copies(
     for slot, name in operands.items():
         missing = axes - set(varying(aligned[slot])) if slot in aligned else set()
         full = all(extents[slot][axis] > 1 for axis in axes)
-        if missing and full and missing <= set(state.repeats(name)):
+        offset = len(extents[slot]) - len(state.shape(name))
+        if missing and full and missing <= {axis + offset for axis in state.repeats(name)}:
             found.append(slot)
     return tuple(found)
 

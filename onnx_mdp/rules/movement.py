@@ -179,8 +179,8 @@ def gather(state: Labelling, operation: Operation) -> None:
         chosen = squash(labels.take(indices.astype(np.int64), axis))
         if not rank:
             state.freeze(chosen, f"{operation} selects a single index of a prunable axis")
-        for place in range(axis, axis + rank - 1):
-            state.whole(chosen, place)
+        if rank > 1:  # one index table cannot keep other places in each head
+            chosen = state.single(chosen, f"{operation} selects fixed and prunable indices")
         state.emit(operation, chosen)
 
 
