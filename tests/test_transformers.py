@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 from zoo import analyse, cut_wrongly, informative, operands, prune_checked, random_plan, run
@@ -199,6 +200,23 @@ def test_the_attention_of_torch_is_split(exporter: str, dynamic: bool, tmp_path:
     for seed in range(8):
         _, evidence = prune_checked(model, structure, random_plan(structure, np.random.default_rng(seed)))
         assert evidence.worst <= 1e-5
+
+
+def test_a_file_that_a_runtime_optimised_says_so(exported: Exported, tmp_path: Path) -> None:
+    """Its fused operators are frozen, and what is around them is still pruned by the law."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3  # it warns that such a file fits one machine
+    onnxruntime.InferenceSession(exported("vit_micro"), options, providers=["CPUExecutionProvider"])
+    model, structure = analyse(tmp_path / "optimised.onnx")
+    assert structure.graph.unsupported
+    for operator, reason in structure.graph.unsupported.items():
+        assert operator.startswith("com.microsoft::")
+        assert "prune the file from before" in reason
+    assert structure.prunable
+    for seed in range(4):
+        prune_checked(model, structure, random_plan(structure, np.random.default_rng(seed), least=0.2))
 
 
 @pytest.mark.parametrize("name", DIMENSIONS)
