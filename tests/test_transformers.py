@@ -202,6 +202,55 @@ def test_the_attention_of_torch_is_split(exporter: str, dynamic: bool, tmp_path:
         assert evidence.worst <= 1e-5
 
 
+GROUPED = [
+    pytest.param("expand", "torchscript", 17, id="expand-torchscript-17"),
+    pytest.param("repeat", "torchscript", 17, id="repeat-torchscript-17"),
+    *(
+        pytest.param(form, "dynamo", opset, id=f"{form}-dynamo-{opset}", marks=pytest.mark.slow)
+        for form in ("expand", "repeat", "gqa")
+        for opset in (18, 23)
+    ),
+]
+
+
+@pytest.mark.parametrize(("form", "exporter", "opset"), GROUPED)
+def test_a_key_head_goes_with_its_group_of_query_heads(
+    form: str, exporter: str, opset: int, tmp_path: Path
+) -> None:
+    torch = pytest.importorskip("torch")
+    from models.export import export_module
+
+    class Network(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = torch.nn.Conv2d(3, 32, 8, 8)
+            self.query, self.mixed = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
+            self.key, self.value = torch.nn.Linear(32, 16), torch.nn.Linear(32, 16)
+            self.head = torch.nn.Linear(32, 5)
+
+        def forward(self, image: Any) -> Any:
+            x = self.patches(image).flatten(2).transpose(1, 2)
+            batch, tokens, _ = x.shape
+            layers = (self.query, self.key, self.value)
+            q, k, v = (layer(x).view(batch, tokens, -1, 8).transpose(1, 2) for layer in layers)
+            if form == "expand":
+                wide = (batch, 2, 2, tokens, 8)
+                k, v = (t[:, :, None].expand(wide).reshape(batch, 4, tokens, 8) for t in (k, v))
+            elif form == "repeat":
+                k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+            attend = torch.nn.functional.scaled_dot_product_attention
+            out = attend(q, k, v, enable_gqa=True) if form == "gqa" else attend(q, k, v)
+            return self.head((x + self.mixed(out.transpose(1, 2).reshape(x.shape))).mean(1))
+
+    torch.manual_seed(0)
+    path = export_module(Network(), (3, 32, 32), tmp_path / "model.onnx", exporter, True, opset=opset)  # type: ignore[arg-type]
+    model, structure = analyse(path)
+    assert golden(structure) == ["channel 32 x1", "heads 2 x1", "qk 8 x2", "value 8 x2"]
+    for seed in range(8):
+        _, evidence = prune_checked(model, structure, random_plan(structure, np.random.default_rng(seed)))
+        assert evidence.worst <= 1e-5
+
+
 def test_a_file_that_a_runtime_optimised_says_so(exported: Exported, tmp_path: Path) -> None:
     """Its fused operators are frozen, and what is around them is still pruned by the law."""
     options = onnxruntime.SessionOptions()
