@@ -245,7 +245,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return exported_file
 
 
-SLOW_STATIC = ("MobileViT",)
+SLOW_STATIC = ("MobileViT", "Swin", "Swin V2")
 FORMS = [("torchscript", 17, False), ("torchscript", 17, True), ("torchscript", 13, True)]
 FORMS += [("dynamo", 18, True), ("dynamo", 23, False), ("dynamo", 23, True)]
 EXPORTS = [
