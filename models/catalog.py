@@ -55,6 +55,7 @@ CATALOG: dict[str, Architecture] = {
     "deit_small": Architecture(partial(deit, 384, 6), _IMAGENET),
     "deit_base": Architecture(partial(deit, 768, 12), _IMAGENET),
     "vit_base": Architecture(partial(vit, 768, 12), _IMAGENET),
+    "vit_large": Architecture(partial(deit, 1024, 16, layers=24), _IMAGENET),
     "convnext_tiny": Architecture(convnext, _IMAGENET),
     "swin_tiny": Architecture(swin, _IMAGENET),
     "pvt_v2_b0": Architecture(pvt, _IMAGENET),

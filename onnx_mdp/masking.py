@@ -20,8 +20,8 @@ import onnx
 import onnx_ir as ir
 from onnx import helper, numpy_helper
 
+from onnx_mdp.computation import weightless, with_weights
 from onnx_mdp.labels import keep_vector
-from onnx_mdp.model_io import model_proto
 from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.rules import Labelling, Labels, squash, varying
 from onnx_mdp.rules.contraction import reduced_axes
@@ -34,10 +34,9 @@ _NORMS = ("LayerNormalization", "RMSNormalization")
 _GROUP_NORMS = ("GroupNormalization", "InstanceNormalization")
 
 
-def masked_model(original: ir.Model, structure: Structure, plan: PruningPlan) -> onnx.ModelProto:
-    """The original graph (projections split) with masks inserted and nothing sliced."""
-    reference = structure.shadow.model if structure.shadow.split else original
-    proto = model_proto(reference)
+def masked_model(original: ir.Model, structure: Structure, plan: PruningPlan) -> ir.Model:
+    """The original graph (projections split) with masks inserted and nothing sliced; it shares weights."""
+    proto, weights = weightless(structure.shadow.model if structure.shadow.split else original)
     removed = removed_classes(plan, structure)
     masks = _Masks(proto, {n.output[0]: n for n in proto.graph.node if n.output})
     for index, slot in structure.graph.reductions:
@@ -50,7 +49,7 @@ def masked_model(original: ir.Model, structure: Structure, plan: PruningPlan) ->
             joint = structure.shadow.operations[block.joint]
             masks.silence(joint.outputs[0], list(joint.inputs).index(block.branch))
     masks.install()
-    return masks.proto
+    return with_weights(proto, weights)
 
 
 def _labels_read(structure: Structure, operation: Operation, slot: int) -> Labels | None:

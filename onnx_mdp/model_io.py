@@ -51,11 +51,11 @@ def load_model(source: ModelLike) -> ir.Model:
     if isinstance(source, ir.Model):
         return clone(source)
     if isinstance(source, onnx.ModelProto):
-        return ir.from_proto(source)
+        return _in_arrays(ir.from_proto(source))
     surgeon = sys.modules.get("onnx_graphsurgeon")
     if surgeon is not None and isinstance(source, surgeon.Graph):
         exported: onnx.ModelProto = surgeon.export_onnx(source)
-        return ir.from_proto(exported)
+        return _in_arrays(ir.from_proto(exported))
     raise UsageError(
         "a model must be a path, a ModelProto, an onnx_ir.Model or a graphsurgeon Graph, "
         f"not {type(source).__name__}"
@@ -69,7 +69,9 @@ def _load_file(path: Path) -> ir.Model:
     try:
         proto = onnx.load_model(path, load_external_data=False)
         _check_external_paths(proto, path)
-        model = ir.external_data.load_to_model(ir.load(path))
+        model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, path.parent)
+        model = _in_arrays(ir.external_data.load_to_model(model))
     except UnreadableModelError:
         raise
     except PermissionError as error:
@@ -81,6 +83,32 @@ def _load_file(path: Path) -> ir.Model:
     if not proto.opset_import or not len(model.graph):
         raise UnreadableModelError(f"{path} is not an ONNX model: it holds no graph; export the model again")
     return model
+
+
+def _in_arrays(model: ir.Model) -> ir.Model:
+    """Take every tensor out of the protobuf, which copies it at each look and ends with the last of them."""
+    for value in (v for graph in model.graphs() for v in graph.initializers.values()):
+        if value.const_value is not None:
+            value.const_value = _array(value.const_value)
+    functions = (node for function in model.functions.values() for node in function.all_nodes())
+    for node in (*model.graph.all_nodes(), *functions):
+        for name, attribute in list(node.attributes.items()):
+            if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                tensor = _array(attribute.as_tensor())
+                node.attributes[name] = ir.AttrTensor(name, tensor, attribute.doc_string)
+    return model
+
+
+def _array(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    if tensor.dtype == ir.DataType.STRING:
+        return tensor
+    return ir.Tensor(
+        tensor.numpy(),
+        dtype=tensor.dtype,
+        name=tensor.name,
+        doc_string=tensor.doc_string,
+        metadata_props=dict(tensor.metadata_props),
+    )
 
 
 def _check_external_paths(proto: onnx.ModelProto, path: Path) -> None:

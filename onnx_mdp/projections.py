@@ -280,7 +280,7 @@ def _cut(model: ir.Model, known: Known, value: ir.Value, fused: _Fused, part: in
     array = known.values[str(value.name)]
     if not array.ndim or array.shape[axis] == 1:
         return value
-    share = np.split(array, fused.parts, axis)[part]
+    share = np.ascontiguousarray(np.split(array, fused.parts, axis)[part])
     return _constant_of(model, known, f"{value.name}/part_{part}", share)
 
 

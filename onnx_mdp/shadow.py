@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 
 from onnx_mdp.binding import doubled_shapes
+from onnx_mdp.computation import Computation
 from onnx_mdp.errors import MeasurementError, UnsupportedModelError
 from onnx_mdp.model_io import clone, content_hash, model_proto
 from onnx_mdp.projections import Known, split_projections
-from onnx_mdp.runtime import Runtime, has_onnxruntime, import_onnxruntime, open_session
+from onnx_mdp.runtime import has_onnxruntime
 from onnx_mdp.static_shapes import infer_statically
 from onnx_mdp.timing import random_feeds
 
@@ -198,24 +198,17 @@ def _observe(
     wanted = [str(v.name) for n in model.graph for v in n.outputs if v.name] if all_shapes else list(pure)
     if not wanted:
         return {}, {}
-    proto = model_proto(model)
     if not has_onnxruntime():
-        return infer_statically(proto, shapes, wanted, pure)
-    outputs = {o.name for o in proto.graph.output}
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in outputs)
-    data = proto.SerializeToString()
-    del proto  # the weights of a large model are in memory often enough
-    session = open_session(data, Runtime(), optimize=False)
-    ort = import_onnxruntime()
-    feeds = random_feeds(session, shapes, seed=0)
-    ortvalues = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+        return infer_statically(model_proto(model), shapes, wanted, pure)
+    computation = Computation(model, wanted)
+    feeds = random_feeds(computation.inputs, shapes, seed=0)
     seen: dict[str, tuple[int, ...]] = {}
     values: dict[str, Array] = {}
     wished, keep = 16, frozenset(pure)
     while wanted:
         chunk, wanted = wanted[:wished], wanted[wished:]
         size = 0
-        for name, result in zip(chunk, _run(session, chunk, ortvalues), strict=True):
+        for name, result in zip(chunk, _run(computation, chunk, feeds), strict=True):
             if result is None or not result.is_tensor():
                 continue
             seen[name] = tuple(result.shape())
@@ -226,9 +219,9 @@ def _observe(
     return seen, values
 
 
-def _run(session: Any, names: Sequence[str], feeds: Mapping[str, Any]) -> Sequence[Any]:
+def _run(computation: Computation, names: Sequence[str], feeds: Mapping[str, Array]) -> Sequence[Any]:
     try:
-        return list(session.run_with_ort_values(list(names), dict(feeds)))
+        return computation.run_values(names, feeds)
     except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
         raise MeasurementError(
             f"ONNX Runtime cannot run the model at these input shapes: {str(error).splitlines()[0][:200]}"

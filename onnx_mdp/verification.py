@@ -18,11 +18,12 @@ import onnx
 import onnx_ir as ir
 
 from onnx_mdp.binding import doubled_shapes
+from onnx_mdp.computation import Computation, weightless
 from onnx_mdp.errors import MeasurementError, VerificationError
 from onnx_mdp.masking import masked_model
 from onnx_mdp.model_io import model_bytes
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.runtime import InferenceSession, Runtime, open_session
+from onnx_mdp.runtime import Runtime, open_session
 from onnx_mdp.structure import Structure
 from onnx_mdp.timing import random_feeds
 
@@ -97,7 +98,6 @@ def verify(
         VerificationError: the pruned model does not load or run, or its signature changed.
     """
     _check_signature(original, pruned)
-    # One session at a time: each holds the weights of a whole model.
     names, tried, before = _dense_outputs(original, structure, feeds, seeds)
     if structure.shadow.split:
         _require_same(before, _outputs(structure.shadow.model, names, tried))
@@ -107,8 +107,8 @@ def verify(
     worst = max(e.ratio for found in errors for e in found)
     noise, holds = None, True
     if worst > TOLERANCE:
-        reference = masked_model(original, structure, plan).SerializeToString()
-        noise, holds = _within_noise(reference, names, tried, expected, errors)
+        reference = masked_model(original, structure, plan)
+        noise, holds = _within_noise(model_bytes(reference), names, tried, expected, errors)
     top = max((e for found in errors for e in found), key=lambda e: e.ratio)
     complaint = _checker_complaint(original, pruned)
     return Evidence(
@@ -128,29 +128,25 @@ def _dense_outputs(
     original: ir.Model, structure: Structure, feeds: Sequence[Feeds], seeds: Sequence[int]
 ) -> tuple[list[str], list[Feeds], list[Sequence[Any]]]:
     """Output names, the inputs to try, and what the original makes of them."""
-    dense = open_session(model_bytes(original), Runtime(), optimize=False)
+    dense = Computation(original)
     shapes = dict(structure.shadow.inputs)
-    first = random_feeds(dense, shapes, seeds[0])
+    first = random_feeds(dense.inputs, shapes, seeds[0])
     tried = [
         first,
         _unit_feeds(first),
-        *(random_feeds(dense, shapes, s) for s in seeds[1:]),
+        *(random_feeds(dense.inputs, shapes, s) for s in seeds[1:]),
         *map(dict, feeds),
     ]
     doubled = doubled_shapes(original, shapes)
-    if doubled != shapes and _runs(dense, random_feeds(dense, doubled, 0)):
-        tried.append(random_feeds(dense, doubled, 0))
-    names = [o.name for o in dense.get_outputs()]
+    if doubled != shapes and _runs(dense, random_feeds(dense.inputs, doubled, 0)):
+        tried.append(random_feeds(dense.inputs, doubled, 0))
+    names = list(dense.outputs)
     return names, list(tried), [dense.run(names, feed) for feed in tried]
 
 
-def _outputs(
-    model: ir.Model | onnx.ModelProto, names: Sequence[str], tried: Sequence[Feeds]
-) -> list[Sequence[Any]]:
-    data = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model_bytes(model)
-    del model  # the weights of a large model are in memory often enough
-    session = open_session(data, Runtime(), optimize=False)
-    return [session.run(list(names), dict(feed)) for feed in tried]
+def _outputs(model: ir.Model, names: Sequence[str], tried: Sequence[Feeds]) -> list[Sequence[Any]]:
+    computation = Computation(model)
+    return [computation.run(names, feed) for feed in tried]
 
 
 def _require_same(before: Sequence[Sequence[Any]], split: Sequence[Sequence[Any]]) -> None:
@@ -230,25 +226,25 @@ def _check_signature(original: ir.Model, pruned: ir.Model) -> None:
         raise VerificationError("the pruned model has other inputs or outputs than the original")
 
 
-def _open_pruned(pruned: ir.Model) -> InferenceSession:
+def _open_pruned(pruned: ir.Model) -> Computation:
     try:
-        return open_session(model_bytes(pruned), Runtime(), optimize=False)
+        return Computation(pruned)
     except MeasurementError as error:
         raise VerificationError(f"the pruned model does not load: {error}") from error
 
 
-def _run_pruned(session: InferenceSession, names: Sequence[str], feed: Feeds) -> list[Any]:
+def _run_pruned(computation: Computation, names: Sequence[str], feed: Feeds) -> list[Any]:
     try:
-        return session.run(list(names), dict(feed))
+        return computation.run(names, feed)
     except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
         raise VerificationError(
             f"the pruned model does not run: {str(error).splitlines()[0][:200]}"
         ) from error
 
 
-def _runs(session: InferenceSession, feed: Feeds) -> bool:
+def _runs(computation: Computation, feed: Feeds) -> bool:
     try:
-        session.run(None, dict(feed))
+        computation.run(computation.outputs, feed)
     except Exception:  # the file promises a symbolic size that it cannot run at
         return False
     return True
@@ -289,7 +285,8 @@ def _checker_complaint(original: ir.Model, pruned: ir.Model) -> str | None:
 
 def _check(model: ir.Model) -> str | None:
     try:
-        onnx.checker.check_model(model_bytes(model), full_check=True)
+        # What a large weight holds is no matter of the checker: its type and shape are.
+        onnx.checker.check_model(weightless(model)[0].SerializeToString(), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         return str(error).strip().splitlines()[0][:200]
     return None

@@ -22,6 +22,7 @@ ORDER = (
     "_version",
     "model_io",
     "runtime",
+    "computation",
     "timing",
     "binding",
     "static_shapes",
