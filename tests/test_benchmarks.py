@@ -16,18 +16,19 @@ import numpy as np
 import pytest
 
 import onnx_mdp
-from benchmarks import harness, latency_prediction, prune_cells
+from benchmarks import full_size, harness, latency_prediction, prune_cells
 from benchmarks.checking import Look, input_shapes, parameters
 from benchmarks.harness import NOISE_LIMIT, Verdict, combined, judge
 from benchmarks.measuring import measured_ratios
 from benchmarks.metered import Metered, run_metered
 from benchmarks.model_files import model_path
 from benchmarks.samples import samples_for, top1
-from onnx_mdp.errors import MeasurementError, UsageError
+from onnx_mdp.errors import MeasurementError, UsageError, VerificationError
 from onnx_mdp.latency import plan_of_variant, random_variant
 from onnx_mdp.model_io import load_model, parameter_count
 from onnx_mdp.pipeline import analyze
 from onnx_mdp.plan import PruningPlan
+from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import Runtime
 from onnx_mdp.structure import Structure
 from tests.zoo import zoo_path
@@ -60,6 +61,7 @@ def test_the_benchmarks_are_scripts() -> None:
     assert SCRIPTS == [
         "accuracy_before_finetuning",
         "cold_and_warm",
+        "full_size",
         "granularity",
         "latency_prediction",
         "peers_on_transformers",
@@ -209,6 +211,22 @@ def test_both_exporters_make_one_cell() -> None:
         for ratio in (0.8, 0.6)
     ]
     assert prune_cells.summary(rows) == "3/4 cells (5/6 rows, 0 inconclusive)"
+
+
+def test_the_full_size_benchmark_notices_what_is_wrong(
+    demo: Structure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(DEMO)
+    assert max(full_size.plan_errors(model, demo, 2, 0)) <= 1e-5
+    errors, idle = full_size.block_errors(model, demo, 0)
+    assert (max(errors), len(errors), idle) == (0, len(demo.blocks), [])
+    wrong = PruningPlan(keep={}, removed_blocks=(demo.blocks[0].name,))
+    monkeypatch.setattr(full_size, "rewrite", lambda structure, plan: rewrite(structure, wrong))
+    assert [error > 1e-5 for error in full_size.block_errors(model, demo, 0)[0]] == [
+        block != demo.blocks[0] for block in demo.blocks
+    ]
+    with pytest.raises(VerificationError):
+        full_size.plan_errors(model, demo, 1, 0)
 
 
 def test_configurations_scale_each_stage_on_its_own(demo: Structure) -> None:
