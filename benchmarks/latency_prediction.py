@@ -116,7 +116,7 @@ def _predict(name: str, given: argparse.Namespace) -> Prediction:
     rng = np.random.default_rng([given.seed, 7])
     variants = [heterogeneous_variant(structure, table.choices, rng) for _ in range(given.configs)]
     ratios = measured_ratios(
-        model_bytes(rewrite(structure, PruningPlan(keep={}))),
+        model_bytes(rewrite(structure, PruningPlan(keep={}), split=True)),
         structure,
         [plan_of_variant(structure, variant) for variant in variants],
         runtime,

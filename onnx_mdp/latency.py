@@ -220,7 +220,7 @@ def _profile(
         variant = random_variant(structure, choices, rng, low=0.0, high=1e-9)
     else:
         variant = random_variant(structure, choices, rng)
-    model = rewrite(structure, plan_of_variant(structure, variant))
+    model = rewrite(structure, plan_of_variant(structure, variant), split=True)
     probe = open_session(model_bytes(model), runtime)
     feeds = random_feeds(probe, structure.shadow.inputs, seed)
     first = measure([probe], [feeds], rounds=4, threads=runtime.threads).ms[0]
@@ -354,7 +354,8 @@ def _calibrate(
     ]
     pool.sort(key=lambda variant: predict_ms(draft, structure, variant))
     chosen = [full_variant(structure), *(pool[int(q * (len(pool) - 1))] for q in _QUANTILES)]
-    models = [model_bytes(rewrite(structure, plan_of_variant(structure, v))) for v in chosen]
+    plans = [plan_of_variant(structure, variant) for variant in chosen]
+    models = [model_bytes(rewrite(structure, plan, split=True)) for plan in plans]
     timing = measure_models(
         models,
         structure.shadow.inputs,

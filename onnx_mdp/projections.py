@@ -6,6 +6,7 @@ Fused, the parts lie in one rectangular tensor, so value width could not differ 
 The split copies columns and moves no number: every output keeps its value up to the rounding of the runtime.
 Only what is certain is split: a constant weight, intermediate results that nobody else reads, and an axis
 of extent 2 or 3 from which every reader selects single indices. All else stays fused, which ties the widths.
+What was split is remembered, so that it can be fused again where the widths stay equal.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-__all__ = ["Known", "split_projections"]
+__all__ = ["FusedProjection", "Known", "split_projections"]
 
 Array = npt.NDArray[Any]
 
@@ -36,6 +37,23 @@ class Known:
     shapes: MutableMapping[str, tuple[int, ...]]
     values: MutableMapping[str, Array]
     dynamic: MutableMapping[str, npt.NDArray[np.bool_]]
+
+
+@dataclass(frozen=True, slots=True)
+class FusedProjection:
+    """A projection that was split, by the names of tensors of the model before the split.
+
+    ``linear``, ``bias`` (of its Add, if any) and ``reshape`` are outputs of nodes, ``axis`` is the axis of
+    the ``parts`` after the reshape, and ``selected`` are the tensors that hold one part each, (part, name) in
+    the order in which they were split.
+    """
+
+    linear: str
+    bias: str | None
+    reshape: str
+    axis: int
+    parts: int
+    selected: tuple[tuple[int, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +75,29 @@ class _Fused:
     measured: tuple[ir.Node, ...]
 
 
-def split_projections(model: ir.Model, known: Known) -> tuple[str, ...]:
-    """Split, in place, every fused projection; return the names of the layers. Dead nodes are left behind."""
+def split_projections(model: ir.Model, known: Known) -> tuple[FusedProjection, ...]:
+    """Split, in place, every fused projection; return what they were. Dead nodes are left behind."""
     found = [_match(node, known) for node in model.graph if node.op_type == "Reshape"]
-    names = []
+    split = []
     for fused in found:
         if fused is not None:
+            split.append(_names(fused))
             for node in fused.measured:
                 node.replace_input_with(0, fused.linear.inputs[0])
             for part, value in fused.selected:
                 _build(model, known, fused, part, value)
-            names.append(fused.linear.name or str(fused.linear.outputs[0].name))
-    return tuple(names)
+    return tuple(split)
+
+
+def _names(fused: _Fused) -> FusedProjection:
+    return FusedProjection(
+        linear=str(fused.linear.outputs[0].name),
+        bias=None if fused.bias is None else str(fused.bias.outputs[0].name),
+        reshape=str(fused.reshape.outputs[0].name),
+        axis=fused.axis,
+        parts=fused.parts,
+        selected=tuple((part, str(value.name)) for part, value in fused.selected),
+    )
 
 
 def _match(reshape: ir.Node, known: Known) -> _Fused | None:

@@ -2,7 +2,8 @@
 
 Names, opset, metadata, input and output signatures and symbolic dimensions stay as they are. Only these
 things change: initializer data along the cut axes, entries of shape operands that equal a changed extent,
-``group`` and ``split`` attributes, and the wiring around removed blocks.
+``group`` and ``split`` attributes, the wiring around removed blocks, and fused projections whose parts no
+longer have equal widths.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnx_mdp.fusion import fuse_projections
 from onnx_mdp.labels import keep_vector
 from onnx_mdp.model_io import clone
 from onnx_mdp.plan import PruningPlan, check_plan, removed_classes
 from onnx_mdp.rules import Labelling, Site
 from onnx_mdp.rules.movement import normalised_axes, slice_ranges
-from onnx_mdp.shadow import Operation, drop_unread
+from onnx_mdp.shadow import Operation, add_initializer, drop_unread, unique_name
 from onnx_mdp.structure import Structure
 
 __all__ = ["rewrite"]
@@ -29,8 +31,11 @@ __all__ = ["rewrite"]
 Mask = npt.NDArray[np.bool_]
 
 
-def rewrite(structure: Structure, plan: PruningPlan) -> ir.Model:
+def rewrite(structure: Structure, plan: PruningPlan, *, split: bool = False) -> ir.Model:
     """A new model without what the plan removes; an empty plan keeps every weight bit for bit.
+
+    Projections that were fused are fused again where the plan keeps as many units of all their parts, unless
+    they shall stay ``split``: the form whose operations the analysis knows, and the table measures.
 
     Raises:
         UsageError: the plan does not fit the model.
@@ -45,6 +50,9 @@ def rewrite(structure: Structure, plan: PruningPlan) -> ir.Model:
             patch(edit, operation)
     _bypass_blocks(edit, plan)
     drop_unread(model)
+    if not split:
+        fuse_projections(model, structure.shadow)
+        drop_unread(model)
     _forget_shapes(model)
     return model
 
@@ -84,14 +92,6 @@ class _Edit:
             stack += fresh
         return False
 
-    def unique(self, stem: str) -> str:
-        """A name that no node and no value of the model has."""
-        taken = {v.name for n in self.model.graph for v in n.outputs} | {n.name for n in self.model.graph}
-        name, number = stem, 2
-        while name in taken:
-            name, number = f"{stem}_{number}", number + 1
-        return name
-
     def constant(self, operation: Operation, slot: int) -> npt.NDArray[Any] | None:
         name = operation.inputs[slot] if slot < len(operation.inputs) else ""
         return self.structure.shadow.constants.get(name)
@@ -121,7 +121,7 @@ def _sliced(edit: _Edit, name: str, masks: Mapping[int, Mask]) -> ir.Value:
     for axis, mask in masks.items():
         array = np.compress(mask, array, axis)
     original = edit.model.graph.initializers[name]
-    value = _add_initializer(edit.model, f"{name}__pruned", np.ascontiguousarray(array))
+    value = add_initializer(edit.model, f"{name}__pruned", np.ascontiguousarray(array))
     value.doc_string = original.doc_string
     if original.const_value is not None and value.const_value is not None:
         value.const_value.doc_string = original.const_value.doc_string
@@ -154,21 +154,6 @@ def _restore_names(model: ir.Model, versions: Mapping[tuple[str, bytes], ir.Valu
             model.graph.initializers[name] = value
 
 
-def _add_initializer(model: ir.Model, stem: str, array: npt.NDArray[Any]) -> ir.Value:
-    taken = model.graph.initializers
-    name, number = stem, 2
-    while name in taken:
-        name, number = f"{stem}{number}", number + 1
-    value = ir.Value(
-        name=name,
-        shape=ir.Shape(array.shape),
-        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-        const_value=ir.tensor(array, name=name),
-    )
-    model.graph.register_initializer(value)
-    return value
-
-
 def _bypass_blocks(edit: _Edit, plan: PruningPlan) -> None:
     values = {str(v.name): v for n in edit.nodes for v in n.outputs if v.name}
     values |= {str(v.name): v for v in edit.model.graph.inputs}
@@ -180,7 +165,7 @@ def _bypass_blocks(edit: _Edit, plan: PruningPlan) -> None:
         shortcut = values[block.shortcut]
         if joint.outputs[0].is_graph_output():
             branch_slot = 1 - list(joint.inputs).index(shortcut)
-            zero = _add_initializer(edit.model, f"{block.branch}__removed", _zero_like(shortcut))
+            zero = add_initializer(edit.model, f"{block.branch}__removed", _zero_like(shortcut))
             joint.replace_input_with(branch_slot, zero)
         else:
             joint.outputs[0].replace_all_uses_with(shortcut)
@@ -210,15 +195,15 @@ def _set_operand(edit: _Edit, operation: Operation, slot: int, values: npt.NDArr
     if old is None or (np.array_equal(old, values) and not edit.computes_from_cut(name)):
         return
     node = edit.nodes[operation.index]
-    fixed = _add_initializer(edit.model, f"{name}__pruned", values.astype(old.dtype))
+    fixed = add_initializer(edit.model, f"{name}__pruned", values.astype(old.dtype))
     moving = edit.structure.shadow.dynamic.get(name)
     if moving is None:
         node.replace_input_with(slot, fixed)
         return
-    mask = _add_initializer(edit.model, f"{name}__fixed", ~moving | (values != old))
+    mask = add_initializer(edit.model, f"{name}__fixed", ~moving | (values != old))
     choice = ir.Node("", "Where", [mask, fixed, node.inputs[slot]])
-    choice.name = edit.unique(f"{operation.name}/pruned_{slot}")
-    choice.outputs[0].name = edit.unique(f"{name}__patched")
+    choice.name = unique_name(edit.model, f"{operation.name}/pruned_{slot}")
+    choice.outputs[0].name = unique_name(edit.model, f"{name}__patched")
     edit.model.graph.insert_before(node, choice)
     node.replace_input_with(slot, choice.outputs[0])
 
@@ -268,7 +253,7 @@ def _patch_split(edit: _Edit, operation: Operation) -> None:
         _set_ints(edit, operation, "split", sizes)
         return
     node.attributes.pop("num_outputs", None)
-    fixed = _add_initializer(edit.model, f"{operation.outputs[0]}__split", np.asarray(sizes, np.int64))
+    fixed = add_initializer(edit.model, f"{operation.outputs[0]}__split", np.asarray(sizes, np.int64))
     node.resize_inputs(2)
     node.replace_input_with(1, fixed)
 

@@ -23,12 +23,12 @@ from onnx_mdp.binding import doubled_shapes
 from onnx_mdp.computation import Computation
 from onnx_mdp.errors import MeasurementError, UnsupportedModelError
 from onnx_mdp.model_io import clone, content_hash, model_proto
-from onnx_mdp.projections import Known, split_projections
+from onnx_mdp.projections import FusedProjection, Known, split_projections
 from onnx_mdp.runtime import has_onnxruntime
 from onnx_mdp.static_shapes import infer_statically
 from onnx_mdp.timing import random_feeds
 
-__all__ = ["Operation", "Shadow", "drop_unread", "prepare"]
+__all__ = ["Operation", "Shadow", "add_initializer", "drop_unread", "prepare", "unique_name"]
 
 Array = npt.NDArray[Any]
 
@@ -76,8 +76,8 @@ class Shadow:
     ``constants`` the values that depend on no input value; ``dynamic`` marks the entries of those that
     change with a symbolic dimension (``bool`` of the value's shape); ``independent`` names what nodes compute
     from no input value, be it too large to hold in ``constants``; ``inputs`` maps each graph input to
-    its bound shape; ``source`` is the content hash of the file that was prepared; ``split`` names the fused
-    projections that became several.
+    its bound shape; ``source`` is the content hash of the file that was prepared; ``split`` are the fused
+    projections that became several, and ``unsplit`` the normalised model in which they are one.
     """
 
     model: ir.Model
@@ -88,7 +88,8 @@ class Shadow:
     inputs: Mapping[str, tuple[int, ...]]
     outputs: tuple[str, ...]
     source: str
-    split: tuple[str, ...] = ()
+    unsplit: ir.Model
+    split: tuple[FusedProjection, ...] = ()
     independent: frozenset[str] = frozenset()
 
     def consumers(self) -> Mapping[str, tuple[tuple[int, int], ...]]:
@@ -119,6 +120,7 @@ def prepare(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> Shadow:
     initial = {name: _initial_value(v) for name, v in model.graph.initializers.items()}
     constants = {**folded, **{name: value for name, value in initial.items() if value is not None}}
     held = {**observed, **{name: value.shape for name, value in constants.items()}, **shapes}
+    unsplit = clone(model)
     split = split_projections(model, Known(held, constants, dynamic))
     drop_unread(model)
     return Shadow(
@@ -130,6 +132,7 @@ def prepare(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> Shadow:
         inputs=dict(shapes),
         outputs=tuple(str(v.name) for v in model.graph.outputs),
         source=source,
+        unsplit=unsplit,
         split=split,
         independent=frozenset(pure),
     )
@@ -309,6 +312,30 @@ def _replace_by_initializer(model: ir.Model, value: ir.Value, array: Array) -> N
     value.name = f"{name}__folded"
     value.replace_all_uses_with(constant)
     model.graph.register_initializer(constant)
+
+
+def add_initializer(model: ir.Model, stem: str, array: Array) -> ir.Value:
+    """Give a model one more constant, called ``stem`` or that with a number."""
+    name, number = stem, 2
+    while name in model.graph.initializers:
+        name, number = f"{stem}{number}", number + 1
+    value = ir.Value(
+        name=name,
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+        const_value=ir.tensor(array, name=name),
+    )
+    model.graph.register_initializer(value)
+    return value
+
+
+def unique_name(model: ir.Model, stem: str) -> str:
+    """``stem``, or that with a number: a name that no node and no computed value of the model has."""
+    taken = {v.name for n in model.graph for v in n.outputs} | {n.name for n in model.graph}
+    name, number = stem, 2
+    while name in taken:
+        name, number = f"{stem}_{number}", number + 1
+    return name
 
 
 def drop_unread(model: ir.Model) -> None:

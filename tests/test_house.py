@@ -40,6 +40,7 @@ ORDER = (
     "blocks",
     "structure",
     "plan",
+    "fusion",
     "rewriting",
     "masking",
     "verification",

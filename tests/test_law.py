@@ -194,9 +194,10 @@ def test_the_law_holds_in_float32_on_inputs_in_the_range_of_images() -> None:
 def test_an_empty_plan_keeps_every_weight_bit_for_bit(name: str) -> None:
     model, structure = zoo_structure(name)
     pruned, evidence = prune_checked(model, structure, PruningPlan(keep={}))
-    assert evidence.max_error == 0
+    # What was fused is fused again, but the masked model is split: the same up to rounding.
+    assert evidence.worst <= (1e-6 if structure.shadow.split else 0)
     kept = {n: v.const_value.tobytes() for n, v in pruned.graph.initializers.items() if v.const_value}
-    for key, value in structure.shadow.model.graph.initializers.items():
+    for key, value in structure.shadow.unsplit.graph.initializers.items():
         assert value.const_value is not None
         assert kept[key] == value.const_value.tobytes()
     floats = [v for v in model.graph.initializers.values() if v.dtype == ir.DataType.FLOAT and list(v.uses())]

@@ -10,7 +10,9 @@ import pytest
 from zoo import analyse, prune_checked, random_plan
 
 from benchmarks.granularity import only
+from onnx_mdp import closed_loop, pipeline
 from onnx_mdp.binding import bind_shapes
+from onnx_mdp.closed_loop import Request
 from onnx_mdp.cost_terms import HEADS, SUMMED_HEADS, cost_terms, width
 from onnx_mdp.documents import analyze_document, plan_totals
 from onnx_mdp.formulation import Formulation, formulate, plan_from_choice, variant_from_choice
@@ -25,7 +27,9 @@ from onnx_mdp.latency import (
     table_key,
     variant_of_plan,
 )
-from onnx_mdp.model_io import parameter_count
+from onnx_mdp.lut_store import open_store
+from onnx_mdp.model_io import model_bytes, parameter_count
+from onnx_mdp.pipeline import prune
 from onnx_mdp.plan import kept_units, load_plan, plan_json
 from onnx_mdp.problem import Choice
 from onnx_mdp.resources import mac_products, parameter_products
@@ -34,6 +38,8 @@ from onnx_mdp.scoring import Importance, ranked_rows, ranking, score
 from onnx_mdp.shadow import prepare
 from onnx_mdp.solvers import SolveLimits, solve
 from onnx_mdp.structure import Structure, extent, macs
+from onnx_mdp.timing import Timing
+from onnx_mdp.width_rules import WidthRules
 
 NAMES = ("deit_micro", "swin_micro", "pvt_micro", "detr_micro")
 Exported = Callable[..., Path]
@@ -265,3 +271,32 @@ def test_the_joint_optimum_is_never_below_that_of_one_kind(deit: Structure) -> N
         assert bool(plan.removed_blocks) == (kind == "blocks")
     assert len(values) > 1
     assert min(values) < joint.value - 0.01
+
+
+@pytest.mark.parametrize("free", ["mlp", "value"])
+def test_what_is_measured_is_the_file_that_is_written(
+    free: str, exported: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The table knows split projections; the base is the file as it came, the candidate as it goes."""
+    model, structure = analyse(exported("deit_micro"))
+    measured: list[list[bytes]] = []
+
+    def size_as_ms(models: list[bytes], *_: object, **__: object) -> Timing:
+        measured.append(models)
+        return Timing(tuple(len(data) / 1e5 for data in models), 0.0, 4, ((), ()))
+
+    for module in (pipeline, closed_loop):
+        monkeypatch.setattr(module, "measure_models", size_as_ms)
+    monkeypatch.setattr(pipeline, "build_table", lambda *_, **__: made_up_table(structure))
+    fixed = tuple(
+        structure.dimensions[i].name for i in structure.prunable if structure.dimensions[i].kind != free
+    )
+    request = Request(target_ratio=0.9, rules=WidthRules(exclude=fixed))
+    with open_store(tmp_path / "lut.sqlite") as store:
+        result = prune(model, structure, request, store)
+    assert result.model is not None
+    assert {models[0] for models in measured} == {model_bytes(model)}
+    result.model.metadata_props.clear()
+    assert model_bytes(result.model) in [models[1] for models in measured[1:]]
+    parts = [node.name for node in result.model.graph if "/part_" in str(node.name)]
+    assert (parts == []) == (free == "mlp")
