@@ -37,8 +37,8 @@ class Computation:
         known = {output.name for output in proto.graph.output}
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in known)
         self._session: Any = open_session(proto.SerializeToString(), Runtime(), optimize=False)
-        self._value = import_onnxruntime().OrtValue.ortvalue_from_numpy
-        self._weights = {n: self._value(np.ascontiguousarray(t.numpy())) for n, t in weights.items()}
+        # ONNX Runtime reads a contiguous array where it lies.
+        self._weights = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in weights.items()}
 
     @property
     def inputs(self) -> tuple[NodeArg, ...]:
@@ -52,12 +52,16 @@ class Computation:
 
     def run(self, names: Sequence[str], feeds: Mapping[str, npt.NDArray[Any]]) -> list[Any]:
         """Compute the outputs ``names`` as arrays."""
-        return [value.numpy() for value in self.run_values(names, feeds)]
+        found: list[Any] = self._session.run(list(names), {**self._weights, **feeds})
+        return found
 
     def run_values(self, names: Sequence[str], feeds: Mapping[str, npt.NDArray[Any]]) -> Sequence[Any]:
         """Compute the outputs ``names`` as ``OrtValue``: who needs the shape alone pays for no copy."""
-        fed = {name: self._value(np.ascontiguousarray(array)) for name, array in feeds.items()}
-        found: Sequence[Any] = self._session.run_with_ort_values(list(names), self._weights | fed)
+        make = import_onnxruntime().OrtValue.ortvalue_from_numpy
+        fed = {
+            name: make(np.ascontiguousarray(array)) for name, array in (self._weights | dict(feeds)).items()
+        }
+        found: Sequence[Any] = self._session.run_with_ort_values(list(names), fed)
         return found
 
 
