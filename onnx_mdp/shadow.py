@@ -317,7 +317,12 @@ def _replace_by_initializer(model: ir.Model, value: ir.Value, array: Array) -> N
 def add_initializer(model: ir.Model, stem: str, array: Array) -> ir.Value:
     """Give a model one more constant, called ``stem`` or that with a number."""
     name, number = stem, 2
-    while name in model.graph.initializers:
+    taken = set(model.graph.initializers)
+    if name in taken:  # with a number it may be the name of anything
+        taken |= {str(v.name) for n in model.graph for v in n.outputs} | {
+            str(v.name) for v in model.graph.inputs
+        }
+    while name in taken:
         name, number = f"{stem}{number}", number + 1
     value = ir.Value(
         name=name,

@@ -13,7 +13,7 @@ from onnx_mdp.binding import bind_shapes, doubled_shapes, graph_inputs
 from onnx_mdp.errors import MeasurementError, UnsupportedModelError, UsageError
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.runtime import Runtime, open_session
-from onnx_mdp.shadow import Shadow, prepare
+from onnx_mdp.shadow import Shadow, add_initializer, prepare
 from onnx_mdp.timing import random_feeds
 
 FEED = {"x": np.random.default_rng(0).standard_normal((1, 3, 6, 6)).astype(np.float32)}
@@ -214,3 +214,12 @@ def test_a_shape_at_which_the_model_cannot_run_is_an_error_of_one_sentence() -> 
     with pytest.raises(MeasurementError, match="at these input shapes") as caught:
         shadow_of(text_model(text), x=(1, 3, 5, 5))
     assert "\n" not in str(caught.value)
+
+
+def test_a_constant_that_is_added_takes_no_name_of_anything() -> None:
+    """``val_20`` with a number may be ``val_203``, which the exporter gave to a tensor."""
+    text = "(float[2] w3, float[2] x) => (float[2] y) <float[2] w> { w2 = Add(x, w) y = Add(w2, w3) }"
+    model = load_model(text_model(text))
+    names = [add_initializer(model, "w", np.zeros(2, np.float32)).name for _ in range(2)]
+    assert names == ["w4", "w5"]
+    onnx.checker.check_model(ir.to_proto(model))
