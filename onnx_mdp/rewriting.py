@@ -134,10 +134,10 @@ def _selected(edit: _Edit, index: int, slot: int, masks: Mapping[int, Mask]) -> 
     value = node.inputs[slot]
     assert value is not None
     for axis, mask in masks.items():
-        kept = _add_initializer(edit.model, f"{value.name}__kept", np.flatnonzero(mask))
+        kept = add_initializer(edit.model, f"{value.name}__kept", np.flatnonzero(mask))
         gather = ir.Node("", "Gather", [value, kept], [ir.AttrInt64("axis", axis)])
-        gather.name = edit.unique(f"{node.name}/pruned_{slot}")
-        gather.outputs[0].name = edit.unique(f"{value.name}__pruned")
+        gather.name = unique_name(edit.model, f"{node.name}/pruned_{slot}")
+        gather.outputs[0].name = unique_name(edit.model, f"{value.name}__pruned")
         edit.model.graph.insert_before(node, gather)
         value = gather.outputs[0]
     return value
