@@ -33,7 +33,7 @@ from benchmarks.model_files import model_path
 from benchmarks.samples import Samples, samples_for, top1
 from onnx_mdp.closed_loop import tolerance
 from onnx_mdp.errors import UsageError
-from onnx_mdp.formulation import formulate, plan_from_choice, to_ns
+from onnx_mdp.formulation import formulate, to_ns
 from onnx_mdp.latency import LatencyTable, full_variant, predict_ms
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.pipeline import analyze
@@ -41,6 +41,7 @@ from onnx_mdp.plan import PruningPlan
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import Runtime
 from onnx_mdp.scoring import score
+from onnx_mdp.solution_plan import plan_from_choice
 from onnx_mdp.solvers import solve
 from onnx_mdp.structure import Structure
 

@@ -75,6 +75,12 @@ FixedWidth = Annotated[
     list[str] | None, typer.Option("--width", metavar="PATTERN=N", help="Exactly so many channels.")
 ]
 Multiple = Annotated[int, typer.Option(min=1, help="Keep only multiples of so many channels.")]
+TieBlocks = Annotated[
+    bool, typer.Option("--tie-blocks", help="Remove attention and MLP of a layer together or not at all.")
+]
+RescaleAttention = Annotated[
+    bool, typer.Option("--rescale-attention", help="Scale scores by the new width; default: as before.")
+]
 MaxParams = Annotated[float | None, typer.Option(min=0, help="Most parameters, such as 2e6.")]
 MaxMacs = Annotated[float | None, typer.Option(min=0, help="Most multiply-accumulates.")]
 MaxMemory = Annotated[
@@ -160,6 +166,8 @@ def plan_options(
     min_width: MinWidth = None,
     width: FixedWidth = None,
     multiple: Multiple = 1,
+    tie_blocks: TieBlocks = False,
+    rescale_attention: RescaleAttention = False,
     max_params: MaxParams = None,
     max_macs: MaxMacs = None,
     max_memory: MaxMemory = None,
@@ -180,6 +188,8 @@ def plan_options(
         least=tuple(min_width or ()),
         fixed=tuple(width or ()),
         multiple=multiple,
+        tie_blocks=tie_blocks,
+        rescale_attention=rescale_attention,
         max_params=max_params,
         max_macs=max_macs,
         max_memory=max_memory,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from onnx_mdp.formulation import Caps, Formulation, plan_from_solution, to_ns
+from onnx_mdp.formulation import Caps, Formulation, to_ns
 from onnx_mdp.latency import LatencyTable, full_variant, measure_models, predict_ms
 from onnx_mdp.model_io import model_bytes
 from onnx_mdp.plan import PruningPlan, plan_identity
@@ -16,6 +16,7 @@ from onnx_mdp.problem import Solution, SolveLimits
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import Runtime
 from onnx_mdp.scoring import Criterion, Importance
+from onnx_mdp.solution_plan import plan_from_solution
 from onnx_mdp.solvers import solve
 from onnx_mdp.structure import Structure
 from onnx_mdp.width_rules import WidthRules
@@ -48,6 +49,7 @@ class Request:
     command: str = ""
     rules: WidthRules = field(default_factory=WidthRules)
     caps: Caps = field(default_factory=Caps)
+    rescale_attention: bool = False
 
     def goal_ms(self, base_ms: float) -> float:
         """The target in milliseconds, for a model that takes ``base_ms`` unpruned."""
@@ -144,6 +146,7 @@ def close_loop(loop: Loop, target: float, base_ms: float, progress: Progress) ->
             loop.table,
             solution,
             state=state,
+            rescale_attention=loop.request.rescale_attention,
             seed=loop.request.seed,
             command=loop.request.command,
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from onnx_mdp.attention_scale import unit_products
 from onnx_mdp.binding import graph_inputs
 from onnx_mdp.calibration import CalibrationData, load_data
 from onnx_mdp.console import Screen
@@ -71,6 +72,8 @@ class PlanOptions:
     least: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     multiple: int = 1
+    tie_blocks: bool = False
+    rescale_attention: bool = False
     max_params: float | None = None
     max_macs: float | None = None
     max_memory: float | None = None
@@ -104,7 +107,13 @@ class PlanOptions:
         """The widths that the options allow."""
         least = tuple((p, float(_number("--min-width", t, v))) for t, p, v in map(_pair, self.least))
         fixed = tuple((p, int(_number("--width", t, v))) for t, p, v in map(_pair, self.fixed))
-        return WidthRules(self.exclude, least, fixed, self.multiple)
+        return WidthRules(self.exclude, least, fixed, self.multiple, self.tie_blocks)
+
+    def rescales(self, structure: Structure) -> bool:
+        """Whether scores are rescaled; refused where there are none."""
+        if self.rescale_attention and not unit_products(structure):
+            raise UsageError("--rescale-attention: the model has no product of query and key to rescale")
+        return self.rescale_attention
 
     def caps(self, structure: Structure) -> Caps:
         """The limits beside the latency; reads the further tables."""

@@ -146,6 +146,7 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
         command=command_line(),
         rules=wanted.plan.rules(),
         caps=wanted.plan.caps(structure),
+        rescale_attention=wanted.plan.rescales(structure),
     )
     with open_store(options.store) as store, options.screen.progress() as progress:
         result = prune(model, structure, request, store, feeds=data.feeds if data else (), progress=progress)

@@ -1,4 +1,4 @@
-"""Structure, importance and latency table in; a pruning problem out; and its solution back to a plan.
+"""Structure, importance and latency table in; a pruning problem out.
 
 Each prunable dimension becomes a variable over its width choices; the inner dimensions of a removable block
 get one more option, *absent*, and take it together: a removed block costs and is worth nothing. Each cost
@@ -12,40 +12,28 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from onnx_mdp._version import __version__
 from onnx_mdp.errors import UnsupportedModelError
-from onnx_mdp.latency import LatencyTable, Variant, term_ms
-from onnx_mdp.plan import PruningPlan
+from onnx_mdp.latency import LatencyTable, term_ms
 from onnx_mdp.problem import (
     Block,
     Budget,
-    Choice,
     Factor,
     PruningProblem,
-    Solution,
     Variable,
     WidthSum,
 )
 from onnx_mdp.resources import Product, mac_products, memory_moments, parameter_products
-from onnx_mdp.scoring import Importance, ranked_rows, ranking
+from onnx_mdp.scoring import Importance, ranking
 from onnx_mdp.structure import Extent, Structure
-from onnx_mdp.width_rules import WidthRules, allowed_widths, kept_blocks
+from onnx_mdp.width_rules import WidthRules, allowed_widths, kept_blocks, tied_blocks
 
-__all__ = [
-    "Caps",
-    "Formulation",
-    "formulate",
-    "plan_from_choice",
-    "plan_from_solution",
-    "to_ns",
-    "variant_from_choice",
-]
+__all__ = ["Caps", "Formulation", "formulate", "to_ns"]
 
 _MAX_ARITY = 4
 
@@ -103,7 +91,11 @@ def formulate(
     costs, fixed_ns = builder.latency(table)
     builder.factors += costs
     budgets = builder.budgets(caps)
-    blocks = tuple(Block(name, tuple(members)) for name, members in builder.members.items() if members)
+    blocks = tuple(
+        Block(" + ".join(tied), tuple(m for name in tied for m in builder.members[name]))
+        for tied in tied_blocks(structure, rules)
+        if tied[0] in builder.members
+    )
     problem = PruningProblem(
         variables=tuple(builder.variables),
         factors=tuple(builder.factors),
@@ -331,69 +323,3 @@ def _along(scope: tuple[int, ...], axis: _Axis) -> npt.NDArray[np.float64]:
     for place in order:
         shape[scope.index(axis.scope[place])] = axis.widths.shape[place]
     return np.asarray(axis.widths, np.float64).transpose(order).reshape(shape)
-
-
-def variant_from_choice(structure: Structure, formulation: Formulation, choice: Choice) -> Variant:
-    """Kept units and removed blocks of a choice; dimensions of removed blocks count as full."""
-    gone = frozenset(name for name, place in formulation.switch.items() if choice[place] == 0)
-    kept = {i: d.count for i, d in enumerate(structure.dimensions)}
-    for index, place in formulation.variable.items():
-        width = formulation.problem.variables[place].widths[choice[place]]
-        kept[index] = width or kept[index]
-    return Variant(kept, gone)
-
-
-def plan_from_solution(
-    structure: Structure,
-    formulation: Formulation,
-    importance: Importance,
-    table: LatencyTable,
-    solution: Solution,
-    *,
-    state: float = 1.0,
-    seed: int = 0,
-    command: str = "",
-) -> PruningPlan:
-    """The plan of a solution, with how it was found; ``state`` scales the table to the machine of now."""
-    assert solution.choice is not None
-    plan = plan_from_choice(structure, formulation, importance, solution.choice)
-    return replace(
-        plan,
-        predicted_ms=solution.cost_ns * 1e-6 * state,
-        importance_share=solution.value,
-        status=solution.status,
-        bound=solution.bound,
-        gap=solution.gap,
-        solver=solution.solver,
-        seconds=solution.seconds,
-        fastest_ms=None if solution.fastest_ns is None else solution.fastest_ns * 1e-6 * state,
-        provenance={
-            "model": structure.shadow.source,
-            "inputs": {name: list(shape) for name, shape in structure.shadow.inputs.items()},
-            "table": table.key,
-            "context": dict(table.context),
-            "criterion": importance.criterion,
-            "seed": seed,
-            "version": __version__,
-            "command": command,
-            **({} if solution.note is None else {"note": solution.note}),
-        },
-    )
-
-
-def plan_from_choice(
-    structure: Structure, formulation: Formulation, importance: Importance, choice: Choice
-) -> PruningPlan:
-    """Keep the most important units of each dimension, and of each head that stays."""
-    variant = variant_from_choice(structure, formulation, choice)
-    keep = {}
-    for index in formulation.variable:
-        dimension = structure.dimensions[index]
-        count = variant.kept[index]
-        rows = ranked_rows(structure, importance, index)
-        if dimension.heads is not None and dimension.heads in formulation.variable:
-            rows = rows[np.sort(ranking(importance, dimension.heads)[: variant.kept[dimension.heads]])]
-        if count < dimension.count:
-            keep[dimension.name] = tuple(sorted(rows[:, :count].reshape(-1).tolist()))
-    removed = tuple(b.name for b in structure.blocks if b.name in variant.removed_blocks)
-    return PruningPlan(keep=keep, removed_blocks=removed)

@@ -20,6 +20,7 @@ import onnx
 import onnx_ir as ir
 from onnx import helper, numpy_helper
 
+from onnx_mdp.attention_scale import score_factors
 from onnx_mdp.computation import weightless, with_weights
 from onnx_mdp.labels import keep_vector
 from onnx_mdp.plan import PruningPlan, removed_classes
@@ -44,6 +45,9 @@ def masked_model(original: ir.Model, structure: Structure, plan: PruningPlan) ->
         labels = _labels_read(structure, operation, slot)
         if labels is not None and removed[labels].any():
             masks.restrict(operation, slot, _Kept.of(structure, operation, slot, labels, removed))
+    if plan.rescale_attention:
+        for index, factor in score_factors(structure, removed).items():
+            masks.scale(structure.shadow.operations[index], factor)
     for block in structure.blocks:
         if block.name in plan.removed_blocks:
             joint = structure.shadow.operations[block.joint]
@@ -188,6 +192,12 @@ class _Masks:
         del node.input[:], node.attribute[:]
         node.op_type = "Add"
         node.input.extend([value, bias])
+
+    def scale(self, operation: Operation, factor: float) -> None:
+        """Multiply what an operation reads first."""
+        node = self.makers[operation.outputs[0]]
+        by = self._constant(np.asarray(factor, np.float32))
+        node.input[0] = self._add(operation.outputs[0], "Mul", node.input[0], by)
 
     def silence(self, output: str, slot: int) -> None:
         """Multiply one input of the maker of ``output`` by zero."""

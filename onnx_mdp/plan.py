@@ -40,6 +40,8 @@ class PruningPlan:
     ``keep`` maps each dimension that loses units to the kept unit indices, ascending; dimensions that
     are not named keep all. Units of a width are counted through its heads; every head that stays keeps as
     many, and units of a head that goes need not be named. ``removed_blocks`` are names of residual blocks.
+    ``rescale_attention`` divides attention scores by the root of the width that is left, and not by the
+    original's.
     The other fields say how the plan was found: milliseconds are those of the device in ``provenance``,
     importance is the kept share of the total (0 to 1), ``bound`` is the solver's proven upper limit of it
     and ``gap`` the relative distance to it.
@@ -47,6 +49,7 @@ class PruningPlan:
 
     keep: Mapping[str, tuple[int, ...]]
     removed_blocks: tuple[str, ...] = ()
+    rescale_attention: bool = False
     predicted_ms: float | None = None
     importance_share: float | None = None
     status: Literal["optimal", "feasible", "infeasible", "manual"] = "manual"
@@ -71,6 +74,7 @@ class _Document(BaseModel):
     schema_version: int
     keep: dict[str, str]
     removed_blocks: list[str] = []
+    rescale_attention: bool = False
     predicted_ms: float | None = None
     importance_share: float | None = None
     status: Literal["optimal", "feasible", "infeasible", "manual"] = "manual"
@@ -133,7 +137,9 @@ def _document_of(plan: PruningPlan) -> dict[str, Any]:
 def plan_identity(plan: PruningPlan) -> str:
     """A hash of what the plan does, not of how it was found."""
     bare = PruningPlan(
-        keep=dict(sorted(plan.keep.items())), removed_blocks=tuple(sorted(plan.removed_blocks))
+        keep=dict(sorted(plan.keep.items())),
+        removed_blocks=tuple(sorted(plan.removed_blocks)),
+        rescale_attention=plan.rescale_attention,
     )
     return hashlib.sha256(plan_json(bare).encode()).hexdigest()[:16]
 

@@ -11,7 +11,7 @@ import numpy as np
 from onnx_mdp.command_options import Options, PlanOptions, calibration, command_line, load_structure
 from onnx_mdp.errors import UnsupportedModelError, UsageError
 from onnx_mdp.explain import explain
-from onnx_mdp.formulation import Formulation, formulate, plan_from_solution, to_ns
+from onnx_mdp.formulation import Formulation, formulate, to_ns
 from onnx_mdp.latency import LatencyTable
 from onnx_mdp.model_io import check_output, write_text
 from onnx_mdp.plan import plan_json
@@ -24,6 +24,7 @@ from onnx_mdp.plan_report import (
 )
 from onnx_mdp.report import plan_table
 from onnx_mdp.scoring import Importance, score
+from onnx_mdp.solution_plan import plan_from_solution
 from onnx_mdp.solvers import cheapest, solve
 from onnx_mdp.solvers.fronts import solve_front
 from onnx_mdp.structure import Structure
@@ -99,6 +100,7 @@ def run_solve(path: Path, table_path: Path, options: Options, wanted: SolveOptio
         case.importance,
         case.table,
         solution,
+        rescale_attention=wanted.plan.rescales(case.structure),
         seed=options.seed,
         command=command_line(),
     )

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnx_mdp.attention_scale import rescale_scores
 from onnx_mdp.fusion import fuse_projections
 from onnx_mdp.labels import keep_vector
 from onnx_mdp.model_io import clone
@@ -48,6 +49,8 @@ def rewrite(structure: Structure, plan: PruningPlan, *, split: bool = False) -> 
         patch = _PATCHES.get(operation.op_type)
         if patch is not None and not operation.domain:
             patch(edit, operation)
+    if plan.rescale_attention:
+        rescale_scores(model, edit.nodes, structure, edit.removed)
     _bypass_blocks(edit, plan)
     drop_unread(model)
     if not split:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from onnx_mdp.attention_scale import unit_products
 from onnx_mdp.errors import UsageError
 from onnx_mdp.model_io import model_proto
 from onnx_mdp.output_drift import block_drifts, unit_steps
@@ -155,7 +156,7 @@ def activation(structure: Structure, feeds: Feeds, progress: Progress = _silent)
     blocks = structure.blocks
     operations = structure.shadow.operations
     wanted = {_data_input(structure, s) for s in sites}
-    products = _unit_products(structure)
+    products = unit_products(structure)
     wanted |= {name for index in products for name in operations[index].inputs[:2]}
     wanted |= {b.branch for b in blocks} | {operations[b.joint].outputs[0] for b in blocks}
     energies = _mean_squares(structure, sorted(wanted), feeds)
@@ -224,18 +225,6 @@ def _energy(structure: Structure, site: Site) -> Vector | None:
         return None
     squares = weight.astype(np.float64) ** 2
     return np.asarray(squares.sum(axis=tuple(a for a in range(weight.ndim) if a != site.axis)))
-
-
-def _unit_products(structure: Structure) -> list[int]:
-    """Operations that sum over units of two activations: query times key."""
-    operations = structure.shadow.operations
-    return [
-        i
-        for i, slot in structure.graph.reductions
-        if operations[i].op_type in ("Attention", "MatMul")
-        and slot == 0
-        and (i, 1) in structure.graph.reductions
-    ]
 
 
 def _laid_along(key: Vector, operation: Operation, shape: tuple[int, ...]) -> Vector:

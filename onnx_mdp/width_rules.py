@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from onnx_mdp.errors import UsageError
 from onnx_mdp.structure import Dimension, Structure
 
-__all__ = ["WidthRules", "allowed_widths", "kept_blocks"]
+__all__ = ["WidthRules", "allowed_widths", "kept_blocks", "tied_blocks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +18,15 @@ class WidthRules:
 
     ``exclude`` keeps dimensions and blocks as they are. ``least`` gives dimensions a minimum: a share of
     their channels below 1, else a number of channels. ``fixed`` gives them one width. ``multiple`` lets all
-    others have only multiples of it, besides their full width.
+    others have only multiples of it, besides their full width. ``tie_blocks`` lets the branches of a
+    transformer layer go together or not at all.
     """
 
     exclude: tuple[str, ...] = ()
     least: tuple[tuple[str, float], ...] = ()
     fixed: tuple[tuple[str, int], ...] = ()
     multiple: int = 1
+    tie_blocks: bool = False
 
 
 def allowed_widths(
@@ -46,7 +48,28 @@ def kept_blocks(structure: Structure, rules: WidthRules) -> frozenset[str]:
     patterns = [*rules.exclude, *(pattern for pattern, _ in rules.fixed)]
     kept = {block.name for block in structure.blocks if _matches(block.name, rules.exclude)}
     kept |= {d.block for d in structure.dimensions if d.block is not None and _matches(d.name, patterns)}
+    for tied in tied_blocks(structure, rules):
+        if kept & set(tied):
+            kept |= set(tied)
     return frozenset(kept)
+
+
+def tied_blocks(structure: Structure, rules: WidthRules) -> list[tuple[str, ...]]:
+    """The blocks that go together: where the rules tie them, those of a layer, else each alone.
+
+    A layer is a run of attention branches with the MLP branch that follows.
+    """
+    layers: list[tuple[str, ...]] = []
+    attention: list[str] = []
+    for block in structure.blocks:
+        if rules.tie_blocks and block.kind == "attention":
+            attention.append(block.name)
+        elif block.kind == "mlp":
+            layers.append((*attention, block.name))
+            attention = []
+        else:
+            layers.append((block.name,))
+    return [*layers, *((name,) for name in attention)]
 
 
 def _allowed(dimension: Dimension, offered: tuple[int, ...], rules: WidthRules) -> tuple[int, ...]:
@@ -82,6 +105,8 @@ def _matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:
 def _check_patterns(structure: Structure, rules: WidthRules) -> None:
     dimensions = [structure.dimensions[index].name for index in structure.prunable]
     blocks = [block.name for block in structure.blocks]
+    if rules.tie_blocks and max(map(len, tied_blocks(structure, rules)), default=0) < 2:
+        raise UsageError("--tie-blocks: the model has no attention block with an MLP block after it")
     wanted = [("exclude", pattern, [*dimensions, *blocks]) for pattern in rules.exclude]
     wanted += [("min-width", pattern, dimensions) for pattern, _ in rules.least]
     wanted += [("width", pattern, dimensions) for pattern, _ in rules.fixed]

@@ -18,7 +18,7 @@ from zoo import analyse, random_plan, text_model, zoo_structure
 from onnx_mdp import latency, profiling
 from onnx_mdp.cost_terms import CostTerm, anchors, cost_terms, width
 from onnx_mdp.errors import MeasurementError
-from onnx_mdp.formulation import formulate, plan_from_choice, variant_from_choice
+from onnx_mdp.formulation import formulate
 from onnx_mdp.granularity import granularity, unit_choices
 from onnx_mdp.latency import (
     Calibration,
@@ -40,6 +40,7 @@ from onnx_mdp.profiling import profile_variant
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import open_session, runtime
 from onnx_mdp.scoring import score
+from onnx_mdp.solution_plan import plan_from_choice, variant_from_choice
 from onnx_mdp.structure import Dimension, Extent, Structure
 
 # A dimension of one unit, concats inside and outside of a block, a block with inner dimensions and one

@@ -18,7 +18,7 @@ from onnx_mdp.cost_terms import cost_terms, width
 from onnx_mdp.documents import plan_totals
 from onnx_mdp.errors import MissingBackendError, UsageError
 from onnx_mdp.explain import explain
-from onnx_mdp.formulation import Caps, Formulation, formulate, plan_from_choice, to_ns
+from onnx_mdp.formulation import Caps, Formulation, formulate, to_ns
 from onnx_mdp.granularity import unit_choices
 from onnx_mdp.latency import (
     Calibration,
@@ -34,6 +34,7 @@ from onnx_mdp.plan import load_plan
 from onnx_mdp.plan_commands import parse_targets
 from onnx_mdp.resources import Product, mac_products, memory_moments, parameter_products
 from onnx_mdp.scoring import score
+from onnx_mdp.solution_plan import plan_from_choice
 from onnx_mdp.solvers import SolveLimits, cheapest, solve
 from onnx_mdp.structure import Structure
 from onnx_mdp.table_file import load_table, table_json
@@ -161,6 +162,8 @@ def test_rules_leave_only_what_they_allow(structure: Structure, table: LatencyTa
         (("--also", "other.json=1"), "other.json cannot be read"),
         (("--solver", "cplex"), "unknown solver"),
         (("--criterion", "drift"), "needs calibration inputs"),
+        (("--tie-blocks",), "no attention block"),
+        (("--rescale-attention",), "no product of query and key"),
     ],
 )
 def test_wrong_planning_options_are_refused(demo: Run, options: tuple[str, ...], fragment: str) -> None:

@@ -15,7 +15,7 @@ from onnx_mdp.binding import bind_shapes
 from onnx_mdp.closed_loop import Request
 from onnx_mdp.cost_terms import HEADS, SUMMED_HEADS, cost_terms, width
 from onnx_mdp.documents import analyze_document, plan_totals
-from onnx_mdp.formulation import Formulation, formulate, plan_from_choice, variant_from_choice
+from onnx_mdp.formulation import Formulation, formulate
 from onnx_mdp.granularity import unit_choices
 from onnx_mdp.latency import (
     Calibration,
@@ -36,10 +36,11 @@ from onnx_mdp.resources import mac_products, parameter_products
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.scoring import Importance, ranked_rows, ranking, score
 from onnx_mdp.shadow import prepare
+from onnx_mdp.solution_plan import plan_from_choice, variant_from_choice
 from onnx_mdp.solvers import SolveLimits, solve
 from onnx_mdp.structure import Structure, extent, macs
 from onnx_mdp.timing import Timing
-from onnx_mdp.width_rules import WidthRules
+from onnx_mdp.width_rules import WidthRules, kept_blocks, tied_blocks
 
 NAMES = ("deit_micro", "swin_micro", "pvt_micro", "detr_micro")
 Exported = Callable[..., Path]
@@ -300,3 +301,25 @@ def test_what_is_measured_is_the_file_that_is_written(
     assert model_bytes(result.model) in [models[1] for models in measured[1:]]
     parts = [node.name for node in result.model.graph if "/part_" in str(node.name)]
     assert (parts == []) == (free == "mlp")
+
+
+def test_tied_branches_go_together(deit: Structure) -> None:
+    """Each layer of DeiT has one attention and one MLP branch; the optimum takes both or none."""
+    rules = WidthRules(tie_blocks=True)
+    layers = tied_blocks(deit, rules)
+    kinds = {block.name: block.kind for block in deit.blocks}
+    assert [[kinds[name] for name in layer] for layer in layers] == [["attention", "mlp"]] * 2
+    importance, table = score(deit, "magnitude"), made_up_table(deit)
+    free, tied = formulate(deit, importance, table), formulate(deit, importance, table, rules)
+    values = []
+    for share in (0.3, 0.5, 0.7):
+        budget_ns = round(share * 1e6 * predict_ms(table, deit, full_variant(deit)))
+        answers = [solve(f.problem, budget_ns, limits=SolveLimits(gap=0.0)) for f in (free, tied)]
+        assert answers[0].value >= answers[1].value - 1e-9
+        assert answers[1].choice is not None
+        gone = set(plan_from_choice(deit, tied, importance, answers[1].choice).removed_blocks)
+        assert all(gone & set(layer) in (set(), set(layer)) for layer in layers)
+        values.append(len(gone))
+    assert max(values) > 0
+    excluded = WidthRules(exclude=(layers[0][1],), tie_blocks=True)
+    assert kept_blocks(deit, excluded) == set(layers[0])
