@@ -25,7 +25,7 @@ __all__ = ["MAX_ROUNDS", "Candidate", "Clock", "Found", "Loop", "Request", "best
 
 MAX_ROUNDS = 6
 _ROUND_SECONDS = 4.5  # of interleaved measuring
-_HEADROOM = 0.015  # two measurements of one ratio differ by 1 to 1.5 % on a shared machine
+_HEADROOM = 0.012  # two measurements of one ratio differ by 1 to 1.5 % on a shared machine
 
 Progress = Callable[[str, int, int], None]
 
@@ -190,9 +190,10 @@ def _measure_plan(
 
 
 def _with_headroom(candidate: Candidate, aim: float) -> bool:
-    """Whether it is where the loop aims: half of the headroom is left, and not much more than all of it."""
+    """Whether half of the headroom is left and the target within the tolerance."""
     above = max(_HEADROOM / 2, candidate.noise)
-    return aim * (1 - tolerance(candidate.noise)) <= candidate.measured_ms <= aim * (1 + above)
+    least = aim / (1 - _HEADROOM) * (1 - tolerance(candidate.noise))
+    return min(least, aim) <= candidate.measured_ms <= aim * (1 + above)
 
 
 def best(candidates: Sequence[Candidate], target: float) -> Candidate | None:
