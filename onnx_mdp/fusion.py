@@ -226,7 +226,8 @@ def _fused_target(
     """The parts' target with an entry for the parts, computed at run time where the original is."""
     axis = layer.names.axis
     if target.computed is None:
-        entries = np.insert(target.entries, axis, _array(original)[axis])  # type: ignore[arg-type]
+        assert target.entries is not None
+        entries = np.insert(target.entries, axis, _array(original)[axis])
         return _constant(model, original, entries)
     if target.entries is None or target.fixed is None:
         return target.computed

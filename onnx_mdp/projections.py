@@ -277,7 +277,9 @@ def _build(model: ir.Model, known: Known, fused: _Fused, part: int, selected: ir
     value = _add(fused, known, fused.reshape, [value, _target(model, known, fused, part)], part, shape)
     if fused.transpose is not None:
         value = _add(fused, known, fused.transpose, [value], part, tuple(shape[a] for a in fused.order))
-        value.producer().attributes["perm"] = ir.AttrInt64s("perm", fused.order)  # type: ignore[union-attr]
+        copy = value.producer()
+        assert copy is not None
+        copy.attributes["perm"] = ir.AttrInt64s("perm", fused.order)
     name = str(selected.name)
     selected.replace_all_uses_with(value)
     selected.name = f"{name}__fused"
