@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from onnx_mdp.errors import MdpError
-from onnx_mdp.model_io import write_text
+from onnx_mdp.files import write_text
 from onnx_mdp.runtime import device_name, import_onnxruntime
 
 __all__ = [

@@ -21,9 +21,10 @@ from onnx_mdp.cost_terms import width
 from onnx_mdp.documents import analyze_document, profile_document, prune_document, verify_document
 from onnx_mdp.errors import UsageError
 from onnx_mdp.figures import structure_svg
+from onnx_mdp.files import check_output, write_files, write_text
 from onnx_mdp.latency import LatencyTable, build_table, full_variant, measure_models, term_ms
 from onnx_mdp.lut_store import open_store
-from onnx_mdp.model_io import check_output, load_model, model_bytes, save_model, write_text
+from onnx_mdp.model_io import load_model, model_bytes, model_files, save_model
 from onnx_mdp.pipeline import PruneResult, apply_plan, prune
 from onnx_mdp.plan import PruningPlan, check_plan, load_plan, plan_json
 from onnx_mdp.report import analysis_table, cost_table, plan_table, printable
@@ -176,10 +177,11 @@ def _write(
     """Write a model that meets its target; nothing of one that does not."""
     if result.status != "met" or result.model is None or result.plan is None or wanted.dry_run:
         return None, None, None
-    figure = structure_svg(result.structure, result.plan)
-    save_model(result.model, outputs[0], overwrite=wanted.overwrite)
-    write_text(plan_json(result.plan), outputs[1], overwrite=wanted.overwrite)
-    write_text(figure, outputs[2], overwrite=wanted.overwrite)
+    model, plan, figure = outputs
+    for output in outputs:
+        check_output(output, overwrite=wanted.overwrite)
+    drawn = structure_svg(result.structure, result.plan).encode()
+    write_files({figure: drawn, plan: plan_json(result.plan).encode()} | model_files(result.model, model))
     return outputs
 
 

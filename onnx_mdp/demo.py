@@ -12,6 +12,7 @@ import numpy.typing as npt
 from onnx_mdp.command_options import Options, PlanOptions
 from onnx_mdp.commands import PruneOptions, run_prune
 from onnx_mdp.errors import OutputError
+from onnx_mdp.files import write_files
 from onnx_mdp.runtime import Runtime, open_session
 from onnx_mdp.shapes_data import shapes
 
@@ -38,7 +39,8 @@ def run_demo(folder: Path, target_ratio: float, options: Options, *, overwrite: 
         pictures, labels = shapes(_PICTURES, _EVALUATION_SEED)
         before = accuracy(model, pictures, labels)
         screen.note(f"the embedded model names {before:.1%} of {_PICTURES} held-out pictures")
-        np.savez(data, image=shapes(64, _CALIBRATION_SEED)[0])
+        inputs = shapes(64, _CALIBRATION_SEED)[0]
+        write_files({data: lambda file: np.savez(file, image=inputs)})
         wanted = PruneOptions(
             target_ratio=target_ratio, output=slim, plan=PlanOptions(data=data), overwrite=overwrite
         )

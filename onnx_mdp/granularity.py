@@ -8,13 +8,12 @@ multiples of B (and the full width) are offered. B is read from the filter that 
 from __future__ import annotations
 
 import functools
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from onnx_mdp.files import scratch_folder
 from onnx_mdp.runtime import Runtime, open_session
 from onnx_mdp.structure import Dimension
 from onnx_mdp.timing import measure, random_feeds
@@ -31,8 +30,8 @@ def granularity(runtime: Runtime) -> int:
     A provider that shows its layout is read: a convolution with one output channel is saved as the
     runtime optimised it, and its filter has B rows. Otherwise B is measured.
     """
-    with tempfile.TemporaryDirectory(prefix="onnx-mdp-") as folder:
-        path = Path(folder) / "optimised.onnx"
+    with scratch_folder() as folder:
+        path = folder / "optimised.onnx"
         open_session(_convolution(32, 1).SerializeToString(), runtime, optimized_model_path=path)
         if path.is_file():
             laid_out = onnx.load(path)

@@ -23,6 +23,7 @@ from typing import Any
 import platformdirs
 
 from onnx_mdp.errors import OutputError, UsageError
+from onnx_mdp.files import write_files
 
 __all__ = ["LutStore", "Run", "Sample", "StoreSummary", "open_store"]
 
@@ -175,12 +176,7 @@ class LutStore:
     def export_jsonl(self, path: Path) -> int:
         """Write all records as JSON lines and return their number; `path` is replaced in one step."""
         records = tuple(self._records())
-        part = path.with_name(path.name + ".part")
-        try:
-            part.write_text("".join(_text(line) + "\n" for line in (_FORMAT, *records)), encoding="utf-8")
-            part.replace(path)
-        except OSError as error:
-            raise OutputError(f"Cannot write '{path}' ({error.strerror}): choose another file.") from error
+        write_files({path: "".join(_text(line) + "\n" for line in (_FORMAT, *records)).encode()})
         return len(records)
 
     def merge_jsonl(self, path: Path) -> tuple[int, int]:

@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,23 +14,23 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnx_mdp.errors import OutputError, UnreadableModelError, UnsupportedModelError, UsageError
+from onnx_mdp.errors import UnreadableModelError, UnsupportedModelError, UsageError
+from onnx_mdp.files import Content, check_output, write_files
 
 if TYPE_CHECKING:
     from onnx_graphsurgeon import Graph as SurgeonGraph
 
 __all__ = [
     "ModelLike",
-    "check_output",
     "clone",
     "content_hash",
     "load_model",
     "model_bytes",
+    "model_files",
     "model_proto",
     "parameter_count",
     "save_model",
     "topology_hash",
-    "write_text",
 ]
 
 ModelLike: TypeAlias = "str | Path | onnx.ModelProto | ir.Model | SurgeonGraph"
@@ -251,48 +250,12 @@ def _attribute_text(attribute: Any) -> str:
     return str(attribute.value)
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
-    """Refuse early an output that exists or cannot be written.
-
-    Raises:
-        OutputError: with the remedy.
-    """
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder; give a file name")
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists; choose another output or pass --overwrite")
-    folder = path.parent if str(path.parent) else Path(".")
-    if not folder.is_dir():
-        raise OutputError(f"cannot write {path}: the folder {folder} does not exist; create it first")
-    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise OutputError(f"cannot write {path}: permission denied; choose a writable folder")
+def model_files(model: ir.Model, path: Path) -> dict[Path, Content]:
+    """What ``write_files`` needs to write a model to ``path``."""
+    return {path: model_bytes(model)}
 
 
 def save_model(model: ir.Model, path: Path, *, overwrite: bool = False) -> None:
     """Write the model to ``path`` in one step: a reader never sees half a file."""
     check_output(path, overwrite=overwrite)
-    _write_atomically(path, model_bytes(model))
-
-
-def write_text(text: str, path: Path, *, overwrite: bool = False) -> None:
-    """Write UTF-8 text to ``path`` in one step."""
-    check_output(path, overwrite=overwrite)
-    _write_atomically(path, text.encode())
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        Path(name).unlink(missing_ok=True)
+    write_files(model_files(model, path))

@@ -11,9 +11,9 @@ import numpy as np
 from onnx_mdp.command_options import Options, PlanOptions, calibration, command_line, load_structure
 from onnx_mdp.errors import UnsupportedModelError, UsageError
 from onnx_mdp.explain import explain
+from onnx_mdp.files import check_output, write_text
 from onnx_mdp.formulation import Formulation, formulate, to_ns
 from onnx_mdp.latency import LatencyTable
-from onnx_mdp.model_io import check_output, write_text
 from onnx_mdp.plan import plan_json
 from onnx_mdp.plan_report import (
     explanation_document,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import onnx_ir as ir
 
 from onnx_mdp.cost_terms import CONTRACTIONS, CostTerm, anchors, width
 from onnx_mdp.errors import MeasurementError
+from onnx_mdp.files import scratch_folder
 from onnx_mdp.lut_store import Run, Sample
 from onnx_mdp.model_io import model_bytes
 from onnx_mdp.runtime import Runtime, open_session
@@ -68,8 +68,8 @@ def profile_variant(
     started = time.perf_counter()
     _tag(structure, model)
     data = model_bytes(model)
-    with tempfile.TemporaryDirectory(prefix="onnx-mdp-") as folder:
-        profiled = open_session(data, runtime, profile_prefix=str(Path(folder) / "profile"))
+    with scratch_folder() as folder:
+        profiled = open_session(data, runtime, profile_prefix=str(folder / "profile"))
         plain = open_session(data, runtime)
         feeds = random_feeds(plain, structure.shadow.inputs, seed)
         walls: dict[str, list[npt.NDArray[Any]]] = {"profiled": [], "plain": []}

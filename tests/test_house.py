@@ -20,6 +20,7 @@ PACKAGE = ROOT / "onnx_mdp"
 ORDER = (
     "errors",
     "_version",
+    "files",
     "model_io",
     "runtime",
     "computation",

@@ -195,7 +195,7 @@ def test_other_files_cannot_be_merged(tmp_path: Path, text: str) -> None:
             store.merge_jsonl(other)
         with pytest.raises(UsageError, match="Cannot read"):
             store.merge_jsonl(tmp_path / "absent.jsonl")
-        with pytest.raises(OutputError, match="Cannot write"):
+        with pytest.raises(OutputError, match="cannot write"):
             store.export_jsonl(tmp_path / "absent" / "lut.jsonl")
 
 

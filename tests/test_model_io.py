@@ -14,16 +14,14 @@ import pytest
 from onnx import external_data_helper, helper, numpy_helper
 from zoo import CNNS, run, text_model, zoo_path
 
-from onnx_mdp.errors import OutputError, UnreadableModelError, UsageError
+from onnx_mdp.errors import UnreadableModelError, UsageError
 from onnx_mdp.model_io import (
-    check_output,
     content_hash,
     load_model,
     model_bytes,
     parameter_count,
     save_model,
     topology_hash,
-    write_text,
 )
 
 IMAGE = {"x": np.random.default_rng(0).standard_normal((1, 3, 4, 4)).astype(np.float32)}
@@ -224,57 +222,6 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     save_model(model, tmp_path / "out.onnx")
     assert content_hash(load_model(tmp_path / "out.onnx")) == content_hash(model)
     assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
-
-
-def test_an_existing_file_is_kept_unless_told(tmp_path: Path) -> None:
-    path = tmp_path / "out.onnx"
-    path.write_text("precious")
-    with pytest.raises(OutputError, match=r"exists; .*--overwrite"):
-        save_model(load_model(small()), path)
-    assert path.read_text() == "precious"
-    save_model(load_model(small()), path, overwrite=True)
-    assert parameter_count(load_model(path)) == 16
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "out.onnx"
-    path.write_text("precious")
-
-    def full_disk(source: str, target: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(OutputError, match="No space left on device"):
-        save_model(load_model(small()), path, overwrite=True)
-    assert path.read_text() == "precious"
-    assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
-
-
-def test_an_output_that_cannot_be_written_is_refused_early(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="does not exist; create it first"):
-        check_output(tmp_path / "none" / "out.onnx", overwrite=False)
-    with pytest.raises(OutputError, match="is a folder"):
-        check_output(tmp_path, overwrite=True)
-    check_output(tmp_path / "out.onnx", overwrite=False)
-
-
-def test_text_is_written_as_utf8(tmp_path: Path) -> None:
-    write_text("größer ≤\n", tmp_path / "report.txt")
-    assert (tmp_path / "report.txt").read_bytes() == "größer ≤\n".encode()
-    with pytest.raises(OutputError):
-        write_text("again", tmp_path / "report.txt")
-
-
-@pytest.mark.skipif(os.name == "nt", reason="no umask there")
-def test_the_umask_decides_who_may_read(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        save_model(load_model(small()), tmp_path / "out.onnx")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "out.onnx").stat().st_mode & 0o777 == 0o640
 
 
 # -- hashes -------------------------------------------------------------------------------------------------
