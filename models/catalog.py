@@ -7,6 +7,7 @@ BatchNorm and measures its statistics on noise, layer by layer, with an error pu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -33,10 +34,21 @@ _CALIBRATION_PIXELS = 2**17
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A builder without arguments and the shape [channels, height, width] of one input image."""
+    """A builder without arguments and the shape [channels, height, width] of the input ``image``.
+
+    ``others`` are further inputs, by name, and ``outputs`` the names of what the module returns. No shape
+    counts the batch.
+    """
 
     builder: Callable[[], nn.Module]
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
+    outputs: tuple[str, ...] = ("logits",)
+    others: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    def inputs(self, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        """Noise for every input, the image first, ``float32[batch, *shape]``."""
+        shapes = (self.input_shape, *(shape for _, shape in self.others))
+        return tuple(torch.randn(batch, *shape, generator=generator) for shape in shapes)
 
 
 # A small variant has every node of the full one, few channels and less than 1 MB of weights; transformers,
@@ -99,9 +111,8 @@ def build(name: str, seed: int = 0) -> nn.Module:
         for layer in module.modules():
             _randomise(layer)
         _shrink_branches(module)
-        channels, height, width = architecture.input_shape
-        count = _CALIBRATION_PIXELS // (height * width)
-        _calibrate(module, torch.randn(count, channels, height, width))
+        count = max(1, _CALIBRATION_PIXELS // math.prod(architecture.input_shape[-2:]))
+        _calibrate(module, architecture.inputs(count))
     return module
 
 
@@ -124,7 +135,7 @@ def _shrink_branches(module: nn.Module) -> None:
             last.weight.mul_(0.3)
 
 
-def _calibrate(module: nn.Module, images: Tensor) -> None:
+def _calibrate(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Set the statistics of every BatchNorm from what reaches it, the ones before it being set already."""
 
     def measure(layer: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -136,6 +147,6 @@ def _calibrate(module: nn.Module, images: Tensor) -> None:
             layer.running_var = variance * torch.empty_like(variance).uniform_(0.7, 1.4)
 
     hooks = [layer.register_forward_pre_hook(measure) for layer in module.modules()]
-    module(images)
+    module(*inputs)
     for hook in hooks:
         hook.remove()

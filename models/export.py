@@ -12,7 +12,7 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from models.catalog import CATALOG, build
+from models.catalog import CATALOG, Architecture, build
 
 __all__ = ["export", "export_module", "main"]
 
@@ -44,54 +44,73 @@ def export(
 
     See `export_module` for what is written and what is checked; ``KeyError`` for an unknown name.
     """
-    module = build(name, seed)
-    shape = CATALOG[name].input_shape
-    return export_module(module, shape, path, exporter, dynamic_batch, fold_batchnorm, opset)
+    made = CATALOG[name]
+    return export_module(
+        build(name, seed),
+        made.input_shape,
+        path,
+        exporter,
+        dynamic_batch,
+        fold_batchnorm,
+        opset,
+        made.outputs,
+        made.others,
+    )
 
 
 def export_module(
     module: nn.Module,
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
     path: Path | str,
     exporter: Exporter = "torchscript",
     dynamic_batch: bool = False,
     fold_batchnorm: bool = True,
     opset: int | None = None,
+    outputs: tuple[str, ...] = ("logits",),
+    others: tuple[tuple[str, tuple[int, ...]], ...] = (),
 ) -> Path:
-    """Write one self-contained ONNX file that maps ``image`` to ``logits`` and return its path.
+    """Write one self-contained ONNX file from ``image`` and ``others`` to ``outputs``; return its path.
 
     The batch is 1, or the symbol ``batch``. The module is put in evaluation mode. The file has passed
-    ``onnx.checker`` and agreed with torch in ONNX Runtime to 1e-4 of the largest logit, else ``ValueError``.
+    ``onnx.checker`` and agreed with torch in ONNX Runtime to 1e-4 of the largest value of each output, else
+    ``ValueError``.
     """
     module.eval()
     path = Path(path)
     # torch.export specialises an example batch of 1 to a constant.
-    image = torch.randn(2 if dynamic_batch else 1, *input_shape, generator=torch.Generator().manual_seed(1))
+    batch = 2 if dynamic_batch else 1
+    generator = torch.Generator().manual_seed(1)
+    tensors = Architecture(nn.Module, input_shape, outputs, others).inputs(batch, generator)
+    inputs = dict(zip(("image", *(name for name, _ in others)), tensors, strict=True))
     version = opset or _OPSETS[exporter]
+    write = _export_dynamo if exporter == "dynamo" else _export_torchscript
     with _quiet(), torch.no_grad():
-        if exporter == "dynamo":
-            _export_dynamo(module, image, path, dynamic_batch, fold_batchnorm, version)
-        else:
-            _export_torchscript(module, image, path, dynamic_batch, fold_batchnorm, version)
-        expected = module(image).numpy()
-    _check(path, image.numpy(), expected)
+        write(module, inputs, outputs, path, dynamic_batch, fold_batchnorm, version)
+        made = module(*tensors)
+    _check(path, inputs, outputs, (made,) if isinstance(made, torch.Tensor) else made)
     return path
 
 
 def _export_torchscript(
-    module: nn.Module, image: torch.Tensor, path: Path, dynamic_batch: bool, fold: bool, opset: int
+    module: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    outputs: Sequence[str],
+    path: Path,
+    dynamic_batch: bool,
+    fold: bool,
+    opset: int,
 ) -> None:
-    axes = {"image": {0: "batch"}, "logits": {0: "batch"}} if dynamic_batch else None
+    axes = {name: {0: "batch"} for name in (*inputs, *outputs)} if dynamic_batch else None
     # Its constant folding is what folds BatchNorm; PRESERVE keeps the nodes of a module in eval mode.
     training = torch.onnx.TrainingMode.EVAL if fold else torch.onnx.TrainingMode.PRESERVE
     torch.onnx.export(
         module,
-        (image,),
+        tuple(inputs.values()),
         str(path),
         dynamo=False,
         opset_version=opset,
-        input_names=["image"],
-        output_names=["logits"],
+        input_names=list(inputs),
+        output_names=list(outputs),
         dynamic_axes=axes,
         do_constant_folding=fold,
         training=training,
@@ -99,17 +118,23 @@ def _export_torchscript(
 
 
 def _export_dynamo(
-    module: nn.Module, image: torch.Tensor, path: Path, dynamic_batch: bool, fold: bool, opset: int
+    module: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    outputs: Sequence[str],
+    path: Path,
+    dynamic_batch: bool,
+    fold: bool,
+    opset: int,
 ) -> None:
-    shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
+    shapes = tuple({0: torch.export.Dim("batch")} for _ in inputs) if dynamic_batch else None
     torch.onnx.export(
         module,
-        (image,),
+        tuple(inputs.values()),
         str(path),
         dynamo=True,
         opset_version=opset,
-        input_names=["image"],
-        output_names=["logits"],
+        input_names=list(inputs),
+        output_names=list(outputs),
         dynamic_shapes=shapes,
         optimize=fold,
         external_data=False,
@@ -130,13 +155,21 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _check(path: Path, image: np.ndarray, expected: np.ndarray) -> None:
+def _check(
+    path: Path,
+    inputs: Mapping[str, torch.Tensor],
+    outputs: Sequence[str],
+    expected: Sequence[torch.Tensor],
+) -> None:
     onnx.checker.check_model(str(path), full_check=True)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (actual,) = session.run(None, {"image": image})
-    error = float(np.abs(actual - expected).max() / np.abs(expected).max())
-    if not error <= _RELATIVE_TOLERANCE:
-        raise ValueError(f"{path} differs from torch by {error:.1e} of its largest logit: do not use it.")
+    actual = session.run(list(outputs), {name: tensor.numpy() for name, tensor in inputs.items()})
+    for name, found, wanted in zip(outputs, actual, expected, strict=True):
+        error = float(np.abs(found - wanted.numpy()).max() / np.abs(wanted.numpy()).max())
+        if not error <= _RELATIVE_TOLERANCE:
+            raise ValueError(
+                f"{name} of {path} differs from torch by {error:.1e} of its largest value: do not use it."
+            )
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
