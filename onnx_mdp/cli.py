@@ -70,6 +70,15 @@ def analyze(model: Model, options: "Options") -> None:
 
 
 @app.command()
+@given(options=output_options)
+def operators(options: "Options") -> None:
+    """List the operators that have a rule, what becomes of units there, and what is frozen."""
+    from onnx_mdp.operator_coverage import operators_document, operators_markdown
+
+    options.screen.result(operators_markdown(), operators_document())
+
+
+@app.command()
 @given(options=measuring_options)
 def profile(
     model: Model,

@@ -772,3 +772,11 @@ def test_surgeon_free_import() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_operators_are_listed_as_a_table_and_as_a_document(run: Run) -> None:
+    assert "| `Conv` |" in run("operators").out
+    listed = {entry["operator"]: entry for entry in run("operators", "--json").document["operators"]}
+    assert listed["Softmax"]["versions"] == [1, 11, 13]
+    assert listed["GroupNormalization"]["versions"] == [21]
+    assert "weight is computed" in listed["Conv"]["frozen"]

@@ -36,6 +36,7 @@ ORDER = (
     "rules.contraction",
     "rules.statistics",
     "rules",
+    "operator_coverage",
     "coupling",
     "labels",
     "blocks",

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from onnx_mdp.cli import app
+from onnx_mdp.operator_coverage import operators_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,3 +39,9 @@ def test_named_files_exist() -> None:
     named = re.findall(r"`((?:benchmarks|models|tests)/[\w./]+)`", README)
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_table_of_operators_is_the_one_that_the_registry_makes() -> None:
+    section = README.split("## Operator coverage\n")[1].split("\n## ")[0]
+    table = "\n".join(line for line in section.splitlines() if line.startswith("|"))
+    assert table == operators_markdown(), "replace it by what `onnx-mdp operators` prints"

@@ -8,6 +8,8 @@ exporters write and that broke a pruner once.
 # ruff: noqa: E501 - ONNX text is clearer in long lines than cut in the middle of a node
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -18,10 +20,15 @@ import onnx.reference
 import pytest
 from zoo import analyse, in_double, informative, operands, prune_checked, random_plan, text_model
 
+from onnx_mdp.computation import Computation
+from onnx_mdp.labels import keep_vector
 from onnx_mdp.masking import masked_model
-from onnx_mdp.plan import PruningPlan
+from onnx_mdp.operator_coverage import operators_document
+from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.rewriting import rewrite
-from onnx_mdp.rules import RULES
+from onnx_mdp.rules import RULES, Rule
+from onnx_mdp.structure import Structure
+from onnx_mdp.timing import random_feeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -1057,6 +1064,16 @@ def test_every_rule_has_a_case() -> None:
     assert set(RULES_TESTED) == set(RULES)
 
 
+@pytest.mark.parametrize("rule", set(RULES.values()), ids=lambda rule: rule.__name__)
+def test_a_rule_that_freezes_says_so(rule: Rule) -> None:
+    source = inspect.getsource(rule)
+    freezes = any(f"state.{verb}(" in source for verb in ("freeze", "freeze_inputs"))
+    described = "Frozen: " in (inspect.getdoc(rule) or "")
+    assert described or not freezes, (
+        "its docstring is its line in the table of operators: end it with 'Frozen: …'"
+    )
+
+
 @pytest.mark.parametrize("name", RULES_TESTED)
 def test_the_case_of_a_rule_uses_it(name: str) -> None:
     assert name in {node.op_type for node in model_of(name).graph.node}
@@ -1079,6 +1096,67 @@ def test_the_law_holds_and_the_right_units_can_go(name: str) -> None:
         single = PruningPlan(keep={dimension.name: last})
         pruned, _ = prune_checked(model, structure, single)
         assert operands(pruned) != operands(rewrite(structure, PruningPlan(keep={})))
+
+
+def kept_part(value: np.ndarray, structure: Structure, name: str, removed: np.ndarray) -> np.ndarray:
+    """What stays of a tensor; heads first, because in each of them other widths may stay."""
+    labels = structure.graph.tensors.get(name)
+    if labels is None:
+        return value
+    first = structure.graph.head_axis(name) or 0
+    mask = np.moveaxis(np.broadcast_to(keep_vector(labels, removed), value.shape), first, 0)
+    extents = [int(structure.graph.keep(name, axis, removed).sum()) for axis in range(value.ndim)]
+    extents.insert(0, extents.pop(first))
+    return np.moveaxis(np.moveaxis(value, first, 0)[mask].reshape(extents), 0, first)
+
+
+@pytest.mark.parametrize("name", RULES_TESTED)
+def test_a_pruned_operator_is_the_operator_on_pruned_tensors(name: str) -> None:
+    model, structure = analyse(model_of(name), ALL[name].shapes)
+    plan = random_plan(structure, np.random.default_rng(3), blocks=False)
+    removed = removed_classes(plan, structure)
+    names = [o for operation in structure.shadow.operations for o in operation.outputs if o]
+    pair = [
+        Computation(m, names)
+        for m in (masked_model(model, structure, plan), rewrite(structure, plan, split=True))
+    ]
+    feeds = random_feeds(pair[0].inputs, structure.shadow.inputs, 0)
+    masked, pruned = (dict(zip(names, computation.run(names, feeds), strict=True)) for computation in pair)
+    for tensor in (
+        n for n in names if isinstance(masked[n], np.ndarray) and n not in structure.shadow.independent
+    ):
+        expected, actual = kept_part(masked[tensor], structure, tensor, removed), pruned[tensor]
+        assert expected.shape == actual.shape, tensor
+        scale = np.abs(np.nan_to_num(expected, posinf=0, neginf=0)).max(initial=1e-3)
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5 * scale, err_msg=tensor)
+
+
+FORMS = [
+    (row["operator"], version) for row in operators_document()["operators"] for version in row["versions"]
+]
+
+
+def in_form(name: str, version: int) -> onnx.ModelProto | None:
+    """The case of a rule in an opset whose form of the operator is ``version``, where the text is valid."""
+    for opset in range(max(9, version), 25):
+        if onnx.defs.get_schema(name, opset).since_version == version:
+            with contextlib.suppress(onnx.checker.ValidationError, onnx.shape_inference.InferenceError):
+                return text_model(ALL[name].text, opset)
+    return None
+
+
+@pytest.mark.slow
+def test_every_form_of_an_operator_is_pruned_alike() -> None:
+    tried = 0
+    for name, version in FORMS:
+        model = in_form(name, version)
+        if model is None or (name, version) == ("GlobalLpPool", 22):  # ONNX Runtime has no kernel for it
+            continue
+        tried += 1
+        loaded, structure = analyse(model, ALL[name].shapes)
+        assert tuple(len(structure.dimensions[i].units) for i in structure.prunable) == ALL[name].widths
+        prune_checked(loaded, structure, random_plan(structure, np.random.default_rng(0)))
+    assert tried > 0.85 * len(FORMS)
 
 
 @pytest.mark.parametrize("name", IN_DOUBLE)

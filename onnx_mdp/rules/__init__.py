@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from onnx_mdp.rules import attention, contraction, elementwise, movement, statistics
-from onnx_mdp.rules.labelling import RULES, Labelling, Labels, Rule, Site, couple, rule, squash, varying
+from onnx_mdp.rules.labelling import (
+    RULES,
+    SINCE,
+    Labelling,
+    Labels,
+    Rule,
+    Site,
+    couple,
+    rule,
+    squash,
+    varying,
+)
 
 __all__ = [
     "RULES",
+    "SINCE",
     "Labelling",
     "Labels",
     "Rule",

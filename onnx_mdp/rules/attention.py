@@ -118,6 +118,7 @@ def attention(state: Labelling, operation: Operation) -> None:
     """``softmax(scale · q kᵀ + mask) v``, of ``[batch, heads, tokens, width]`` or with heads × width as one.
 
     Fewer heads of key and value than of query serve a group of these each: key head ``h`` the h-th group.
+    Frozen: with a key/value cache, with scores as an output, tokens, and where it reads a constant.
     """
     if any(operation.inputs[4:]) or any(operation.outputs[1:]):
         state.freeze_inputs(operation, f"{operation} keeps keys and values, or gives its scores away")
@@ -185,7 +186,10 @@ def _merge_width(labels: Labels, heads: int, width: int) -> Labels:
 
 @rule("RotaryEmbedding")
 def rotates(state: Labelling, operation: Operation) -> None:
-    """The widths of a head turn in pairs by angles that all heads share: they stay, and heads may go."""
+    """The widths of a head turn in pairs by angles that all heads share: heads may go.
+
+    Frozen: the widths, tokens, and heads that the operator does not count.
+    """
     name = operation.inputs[0]
     shape = state.shape(name)
     heads = shape[1] if len(shape) == 4 else operation.attributes.get("num_heads", 0)

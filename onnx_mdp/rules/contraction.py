@@ -13,7 +13,10 @@ __all__ = ["reduced_axes"]
 
 @rule("Conv")
 def conv(state: Labelling, operation: Operation) -> None:
-    """``y[o] = sum_i w[o, i] * x[i]``, in ``group`` independent parts; weight ``[O, I/group, ...]``."""
+    """``y[o] = sum_i w[o, i] * x[i]``; the j-th channels of all groups are one unit, depthwise ones pass.
+
+    The weight is ``[O, I/group, ...]``. Frozen: units whose weight is computed at run time.
+    """
     weight = state.constant(operation, 1)
     groups = operation.attributes.get("group", 1)
     if weight is None:
@@ -38,7 +41,10 @@ def conv(state: Labelling, operation: Operation) -> None:
 
 @rule("ConvTranspose")
 def conv_transpose(state: Labelling, operation: Operation) -> None:
-    """As Conv, with the weight laid out ``[I, O/group, ...]``."""
+    """As Conv, with the weight laid out ``[I, O/group, ...]``.
+
+    Frozen: units whose weight is computed at run time.
+    """
     weight = state.constant(operation, 1)
     groups = operation.attributes.get("group", 1)
     if weight is None:
@@ -74,7 +80,10 @@ def _couple_groups(state: Labelling, operation: Operation, channels: Labels, gro
 
 @rule("Gemm")
 def gemm(state: Labelling, operation: Operation) -> None:
-    """``y = alpha * A B + beta * C`` with a constant ``B``."""
+    """``y = alpha * A B + beta * C`` with a constant ``B``: columns of A end, those of B are new units.
+
+    Frozen: with a ``B`` that is computed, or a transposed ``A``.
+    """
     weight = state.constant(operation, 1)
     if weight is None or operation.attributes.get("transA", 0):
         state.freeze_inputs(operation, f"{operation} has no constant weight, or transposes its input")
@@ -95,7 +104,10 @@ def gemm(state: Labelling, operation: Operation) -> None:
 
 @rule("MatMul")
 def matmul(state: Labelling, operation: Operation) -> None:
-    """``x W`` or ``W x`` with a constant matrix ``W``, or two activations."""
+    """``x W`` or ``W x`` with a constant matrix ``W``, or two activations, whose units meet.
+
+    Frozen: units that meet fixed ones; factors that are vectors or batched constants.
+    """
     left, right = (state.is_constant(name) for name in operation.inputs)
     ranks = [len(state.shape(name)) for name in operation.inputs]
     if right and ranks[1] == 2:
@@ -125,7 +137,10 @@ def _matmul_by_weight(state: Labelling, operation: Operation, *, data: int, weig
 
 @rule("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare")
 def reduces_axes(state: Labelling, operation: Operation) -> None:
-    """The label ends where it is reduced over; elsewhere it passes. Over one of two axes, rows are left."""
+    """Units end where they are summed over, and pass elsewhere. Over one of two axes, rows are left.
+
+    Frozen: with axes that are computed at run time.
+    """
     labels = state.labels(operation.inputs[0])
     axes = reduced_axes(state, operation, labels.ndim)
     if axes is None:
@@ -162,7 +177,10 @@ def reduced_axes(state: Labelling, operation: Operation, rank: int) -> tuple[int
 
 @rule("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool", "MaxPool", "AveragePool", "LpPool")
 def pools(state: Labelling, operation: Operation) -> None:
-    """Channels are pooled one by one; labels may not vary over the pooled positions."""
+    """Channels are pooled one by one.
+
+    Frozen: units over the pooled positions, and where the indices of maxima are an output.
+    """
     labels = state.labels(operation.inputs[0])
     spatial = [axis for axis in varying(labels) if axis > 1]
     if spatial or len(operation.outputs) > 1:

@@ -39,7 +39,10 @@ def shape(state: Labelling, operation: Operation) -> None:
 
 @rule("Size")
 def size(state: Labelling, operation: Operation) -> None:
-    """One number that mixes prunable and symbolic extents cannot be patched."""
+    """One number that cannot be patched.
+
+    Frozen: what it counts, unless the count is a constant.
+    """
     state.freeze_inputs(operation, f"{operation} counts a prunable axis together with a symbolic one")
 
 
@@ -50,7 +53,10 @@ def size(state: Labelling, operation: Operation) -> None:
     ).split()
 )
 def meets(state: Labelling, operation: Operation) -> None:
-    """Operands meet position by position under broadcasting; constants are cut as the others are."""
+    """Operands meet position by position under broadcasting; constants are cut as the others are.
+
+    Frozen: units that meet a fixed index, or a single one that is broadcast over them; two axes that cross.
+    """
     operands = {slot: name for slot, name in enumerate(operation.inputs) if name}
     state.emit(operation, meet(state, operation, state.shape(operation.outputs[0]), operands))
 
@@ -166,7 +172,10 @@ def _cut_constant(
 
 @rule("Softmax", "LogSoftmax", "Hardmax")
 def normalises(state: Labelling, operation: Operation) -> None:
-    """Labels along the normalised axis would change the sum: frozen."""
+    """Labels pass along the axes that are not normalised.
+
+    Frozen: the normalised axis, whose sum would change.
+    """
     labels = state.labels(operation.inputs[0])
     flattens = operation.version < 13
     axis = operation.attributes.get("axis", 1 if flattens else -1) % max(labels.ndim, 1)
@@ -178,7 +187,10 @@ def normalises(state: Labelling, operation: Operation) -> None:
 
 @rule("BatchNormalization")
 def normalises_each_channel(state: Labelling, operation: Operation) -> None:
-    """Statistics and affine parameters are constants of one channel each."""
+    """Statistics and affine parameters are constants of one channel each.
+
+    Frozen: parameters that are computed at run time.
+    """
     labels = state.labels(operation.inputs[0])
     why = f"{operation} normalises over a prunable axis"
     for axis in varying(labels):

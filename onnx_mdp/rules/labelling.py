@@ -13,6 +13,7 @@ that picks or merges indices says which axis it treats as `whole`; what does not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from onnx_mdp.shadow import Operation, Shadow
 
 __all__ = [
     "RULES",
+    "SINCE",
     "Labelling",
     "Labels",
     "Role",
@@ -60,16 +62,21 @@ class Site:
 
 Rule = Callable[["Labelling", Operation], None]
 RULES: dict[str, Rule] = {}
+SINCE: dict[str, int] = {}
 
 
-def rule(*op_types: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operators of the ONNX domain, or ``domain::Operator`` of another one."""
+def rule(*op_types: str, since: int = 1) -> Callable[[Rule], Rule]:
+    """Register a rule for operators of the ONNX domain, or ``domain::Operator`` of another one.
+
+    The docstring of the rule is its line in the table of operators: what passes, what is coupled, what is
+    frozen. Forms of the operator from before opset ``since`` are treated as operators without a rule.
+    """
 
     def register(function: Rule) -> Rule:
         for op_type in op_types:
             if op_type in RULES:
                 raise ValueError(f"two rules for {op_type}")
-            RULES[op_type] = function
+            RULES[op_type], SINCE[op_type] = function, since
         return function
 
     return register
@@ -258,7 +265,7 @@ class Labelling:
             key = f"{operation.domain}::{operation.op_type}" if operation.domain else operation.op_type
             if operation.op_type != "Size" and all(self.is_constant(o) or not o for o in operation.outputs):
                 continue
-            if key in RULES:
+            if operation.version >= SINCE.get(key, math.inf):
                 RULES[key](self, operation)
             else:
                 self._refuse(operation, key, names)
@@ -267,6 +274,8 @@ class Labelling:
 
     def _refuse(self, operation: Operation, key: str, names: Sequence[str]) -> None:
         fused = " (a runtime fused it: prune the file from before that)" if _is_fused(operation) else ""
+        if key in RULES:
+            fused = f" as it was before opset {SINCE[key]} (convert the file to that opset or a later one)"
         touched = any(bool((self.labels(n) > 0).any()) for n in names)
         if touched:
             self.unsupported.setdefault(key, f"no rule for operator {key}{fused}")

@@ -14,7 +14,10 @@ __all__ = ["normalised_axes", "slice_ranges"]
 
 @rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 def reshape(state: Labelling, operation: Operation) -> None:
-    """Only axes that are split or merged are expanded; the outer ones of these are treated as whole."""
+    """Only axes that are split or merged are expanded; the outer ones of these are treated as whole.
+
+    Frozen: empty tensors, and extents that mix a prunable with a symbolic one.
+    """
     before, after = state.shape(operation.inputs[0]), state.shape(operation.outputs[0])
     if 0 in before:
         state.freeze_inputs(operation, f"{operation} reshapes an empty tensor")
@@ -124,7 +127,10 @@ def slice_ranges(state: Labelling, operation: Operation) -> dict[int, tuple[int,
 
 @rule("Slice")
 def slices(state: Labelling, operation: Operation) -> None:
-    """A contiguous range keeps its labels; strides over a prunable axis are frozen."""
+    """A contiguous range keeps its labels.
+
+    Frozen: strides over a prunable axis, and bounds that are computed at run time.
+    """
     labels = state.labels(operation.inputs[0])
     ranges = slice_ranges(state, operation)
     if ranges is None:
@@ -144,7 +150,10 @@ def slices(state: Labelling, operation: Operation) -> None:
 
 @rule("Split", "SplitToSequence")
 def split(state: Labelling, operation: Operation) -> None:
-    """Each output takes its range of the labels."""
+    """Each output takes its range of the labels.
+
+    Frozen: what becomes a sequence.
+    """
     labels = state.labels(operation.inputs[0])
     if operation.op_type != "Split":
         state.freeze_inputs(operation, f"{operation} makes a sequence")
@@ -161,7 +170,10 @@ def split(state: Labelling, operation: Operation) -> None:
 
 @rule("Gather")
 def gather(state: Labelling, operation: Operation) -> None:
-    """Constant indices, of any rank, select labels; run-time indices may not along a prunable axis."""
+    """Constant indices, of any rank, select labels.
+
+    Frozen: an axis along which indices are computed at run time, or a single index is selected.
+    """
     labels = state.labels(operation.inputs[0])
     axis = operation.attributes.get("axis", 0) % max(labels.ndim, 1)
     indices = state.constant(operation, 1)
@@ -186,7 +198,10 @@ def gather(state: Labelling, operation: Operation) -> None:
 
 @rule("GatherND")
 def gather_places(state: Labelling, operation: Operation) -> None:
-    """Indices select places by the leading axes; what lies at a place keeps its labels."""
+    """Indices select places by the leading axes; what lies at a place keeps its labels.
+
+    Frozen: the axes that the indices select along.
+    """
     labels = state.labels(operation.inputs[0])
     places = state.shape(operation.inputs[1])
     selected = operation.attributes.get("batch_dims", 0) + places[-1]
@@ -199,7 +214,10 @@ def gather_places(state: Labelling, operation: Operation) -> None:
 
 @rule("GridSample")
 def grid_sample(state: Labelling, operation: Operation) -> None:
-    """Positions are interpolated channel by channel, at the same places in each."""
+    """Positions are interpolated channel by channel, at the same places in each.
+
+    Frozen: prunable positions, and a grid with units.
+    """
     labels = state.labels(operation.inputs[0])
     if set(varying(labels)) <= {1} and not varying(state.labels(operation.inputs[1])):
         state.emit(operation, labels)
@@ -209,7 +227,10 @@ def grid_sample(state: Labelling, operation: Operation) -> None:
 
 @rule("Concat")
 def concat(state: Labelling, operation: Operation) -> None:
-    """Labels are laid end to end; where they vary along other axes alone, the operands meet."""
+    """Labels are laid end to end; where they vary along other axes alone, the operands meet.
+
+    Frozen: units that meet a fixed index, and tensors over two prunable axes.
+    """
     rank = len(state.shape(operation.outputs[0]))
     axis = operation.attributes["axis"] % rank
     labels = [state.labels(name) for name in operation.inputs]
@@ -246,7 +267,10 @@ def concat(state: Labelling, operation: Operation) -> None:
 
 @rule("Expand", "Tile")
 def repeats(state: Labelling, operation: Operation) -> None:
-    """Labels are repeated; a single labelled index that grows would have to stay."""
+    """Labels are repeated; a constant (a class token) has a unit for each index of its last axis.
+
+    Frozen: a prunable axis that is repeated.
+    """
     before, after = state.shape(operation.inputs[0]), state.shape(operation.outputs[0])
     labels = align(_expanded_labels(state, operation), len(after))
     before = (1,) * (len(after) - len(before)) + before
@@ -294,7 +318,10 @@ def fills(state: Labelling, operation: Operation) -> None:
 
 @rule("Pad")
 def pad(state: Labelling, operation: Operation) -> None:
-    """Padded indices of a prunable axis can be removed too, by padding less."""
+    """Padded indices of a prunable axis can be removed too, by padding less.
+
+    Frozen: a prunable axis that is padded by reflection or edges or cropped, or by computed amounts.
+    """
     labels = state.labels(operation.inputs[0])
     amounts = state.constant(operation, 1) if len(operation.inputs) > 1 else operation.attributes.get("pads")
     mode = operation.attributes.get("mode", "constant")
@@ -326,7 +353,10 @@ def _fresh_along(state: Labelling, rank: int, axis: int, count: int) -> Labels:
 
 @rule("DepthToSpace")
 def depth_to_space(state: Labelling, operation: Operation) -> None:
-    """The blocks that one output channel is made of leave together."""
+    """The blocks that one output channel is made of leave together.
+
+    Frozen: blocks that mix fixed and prunable channels.
+    """
     labels = state.labels(operation.inputs[0])
     size = operation.attributes["blocksize"] ** 2
     channels = state.shape(operation.inputs[0])[1]
@@ -349,7 +379,10 @@ def space_to_depth(state: Labelling, operation: Operation) -> None:
 
 @rule("Resize", "Upsample")
 def resize(state: Labelling, operation: Operation) -> None:
-    """Positions are interpolated channel by channel."""
+    """Positions are interpolated channel by channel.
+
+    Frozen: a prunable axis that is resized.
+    """
     labels = state.labels(operation.inputs[0])
     before, after = state.shape(operation.inputs[0]), state.shape(operation.outputs[0])
     if any(before[axis] != after[axis] for axis in varying(labels)):

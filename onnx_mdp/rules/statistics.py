@@ -12,7 +12,10 @@ __all__: list[str] = []
 
 @rule("LayerNormalization", "RMSNormalization")
 def normalises_over_units(state: Labelling, operation: Operation) -> None:
-    """Statistics over the kept units of the last axes; one scale and bias for each unit."""
+    """Statistics over the kept units of the last axes; one scale and bias for each unit.
+
+    Frozen: two prunable axes at once, and where the statistics are outputs that are read.
+    """
     labels = state.labels(operation.inputs[0])
     shape = state.shape(operation.inputs[0])
     first = operation.attributes.get("axis", -1) % len(shape)
@@ -35,20 +38,16 @@ def normalises_over_units(state: Labelling, operation: Operation) -> None:
     state.emit(operation, labels)
 
 
-@rule("GroupNormalization", "InstanceNormalization")
+@rule("GroupNormalization", since=21)  # the form of opset 18 was withdrawn: it has parameters for each group
+@rule("InstanceNormalization")
 def normalises_groups(state: Labelling, operation: Operation) -> None:
     """Statistics over the kept channels and positions of each group; a group is a row that may go as well.
 
     InstanceNormalization has groups of one channel. Exporters without the group norm write it as one of
-    ``[batch, groups, channels · positions]``.
+    ``[batch, groups, channels · positions]``. Frozen: two prunable axes at once, and a prunable batch.
     """
     labels, shape = state.labels(operation.inputs[0]), state.shape(operation.inputs[0])
     grouped = operation.op_type == "GroupNormalization"
-    if grouped and operation.version < 21:
-        state.freeze_inputs(
-            operation, f"{operation} is of the withdrawn form, with parameters for each group"
-        )
-        return
     groups = operation.attributes["num_groups"] if grouped else shape[1]
     wide = expand(labels, 1, shape[1]) if 1 in varying(labels) else labels
     parts = (groups, -1) if 1 in varying(labels) else (1, 1)
