@@ -21,6 +21,7 @@ from models.efficientnet import efficientnet_b0
 from models.mobilenet import mobilenet_v1, mobilenet_v2
 from models.pvt import pvt
 from models.resnet import cifar_resnet, resnet18, resnet50, resnet101, shapes_resnet
+from models.streampetr import streampetr
 from models.swin import swin
 from models.vit import deit, vit
 
@@ -51,6 +52,14 @@ class Architecture:
         return tuple(torch.randn(batch, *shape, generator=generator) for shape in shapes)
 
 
+def _streampetr_inputs(cameras: int, memory: int, width: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Camera matrices, the motion since the last frame, and the queue."""
+    queue = (("memory", (memory, width)), ("points", (memory, 3)), ("speed", (memory, 2)))
+    return (("camera", (cameras, 4, 4)), ("motion", (3, 4)), *queue)
+
+
+_STREAMPETR_OUTPUTS = ("classes", "boxes", "memory_out", "points_out", "speed_out")
+
 # A small variant has every node of the full one, few channels and less than 1 MB of weights; transformers,
 # whose papers call a size "small" already, have micro variants of two layers.
 CATALOG: dict[str, Architecture] = {
@@ -72,6 +81,9 @@ CATALOG: dict[str, Architecture] = {
     "swin_tiny": Architecture(swin, _IMAGENET),
     "pvt_v2_b0": Architecture(pvt, _IMAGENET),
     "detr": Architecture(detr, (3, 256, 256)),
+    "streampetr": Architecture(
+        streampetr, (6, 3, 256, 704), _STREAMPETR_OUTPUTS, _streampetr_inputs(6, 512, 256)
+    ),
     "resnet18_small": Architecture(partial(resnet18, _NARROW, 10), (3, 64, 64)),
     "resnet50_small": Architecture(partial(resnet50, _NARROW, 10), (3, 64, 64)),
     "resnet101_small": Architecture(partial(resnet101, (8, 8, 8, 16), 10), (3, 64, 64)),
@@ -91,6 +103,26 @@ CATALOG: dict[str, Architecture] = {
     "pvt_micro": Architecture(partial(pvt, (16, 24), (1, 2), (2, 3), 10), (3, 32, 32)),
     "detr_micro": Architecture(
         partial(detr, 8, 32, 4, 48, layers=2, queries=6, classes=5, image=32), (3, 32, 32)
+    ),
+    "streampetr_micro": Architecture(
+        partial(
+            streampetr,
+            (8, 8, 8, 16),
+            32,
+            4,
+            48,
+            layers=2,
+            queries=6,
+            memory=12,
+            propagated=4,
+            best=4,
+            classes=5,
+            depths=4,
+            image=(32, 64),
+        ),
+        (2, 3, 32, 64),
+        _STREAMPETR_OUTPUTS,
+        _streampetr_inputs(2, 12, 32),
     ),
     "vit_micro": Architecture(partial(vit, 32, 4, layers=2, image=32, patch=8, classes=10), (3, 32, 32)),
 }
@@ -122,7 +154,7 @@ def _randomise(layer: nn.Module) -> None:
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         if layer.bias is not None:
             layer.bias.normal_(0, 0.2)
-    elif isinstance(layer, nn.BatchNorm2d | nn.LayerNorm):
+    elif isinstance(layer, nn.BatchNorm2d | nn.LayerNorm) and layer.weight is not None:
         layer.weight.uniform_(0.5, 1.5)
         layer.bias.normal_(0, 0.2)
 

@@ -34,6 +34,7 @@ SMALL = (
     "swin_micro",
     "pvt_micro",
     "detr_micro",
+    "streampetr_micro",
     "vit_micro",
 )
 # The exporter on torch.export takes seconds a model, and so does the deepest model.
