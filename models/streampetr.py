@@ -136,7 +136,7 @@ class StreamPetr(nn.Module):
         super().__init__()
         self.pyramid = Pyramid(widths, width)
         self.positions = PositionEmbedding(width, depths, (image[0] // 16, image[1] // 16))
-        self.points = nn.Parameter(torch.rand(queries, 3))
+        self.points = nn.Parameter(0.1 + 0.8 * torch.rand(queries, 3))
         self.places = nn.Sequential(nn.Linear(3 * width // 2, width), nn.ReLU(), nn.Linear(width, width))
         self.motion = MotionNorm(2 + 12, width)
         self.layers = nn.ModuleList(TemporalDecoderLayer(width, heads, hidden) for _ in range(layers))
