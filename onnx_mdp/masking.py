@@ -33,6 +33,7 @@ __all__ = ["masked_model"]
 
 _NORMS = ("LayerNormalization", "RMSNormalization")
 _GROUP_NORMS = ("GroupNormalization", "InstanceNormalization")
+_NEUTRAL = {"ReduceMax": -math.inf, "ReduceMin": math.inf, "ReduceLogSumExp": -math.inf, "ReduceProd": 1.0}
 
 
 def masked_model(original: ir.Model, structure: Structure, plan: PruningPlan) -> ir.Model:
@@ -114,11 +115,8 @@ class _Masks:
         if node.op_type in _GROUP_NORMS:
             self._restrict_group_norm(operation, kept)
             return
-        if node.op_type in ("ReduceMax", "ReduceMin"):
-            least = -np.inf if node.op_type == "ReduceMax" else np.inf
-            node.input[slot] = self._where(operation.outputs[0], kept.mask, name, least)
-            return
-        node.input[slot] = self._where(operation.outputs[0], kept.mask, name, 0.0)
+        neutral = _NEUTRAL.get(node.op_type, 0.0)
+        node.input[slot] = self._where(operation.outputs[0], kept.mask, name, neutral)
         if node.op_type == "ReduceMean":
             ratio = np.asarray(kept.full / kept.count, np.float32)
             output = operation.outputs[0]

@@ -198,17 +198,19 @@ def test_wrong_input_shape(run: Run, shape: str) -> None:
 
 
 def test_an_unknown_operator_is_named_and_the_rest_is_prunable(run: Run) -> None:
-    text = TINY.replace("h = Relu (g)", "h = LRN <size: int = 3> (g)")
+    text = TINY.replace(
+        "h = Relu (g)", "q = SequenceConstruct (g) k = Constant<value_int = 0>() h = SequenceAt (q, k)"
+    )
     save(text_model(text))
     outcome = run("analyze", "model.onnx", "--json")
     assert outcome.code == 0
-    assert "no rule for operator LRN" in outcome.err
-    assert list(outcome.document["frozen_ops"]) == ["LRN"]
+    assert "no rule for operator SequenceConstruct" in outcome.err
+    assert list(outcome.document["frozen_ops"]) == ["SequenceConstruct"]
     frozen = {d["name"]: d["frozen"] for d in outcome.document["dimensions"]}
-    assert "LRN" in frozen["conv_6"]
+    assert "SequenceConstruct" in frozen["conv_6"]
     assert frozen["conv_0"] is None
     assert frozen["conv_2"] is None
-    assert "LRN" in run("analyze", "model.onnx").out
+    assert "SequenceConstruct" in run("analyze", "model.onnx").out
 
 
 def test_float16_is_refused(run: Run) -> None:
@@ -246,7 +248,11 @@ def test_qdq_is_refused(run: Run) -> None:
 
 def test_control_characters_are_escaped(run: Run) -> None:
     is_refused(run("analyze", "evil\x1b[31m\x07.onnx"), 2, r"evil\x1b[31m\x07.onnx does not exist")
-    model = text_model(TINY.replace("h = Relu (g)", "h = LRN <size: int = 3> (g)"))
+    model = text_model(
+        TINY.replace(
+            "h = Relu (g)", "q = SequenceConstruct (g) k = Constant<value_int = 0>() h = SequenceAt (q, k)"
+        )
+    )
     model.graph.node[0].name = "evil\x1b[2J"
     save(model)
     outcome = run("analyze", "model.onnx")
@@ -728,7 +734,14 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*(?:3[0-8]|4[0-8]|9[0-7])[0-9;]*m")
 
 
 def test_no_color(kit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(text_model(TINY.replace("h = Relu (g)", "h = LRN <size: int = 3> (g)")))
+    save(
+        text_model(
+            TINY.replace(
+                "h = Relu (g)",
+                "q = SequenceConstruct (g) k = Constant<value_int = 0>() h = SequenceAt (q, k)",
+            )
+        )
+    )
     assert "\x1b" not in kit("analyze", "model.onnx").out
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")

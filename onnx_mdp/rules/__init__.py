@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnx_mdp.rules import attention, contraction, elementwise, movement, statistics
+from onnx_mdp.rules import attention, contraction, einsum, elementwise, movement, selection, statistics
 from onnx_mdp.rules.labelling import (
     RULES,
     SINCE,
@@ -26,9 +26,11 @@ __all__ = [
     "attention",
     "contraction",
     "couple",
+    "einsum",
     "elementwise",
     "movement",
     "rule",
+    "selection",
     "squash",
     "statistics",
     "varying",

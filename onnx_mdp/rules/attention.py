@@ -15,7 +15,7 @@ from onnx_mdp.rules.elementwise import meet
 from onnx_mdp.rules.labelling import Labelling, Labels, align, align_shape, couple, rule, squash, varying
 from onnx_mdp.shadow import Operation
 
-__all__ = ["multiply_activations"]
+__all__ = ["Side", "multiply_activations", "multiply_sides"]
 
 
 def multiply_activations(state: Labelling, operation: Operation) -> None:
@@ -26,24 +26,25 @@ def multiply_activations(state: Labelling, operation: Operation) -> None:
         state.freeze_inputs(operation, f"{operation} multiplies by a vector or a batched constant")
         return
     left, right = (
-        _Side(align(state.labels(name), rank), align_shape(state.shape(name), rank)) for name in names
+        Side(align(state.labels(name), rank), align_shape(state.shape(name), rank)) for name in names
     )
-    state.emit(operation, _multiply(state, operation, left, right))
+    state.emit(operation, multiply_sides(state, operation, left, right))
 
 
 @dataclass(frozen=True, slots=True)
-class _Side:
+class Side:
     """One factor of a product: squashed labels and the shape, both of the rank of the product."""
 
     labels: Labels
     shape: tuple[int, ...]
 
     @property
-    def transposed(self) -> _Side:
-        return _Side(self.labels.swapaxes(-1, -2), (*self.shape[:-2], self.shape[-1], self.shape[-2]))
+    def transposed(self) -> Side:
+        return Side(self.labels.swapaxes(-1, -2), (*self.shape[:-2], self.shape[-1], self.shape[-2]))
 
 
-def _multiply(state: Labelling, operation: Operation, a: _Side, b: _Side) -> Labels:
+def multiply_sides(state: Labelling, operation: Operation, a: Side, b: Side) -> Labels:
+    """The labels of ``a b``, and what meets in it."""
     left, right, rank = a.labels, b.labels, a.labels.ndim
     summed = rank - 1 in varying(left) or rank - 2 in varying(right)
     outer = rank - 2 in varying(left), rank - 1 in varying(right)
@@ -83,7 +84,7 @@ def _rows(state: Labelling, labels: Labels) -> Labels:
     return rows
 
 
-def _mix(state: Labelling, operation: Operation, a: _Side, b: _Side) -> Labels:
+def _mix(state: Labelling, operation: Operation, a: Side, b: Side) -> Labels:
     """``scores v``: the units of ``v`` pass; the heads of the scores hold its rows."""
     rank = a.labels.ndim
     wide, thin = (a.labels, b) if rank - 2 in varying(a.labels) else (b.labels, a)
@@ -131,7 +132,7 @@ def attention(state: Labelling, operation: Operation) -> None:
     query, key, value = (
         _of_heads(state, operation, slot, counts[0] // count) for slot, count in enumerate(counts)
     )
-    scores = _multiply(state, operation, query, key.transposed)
+    scores = multiply_sides(state, operation, query, key.transposed)
     shape = (*query.shape[:3], key.shape[2])
     mask = {3: operation.inputs[3]} if len(operation.inputs) > 3 and operation.inputs[3] else {}
     if mask:
@@ -139,7 +140,7 @@ def attention(state: Labelling, operation: Operation) -> None:
     if {2, 3} & set(varying(scores)):
         state.freeze(scores, f"{operation} normalises over a prunable axis")
         scores = np.zeros_like(scores)
-    mixed = _multiply(state, operation, _Side(scores, shape), value)
+    mixed = multiply_sides(state, operation, Side(scores, shape), value)
     if len(state.shape(operation.outputs[0])) == 3:
         state.view(mixed, 1)
         mixed = _merge_width(mixed, counts[0], value.shape[3])
@@ -153,7 +154,7 @@ def _head_count(state: Labelling, operation: Operation, slot: int) -> int:
     )
 
 
-def _of_heads(state: Labelling, operation: Operation, slot: int, times: int) -> _Side:
+def _of_heads(state: Labelling, operation: Operation, slot: int, times: int) -> Side:
     """An input as ``[batch, heads, tokens, width]``, each head ``times`` over."""
     name = operation.inputs[slot]
     heads = _head_count(state, operation, slot)
@@ -162,7 +163,7 @@ def _of_heads(state: Labelling, operation: Operation, slot: int, times: int) -> 
         state.view(labels, 1)
     if 1 in varying(labels):
         labels = labels.repeat(times, 1)
-    return _Side(labels, (shape[0], shape[1] * times, *shape[2:]))
+    return Side(labels, (shape[0], shape[1] * times, *shape[2:]))
 
 
 def _split_width(labels: Labels, shape: tuple[int, ...], heads: int) -> tuple[Labels, tuple[int, ...]]:

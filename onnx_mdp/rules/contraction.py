@@ -135,7 +135,12 @@ def _matmul_by_weight(state: Labelling, operation: Operation, *, data: int, weig
     state.emit(operation, made.reshape((1,) * (rank - 1) + (-1,) if weight else (1,) * (rank - 2) + (-1, 1)))
 
 
-@rule("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare")
+@rule(
+    *(
+        "ReduceSum ReduceMean ReduceMax ReduceMin ReduceL1 ReduceL2 ReduceSumSquare ReduceProd ReduceLogSum "
+        "ReduceLogSumExp"
+    ).split()
+)
 def reduces_axes(state: Labelling, operation: Operation) -> None:
     """Units end where they are summed over, and pass elsewhere. Over one of two axes, rows are left.
 
@@ -187,3 +192,23 @@ def pools(state: Labelling, operation: Operation) -> None:
         state.freeze(labels, f"{operation} pools over a prunable axis")
         labels = np.zeros((1,) * labels.ndim, np.int32)
     state.emit(operation, labels)
+
+
+@rule("RNN", "GRU", "LSTM")
+def recurs(state: Labelling, operation: Operation) -> None:
+    """Input features end at the columns of the input weight.
+
+    Frozen: initial states and the hidden width.
+    """
+    why = f"{operation} carries a state"
+    for name in operation.inputs[3:]:
+        if name:
+            state.freeze(state.labels(name), why)
+    weight = state.constant(operation, 1)
+    labels = state.labels(operation.inputs[0])
+    if weight is None or state.constant(operation, 2) is None or set(varying(labels)) - {2}:
+        state.freeze_inputs(operation, f"{why}, or computes its weights")
+        return
+    channels = state.vector(labels, 2, weight.shape[2], why)
+    state.site(operation, 1, 2, channels, "in")
+    state.reduces(operation, 0)

@@ -17,7 +17,7 @@ __all__ = ["meet"]
         "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Clip Cos Cosh Elu Erf Exp "
         "Floor Gelu HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not "
         "Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan "
-        "Tanh ThresholdedRelu CastLike"
+        "Tanh ThresholdedRelu CastLike BitCast com.microsoft::Gelu com.microsoft::QuickGelu"
     ).split()
 )
 def passes(state: Labelling, operation: Operation) -> None:
@@ -49,7 +49,8 @@ def size(state: Labelling, operation: Operation) -> None:
 @rule(
     *(
         "Add Sub Mul Div Pow Min Max Sum Mean Mod PRelu Where Equal Greater GreaterOrEqual Less "
-        "LessOrEqual And Or Xor BitShift BitwiseAnd BitwiseOr BitwiseXor"
+        "LessOrEqual And Or Xor BitShift BitwiseAnd BitwiseOr BitwiseXor com.microsoft::BiasGelu "
+        "com.microsoft::FastGelu"
     ).split()
 )
 def meets(state: Labelling, operation: Operation) -> None:
@@ -80,6 +81,9 @@ def meet(
         aligned[-1], extents[-1], names[-1] = computed, shape, "what it computes"
     _leave_computed(state, operation, operands, aligned)
     copies = _leave_copies(state, operands, aligned, extents)
+    for slot in (slot for slot in copies if not varying(aligned[slot])):
+        state.freeze(aligned[slot], f"{operation} meets one prunable index of {names[slot]} many times over")
+        aligned[slot] = np.zeros_like(aligned[slot])
     axes = {axis for labels in aligned.values() for axis in varying(labels)}
     for slot in aligned:
         heads = bool(varying(aligned[slot])) and set(varying(aligned[slot])) < axes

@@ -281,7 +281,7 @@ def repeats(state: Labelling, operation: Operation) -> None:
             labels = np.zeros((1,) * len(after), np.int32)
             break
     readers = sum(operation.outputs[0] in reader.inputs for reader in state.shadow.operations)
-    if operation.op_type == "Expand" and readers == 1 and not state.is_constant(operation.inputs[0]):
+    if readers == 1 and not state.is_constant(operation.inputs[0]):
         grown = (axis for axis in range(len(after)) if before[axis] == 1 < after[axis])
         target = [1] * (len(after) - state.shape(operation.inputs[1])[0])
         state.repeated[operation.outputs[0]] = tuple(

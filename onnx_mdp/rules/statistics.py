@@ -69,3 +69,31 @@ def normalises_groups(state: Labelling, operation: Operation) -> None:
         vector = state.vector(owners, 1, shape[1], f"{operation} has a parameter over two prunable axes")
         state.site(operation, slot, 0, vector)
     state.emit(operation, labels)
+
+
+@rule("LpNormalization")
+def normalises_length(state: Labelling, operation: Operation) -> None:
+    """The length is taken over the kept units.
+
+    Frozen: units over two axes.
+    """
+    labels = state.labels(operation.inputs[0])
+    if operation.attributes.get("axis", -1) % labels.ndim in varying(labels):
+        if len(varying(labels)) > 1:
+            state.freeze(labels, f"{operation} normalises over two prunable axes")
+        state.reduces(operation, 0)
+    state.emit(operation, labels)
+
+
+@rule("MeanVarianceNormalization", "LRN")
+def normalises_places(state: Labelling, operation: Operation) -> None:
+    """Axes without statistics pass.
+
+    Frozen: the axes that statistics are taken over, which for LRN are neighbouring channels.
+    """
+    labels = state.labels(operation.inputs[0])
+    axes = (1,) if operation.op_type == "LRN" else operation.attributes.get("axes", (0, 2, 3))
+    if {axis % labels.ndim for axis in axes} & set(varying(labels)):
+        state.freeze(labels, f"{operation} normalises over a prunable axis")
+        labels = np.zeros_like(labels)
+    state.emit(operation, labels)
