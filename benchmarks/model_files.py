@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.harness import ROOT, note
 from onnx_mdp.errors import UsageError
 
-__all__ = ["ZOO_FILES", "model_path", "zoo_file"]
+__all__ = ["ZOO_FILES", "model_path", "zoo_file", "zoo_files"]
 
 ZOO_FILES: Mapping[str, str] = {
     "efficientnet_lite0": "imagenet/tf_efficientnet_lite0_dynamo.onnx",
@@ -31,10 +31,26 @@ def zoo_file(name: str) -> Path:
     Raises:
         UsageError: it is not there.
     """
-    path = Path(os.environ.get("ONNX_MDP_ZOO") or ROOT.parent / "shared" / "zoo") / name
+    path = _zoo() / name
     if not path.is_file():
         raise UsageError(f"no zoo file {path}; set ONNX_MDP_ZOO to the folder of the development zoo")
     return path.resolve()
+
+
+def zoo_files() -> tuple[str, ...]:
+    """The names of all ONNX files of the development zoo.
+
+    Raises:
+        UsageError: there is none.
+    """
+    names = tuple(sorted(path.relative_to(_zoo()).as_posix() for path in _zoo().rglob("*.onnx")))
+    if not names:
+        raise UsageError(f"no ONNX file in {_zoo()}; set ONNX_MDP_ZOO to the folder of the development zoo")
+    return names
+
+
+def _zoo() -> Path:
+    return Path(os.environ.get("ONNX_MDP_ZOO") or ROOT.parent / "shared" / "zoo")
 
 
 def model_path(name: str) -> Path:

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 import onnx_mdp
-from benchmarks import full_size, harness, latency_prediction, prune_cells
+from benchmarks import full_size, harness, latency_prediction, prune_cells, zoo_coverage
 from benchmarks.checking import Look, input_shapes, parameters
+from benchmarks.double import run_in_double
 from benchmarks.harness import NOISE_LIMIT, Verdict, combined, judge
 from benchmarks.measuring import measured_ratios
 from benchmarks.metered import Metered, run_metered
@@ -31,7 +32,7 @@ from onnx_mdp.plan import PruningPlan
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import Runtime
 from onnx_mdp.structure import Structure
-from tests.zoo import zoo_path
+from tests.zoo import run, text_model, zoo_path
 
 FOLDER = Path(harness.__file__).parent
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if "run_main(main)" in path.read_text())
@@ -67,6 +68,7 @@ def test_the_benchmarks_are_scripts() -> None:
         "peers_on_transformers",
         "prune_cells",
         "solver",
+        "zoo_coverage",
     ]
 
 
@@ -227,6 +229,46 @@ def test_the_full_size_benchmark_notices_what_is_wrong(
     ]
     with pytest.raises(VerificationError):
         full_size.plan_errors(model, demo, 1, 0)
+
+
+def test_the_coverage_of_the_zoo_counts_what_is_wrong(
+    demo: Structure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(DEMO)
+    assert zoo_coverage.frozen_reasons(demo) == {"graph output": 1}
+    plan = full_size.random_plan(demo, 1)
+    law = zoo_coverage.check_plan(model, demo, plan, 0)
+    assert (law.flaw, law.double) == (None, None)
+    assert law.single <= 1e-5
+    assert law.kept < 1
+    monkeypatch.setattr(zoo_coverage, "TOLERANCE", 0.0)
+    law = zoo_coverage.check_plan(model, demo, plan, 0)
+    assert law.flaw is None
+    assert law.double is not None
+    assert law.double <= 1e-9
+    wrong = rewrite(demo, PruningPlan(keep=plan.keep))
+    monkeypatch.setattr(zoo_coverage, "rewrite", lambda structure, plan: wrong)
+    assert "float64" in (zoo_coverage.check_plan(model, demo, plan, 0).flaw or "")
+
+
+def test_float64_computes_what_the_runtime_does() -> None:
+    """Groups, strides, dilations, uneven padding, and a BatchNormalization of opset 9 with a momentum."""
+    model = text_model(
+        """(float[2,4,9,8] x) => (float[2,6,h,w] y) <
+            float[6,2,3,2] a, float[6] b, float[6] s, float[6] t, float[6] m, float[6] var, float[6,3,2,3] c,
+            float[6] d> {
+            u = Conv<group=2, strides=[2,1], dilations=[1,2], pads=[1,0,0,2]>(x, a, b)
+            v = BatchNormalization<momentum=0.9, epsilon=0.001>(u, s, t, m, var)
+            y = ConvTranspose<group=2, strides=[2,3], dilations=[2,1], pads=[0,1,1,0],
+                output_padding=[1,0]>(v, c, d)
+        }""",
+        opset=9,
+    )
+    feeds = {"x": np.random.default_rng(0).standard_normal((2, 4, 9, 8)).astype(np.float32)}
+    (expected,), (actual,) = run(model, feeds), run_in_double(model, feeds)
+    assert actual.dtype == np.float64
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_configurations_scale_each_stage_on_its_own(demo: Structure) -> None:

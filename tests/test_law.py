@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx.reference
 import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
@@ -18,7 +17,6 @@ from zoo import (
     CNNS,
     analyse,
     cut_wrongly,
-    in_double,
     informative,
     operands,
     prune_checked,
@@ -29,6 +27,7 @@ from zoo import (
     zoo_structure,
 )
 
+from benchmarks.double import run_in_double
 from onnx_mdp.documents import verify_document
 from onnx_mdp.errors import VerificationError
 from onnx_mdp.masking import masked_model
@@ -143,13 +142,9 @@ def chain() -> onnx.ModelProto:
 def test_pruned_equals_masked_to_rounding_in_float64(name: str, exported: Exported) -> None:
     model, structure = analyse(exported(name))
     plan = random_plan(structure, np.random.default_rng(5), least=0.3)
-    pruned, masked = in_double(rewrite(structure, plan)), in_double(masked_model(model, structure, plan))
+    pair = (masked_model(model, structure, plan), rewrite(structure, plan))
     image = np.random.default_rng(0).standard_normal((1, 3, 32, 32))
-    for proto in (pruned, masked):
-        for axis in (2, 3):
-            proto.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = 32
-    outputs = [onnx.reference.ReferenceEvaluator(p).run(None, {"image": image}) for p in (masked, pruned)]
-    expected, actual = (np.asarray(next(iter(output))) for output in outputs)
+    (expected,), (actual,) = (run_in_double(m, {"image": image}) for m in pair)
     assert expected.dtype == np.float64
     assert np.abs(actual - expected).max() <= 1e-9 * np.abs(expected).max()
 
@@ -166,7 +161,7 @@ def test_the_law_holds_in_float64_where_float32_saturates(name: str, shape: tupl
     for seed, least in ((1, 0.5), (2, 0.8)):
         plan = random_plan(structure, np.random.default_rng(seed), least=least)
         pair = (masked_model(model, structure, plan), rewrite(structure, plan))
-        expected, actual = (onnx.reference.ReferenceEvaluator(in_double(m)).run(None, feed) for m in pair)
+        expected, actual = (run_in_double(m, feed) for m in pair)
         for a, e in zip(actual, expected, strict=True):
             assert e.dtype == np.float64
             assert np.abs(a - e).max() <= 1e-9 * np.abs(e).max()

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx
 import onnx.numpy_helper
-import onnx.reference
 import pytest
-from zoo import analyse, in_double, informative, operands, prune_checked, random_plan, text_model
+from zoo import analyse, informative, operands, prune_checked, random_plan, text_model
 
+from benchmarks.double import run_in_double
 from onnx_mdp.computation import Computation
 from onnx_mdp.labels import keep_vector
 from onnx_mdp.masking import masked_model
@@ -1358,7 +1358,6 @@ def test_the_law_holds_to_rounding_in_float64(name: str) -> None:
     feed = {key: np.random.default_rng(0).standard_normal(shape)}
     plan = random_plan(structure, np.random.default_rng(1))
     pair = (masked_model(model, structure, plan), rewrite(structure, plan))
-    outputs = [onnx.reference.ReferenceEvaluator(in_double(m)).run(None, feed) for m in pair]
-    expected, actual = (np.asarray(next(iter(output))) for output in outputs)
+    expected, actual = (next(iter(run_in_double(m, feed))) for m in pair)
     assert expected.dtype == np.float64
     assert np.abs(actual - expected).max() <= 1e-9 * np.abs(expected).max()

@@ -16,7 +16,7 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 import pytest
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
 from onnx_mdp import rewriting
 from onnx_mdp.binding import bind_shapes
@@ -33,7 +33,6 @@ __all__ = [
     "CNNS",
     "analyse",
     "cut_wrongly",
-    "in_double",
     "informative",
     "operands",
     "prune_checked",
@@ -190,26 +189,3 @@ def text_model(
         node.name = node.name or f"{node.op_type.lower()}_{index}"
     onnx.checker.check_model(model, full_check=True)
     return model
-
-
-def in_double(model: ir.Model | onnx.ModelProto) -> onnx.ModelProto:
-    """The same model in float64, for the reference evaluator."""
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model if isinstance(model, onnx.ModelProto) else ir.to_proto(model))
-    del proto.graph.value_info[:]
-    for value in (*proto.graph.input, *proto.graph.output):
-        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
-            value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
-    tensors = [
-        *proto.graph.initializer,
-        *(a.t for n in proto.graph.node for a in n.attribute if a.HasField("t")),
-    ]
-    for tensor in (t for t in tensors if t.data_type == onnx.TensorProto.FLOAT):
-        wide = numpy_helper.to_array(tensor).astype(np.float64)
-        tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
-    casts = [
-        n for n in proto.graph.node if n.op_type == "Cast" and n.attribute[0].i == onnx.TensorProto.FLOAT
-    ]
-    for node in casts:
-        node.attribute[0].CopyFrom(helper.make_attribute("to", onnx.TensorProto.DOUBLE))
-    return proto
