@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -110,7 +111,9 @@ class PlanOptions:
         return WidthRules(self.exclude, least, fixed, self.multiple, self.tie_blocks)
 
     def rescales(self, structure: Structure) -> bool:
-        """Whether scores are rescaled; refused where there are none."""
+        """Whether scores are rescaled; refused where there are none, or none in float32."""
+        if self.rescale_attention and structure.shadow.types:
+            raise UsageError("--rescale-attention needs float32; leave it out for a model in half precision")
         if self.rescale_attention and not unit_products(structure):
             raise UsageError("--rescale-attention: the model has no product of query and key to rescale")
         return self.rescale_attention
@@ -197,7 +200,12 @@ def read_inputs(
     samples: int,
     options: Options,
 ) -> CalibrationData:
-    dtypes = {str(v.name): np.dtype(v.dtype.numpy()) for v in graph_inputs(model) if v.dtype is not None}
+    dtypes = {str(v.name): _numpy_type(v.dtype) for v in graph_inputs(model) if v.dtype is not None}
     data = load_data(source, structure.shadow.inputs, dtypes, preprocess=preprocess, samples=samples)
     options.screen.note(f"calibration: {printable(data.source)}")
     return data
+
+
+def _numpy_type(dtype: ir.DataType) -> np.dtype[Any]:
+    """The type of the arrays of an input; numpy has no bfloat16, which is compared in float32 anyway."""
+    return np.dtype(np.float32 if dtype == ir.DataType.BFLOAT16 else dtype.numpy())

@@ -152,7 +152,7 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
     with open_store(options.store) as store, options.screen.progress() as progress:
         result = prune(model, structure, request, store, feeds=data.feeds if data else (), progress=progress)
     if result.evidence is not None:
-        _warn_of_constant(result.evidence, options)
+        _tell_of(result.evidence, options)
     if result.plan is not None and "note" in result.plan.provenance:
         options.screen.warn(str(result.plan.provenance["note"]))
     written = _write(result, outputs, wanted)
@@ -162,8 +162,10 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
     return _EXIT[result.status]
 
 
-def _warn_of_constant(evidence: Evidence, options: Options) -> None:
-    """An output that no input changes would hide a wrong cut: say so."""
+def _tell_of(evidence: Evidence, options: Options) -> None:
+    """Say how it was compared, and of outputs that no input changes that they would hide a wrong cut."""
+    if evidence.judged is not None:
+        options.screen.note(evidence.judged)
     if evidence.constant:
         names = ", ".join(map(printable, evidence.constant))
         options.screen.warn(
@@ -212,7 +214,7 @@ def run_apply(path: Path, plan_path: Path, output: Path, options: Options, *, ov
     plan = load_plan(plan_path)
     model, structure = load_structure(path, _with_plan_inputs(options, plan))
     pruned, evidence = apply_plan(model, structure, plan)
-    _warn_of_constant(evidence, options)
+    _tell_of(evidence, options)
     save_model(pruned, output, overwrite=overwrite)
     line = f"APPLIED  verified, error {evidence.worst:.1e} of the scale → {output}"
     document = verify_document(evidence, None) | {"output": str(output)}
@@ -246,7 +248,7 @@ def run_verify(
     slim = load_model(pruned)
     feeds = read_inputs(structure, model, data, preprocess, 2, options).feeds if data else ()
     evidence = verify(model, structure, slim, plan, feeds=feeds)
-    _warn_of_constant(evidence, options)
+    _tell_of(evidence, options)
     measured = None
     if max_ms is not None:
         timing = measure_models([model_bytes(slim)], structure.shadow.inputs, options.runtime(), budget_s=5.0)

@@ -1,4 +1,4 @@
-"""Models computed as they are written, a few times, without a copy of their weights.
+"""Models computed as they are written (half precision in float32), a few times, with no copy of the weights.
 
 A session packs and copies its weights, which pays where many runs follow; a large model then lies in memory
 several times. Here the weights are *inputs* of the graph, fed at every run from where they lie already.
@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from onnx_mdp.model_io import clone
+from onnx_mdp.precision import in_float32, widened
 from onnx_mdp.runtime import NodeArg, Runtime, import_onnxruntime, open_session
 
 __all__ = ["Computation", "weightless", "with_weights"]
@@ -33,7 +34,7 @@ class Computation:
         Raises:
             MeasurementError: ONNX Runtime cannot load the model.
         """
-        proto, weights = weightless(model)
+        proto, weights = weightless(in_float32(model))
         known = {output.name for output in proto.graph.output}
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in known)
         self._session: Any = open_session(proto.SerializeToString(), Runtime(), optimize=False)
@@ -52,14 +53,15 @@ class Computation:
 
     def run(self, names: Sequence[str], feeds: Mapping[str, npt.NDArray[Any]]) -> list[Any]:
         """Compute the outputs ``names`` as arrays."""
-        found: list[Any] = self._session.run(list(names), {**self._weights, **feeds})
+        found: list[Any] = self._session.run(list(names), {**self._weights, **widened(feeds)})
         return found
 
     def run_values(self, names: Sequence[str], feeds: Mapping[str, npt.NDArray[Any]]) -> Sequence[Any]:
         """Compute the outputs ``names`` as ``OrtValue``: who needs the shape alone pays for no copy."""
         make = import_onnxruntime().OrtValue.ortvalue_from_numpy
         fed = {
-            name: make(np.ascontiguousarray(array)) for name, array in (self._weights | dict(feeds)).items()
+            name: make(np.ascontiguousarray(array))
+            for name, array in (self._weights | widened(feeds)).items()
         }
         found: Sequence[Any] = self._session.run_with_ort_values(list(names), fed)
         return found

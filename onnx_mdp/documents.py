@@ -17,6 +17,7 @@ from onnx_mdp.latency import LatencyTable
 from onnx_mdp.model_io import parameter_count
 from onnx_mdp.pipeline import PruneResult
 from onnx_mdp.plan import PruningPlan, removed_classes
+from onnx_mdp.precision import is_float
 from onnx_mdp.rules import varying
 from onnx_mdp.shadow import Operation, Shadow
 from onnx_mdp.structure import Dimension, Structure, macs, operation_macs
@@ -153,6 +154,7 @@ def prune_document(result: PruneResult, written: Sequence[Path | None]) -> dict[
         "max_error": None if evidence is None else evidence.max_error,
         "scale": None if evidence is None else evidence.scale,
         "constant_outputs": [] if evidence is None else list(evidence.constant),
+        "judged": None if evidence is None else evidence.judged,
         "gap": None if plan is None else plan.gap,
         "solver": None if plan is None else plan.solver,
         "importance_share": None if plan is None else plan.importance_share,
@@ -175,6 +177,7 @@ def verify_document(evidence: Evidence, measured_ms: float | None) -> dict[str, 
         "runtime_noise": evidence.runtime_noise,
         "checker": evidence.checker,
         "constant_outputs": list(evidence.constant),
+        "judged": evidence.judged,
         "drift": {n: {"cosine": d.cosine, "max_abs": d.max_abs} for n, d in evidence.drift.items()},
         "measured_ms": measured_ms,
     }
@@ -216,7 +219,7 @@ def _float_sizes(shadow: Shadow) -> dict[str, int]:
     return {
         name: array.size
         for name, array in shadow.constants.items()
-        if name in initializers and array.dtype.kind == "f"
+        if name in initializers and is_float(array.dtype)
     }
 
 

@@ -24,6 +24,7 @@ from onnx_mdp.attention_scale import score_factors
 from onnx_mdp.computation import weightless, with_weights
 from onnx_mdp.labels import keep_vector
 from onnx_mdp.plan import PruningPlan, removed_classes
+from onnx_mdp.precision import in_float32
 from onnx_mdp.rules import Labelling, Labels, squash, varying
 from onnx_mdp.rules.contraction import reduced_axes
 from onnx_mdp.shadow import Operation
@@ -37,8 +38,8 @@ _NEUTRAL = {"ReduceMax": -math.inf, "ReduceMin": math.inf, "ReduceLogSumExp": -m
 
 
 def masked_model(original: ir.Model, structure: Structure, plan: PruningPlan) -> ir.Model:
-    """The original graph (projections split) with masks inserted and nothing sliced; it shares weights."""
-    proto, weights = weightless(structure.shadow.model if structure.shadow.split else original)
+    """The original graph (projections split, in float32) with masks, nothing sliced; it shares weights."""
+    proto, weights = weightless(in_float32(structure.shadow.model if structure.shadow.split else original))
     removed = removed_classes(plan, structure)
     masks = _Masks(proto, {n.output[0]: n for n in proto.graph.node if n.output})
     for index, slot in structure.graph.reductions:

@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from onnx_mdp.model_io import model_bytes
 from onnx_mdp.plan import PruningPlan
+from onnx_mdp.precision import in_float32, widened
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import Runtime, open_session
 from onnx_mdp.structure import Structure
@@ -105,8 +106,8 @@ class _Drift:
         return float(np.mean([_relative(before, after) for before, after in pairs]))
 
     def _run(self, model: ir.Model) -> list[Vector]:
-        session = open_session(model_bytes(model), Runtime())
-        runs = [session.run(None, dict(feed)) for feed in self.feeds]
+        session = open_session(model_bytes(in_float32(model)), Runtime())
+        runs = [session.run(None, widened(feed)) for feed in self.feeds]
         return [
             np.stack([np.asarray(y, np.float64).ravel() for y in outputs])
             for outputs in zip(*runs, strict=True)

@@ -178,6 +178,8 @@ def check_plan(plan: PruningPlan, structure: Structure) -> None:
     made_for = plan.provenance.get("model")
     if made_for is not None and made_for != structure.shadow.source:
         raise UsageError("the plan was made for another model: the content hash in its provenance differs")
+    if plan.rescale_attention and structure.shadow.types:
+        raise UsageError("attention scores in half precision cannot be rescaled; leave rescale_attention out")
     dimensions = {d.name: d for d in structure.dimensions}
     for name, units in plan.keep.items():
         if name not in dimensions:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from onnx_mdp.precision import is_float
 from onnx_mdp.shadow import Operation
 from onnx_mdp.structure import Extent, Structure, extent, input_extent, label_extent, operation_macs
 
@@ -34,7 +35,7 @@ def parameter_products(structure: Structure) -> tuple[Product, ...]:
     for operation in shadow.operations:
         named = [*enumerate(operation.inputs), *((-1, name) for name in operation.captured)]
         for slot, name in named:
-            if name not in initializers or shadow.constants[name].dtype.kind != "f":
+            if name not in initializers or not is_float(shadow.constants[name].dtype):
                 continue
             cut = cuts.get((operation.index, slot), {})
             shape = shadow.constants[name].shape

@@ -123,14 +123,14 @@ def _bypass_blocks(edit: Edit, plan: PruningPlan) -> None:
         shortcut = values[block.shortcut]
         if joint.outputs[0].is_graph_output():
             branch_slot = 1 - list(joint.inputs).index(shortcut)
-            zero = add_initializer(edit.model, f"{block.branch}__removed", _zero_like(shortcut))
+            zero = add_initializer(edit.model, f"{block.branch}__removed", _zero_like(edit, shortcut))
             joint.replace_input_with(branch_slot, zero)
         else:
             joint.outputs[0].replace_all_uses_with(shortcut)
 
 
-def _zero_like(value: ir.Value) -> npt.NDArray[Any]:
-    dtype = value.dtype if value.dtype is not None else ir.DataType.FLOAT
+def _zero_like(edit: _Edit, value: ir.Value) -> npt.NDArray[Any]:
+    dtype = value.dtype or edit.structure.shadow.types.get(str(value.name), ir.DataType.FLOAT)
     return np.zeros((), dtype.numpy())
 
 

@@ -167,6 +167,8 @@ def open_session(
         if not _starts(ort, runtime):
             raise _missing(runtime.provider, f"does not start ({reason.rstrip('.')})") from error
         name = "the model" if isinstance(model, bytes) else f"'{Path(model).name}'"
+        if "bfloat16" in reason:
+            reason += " It has no kernels for bfloat16: measure with --ep where there are."
         raise MeasurementError(f"ONNX Runtime cannot load {name} on {runtime.provider}: {reason}") from error
     if runtime.provider not in session.get_providers():
         raise _missing(runtime.provider, f"did not start and fell back to {session.get_providers()[0]}")

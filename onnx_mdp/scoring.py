@@ -26,6 +26,7 @@ from onnx_mdp.attention_scale import unit_products
 from onnx_mdp.errors import UsageError
 from onnx_mdp.model_io import model_proto
 from onnx_mdp.output_drift import block_drifts, unit_steps
+from onnx_mdp.precision import in_float32, widened
 from onnx_mdp.rules import Labels, Site, varying
 from onnx_mdp.runtime import Runtime, open_session
 from onnx_mdp.shadow import Operation
@@ -270,13 +271,13 @@ def _by_index(energy: Vector, count: int) -> Vector:
 
 def _mean_squares(structure: Structure, names: Sequence[str], feeds: Feeds) -> dict[str, Vector]:
     """``E[x²]`` of tensors over all feeds, by index of their labelled axes; the others have extent 1."""
-    proto = model_proto(structure.shadow.model)
+    proto = model_proto(in_float32(structure.shadow.model))
     outputs = {o.name for o in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in outputs)
     session = open_session(proto.SerializeToString(), Runtime())
     sums = {name: np.zeros(1) for name in names}
     for feed in feeds:
-        for name, value in zip(names, session.run(list(names), dict(feed)), strict=True):
+        for name, value in zip(names, session.run(list(names), widened(feed)), strict=True):
             others = tuple(a for a in range(value.ndim) if a not in _axes(structure, name))
             sums[name] = sums[name] + np.square(value, dtype=np.float64).mean(axis=others, keepdims=True)
     return {name: total / len(feeds) for name, total in sums.items()}

@@ -4,15 +4,14 @@
 optimisation, and reads the shape of every tensor and the value of every tensor that depends on no input
 value (shape arithmetic, weight-only data movement, Constant nodes). *Folding* turns those values into
 initializers of a **normalised** model, unless they change with a symbolic dimension: these stay computed
-at run time, so that dynamic batch and image sizes stay dynamic. MatMul, Gemm, Conv and normalisations of
-constants are never folded: a decoder whose first layer reads constants only would lose its weights. Fused
-query/key/value projections are then split into one for each.
+at run time, so that dynamic batch and image sizes stay dynamic. Fused query/key/value projections are then
+split into one for each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,9 @@ import onnx_ir as ir
 from onnx_mdp.binding import doubled_shapes
 from onnx_mdp.computation import Computation
 from onnx_mdp.errors import MeasurementError, UnsupportedModelError
+from onnx_mdp.independence import independent_outputs, subgraphs
 from onnx_mdp.model_io import clone, content_hash, model_proto
+from onnx_mdp.precision import as_stored, has_halves, in_float32, tensor_types
 from onnx_mdp.projections import FusedProjection, Known, split_projections
 from onnx_mdp.runtime import has_onnxruntime
 from onnx_mdp.static_shapes import infer_statically
@@ -32,13 +33,6 @@ __all__ = ["Operation", "Shadow", "add_initializer", "drop_unread", "prepare", "
 
 Array = npt.NDArray[Any]
 
-_NEVER_FOLDED = frozenset(
-    (
-        "MatMul Gemm Conv ConvTranspose LayerNormalization RMSNormalization GroupNormalization "
-        "InstanceNormalization BatchNormalization If Loop Scan RandomNormal RandomNormalLike "
-        "RandomUniform RandomUniformLike Multinomial Bernoulli"
-    ).split()
-)
 _QUANTIZED = frozenset(
     (
         "QuantizeLinear DequantizeLinear DynamicQuantizeLinear QLinearConv QLinearMatMul "
@@ -77,7 +71,8 @@ class Shadow:
     change with a symbolic dimension (``bool`` of the value's shape); ``independent`` names what nodes compute
     from no input value, be it too large to hold in ``constants``; ``inputs`` maps each graph input to
     its bound shape; ``source`` is the content hash of the file that was prepared; ``split`` are the fused
-    projections that became several, and ``unsplit`` the normalised model in which they are one.
+    projections that became several, and ``unsplit`` the normalised model in which they are one; ``types`` are
+    the element types of the tensors of a model in half precision (of another model, nothing).
     """
 
     model: ir.Model
@@ -91,6 +86,7 @@ class Shadow:
     unsplit: ir.Model
     split: tuple[FusedProjection, ...] = ()
     independent: frozenset[str] = frozenset()
+    types: Mapping[str, ir.DataType] = field(default_factory=dict)
 
     def consumers(self) -> Mapping[str, tuple[tuple[int, int], ...]]:
         """For every tensor, the (operation, input slot) pairs that read it."""
@@ -105,17 +101,18 @@ def prepare(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> Shadow:
     """Normalise a copy of ``model`` for the input shapes ``shapes`` and describe it.
 
     Raises:
-        UnsupportedModelError: the model is quantized or not float32.
+        UnsupportedModelError: the model is quantized.
         MeasurementError: ONNX Runtime cannot run the model.
     """
     _refuse_unsupported(model)
     source = content_hash(model)
     model = clone(model)
     _hide_weights_from_inputs(model)
-    pure = _independent_outputs(model)
+    pure = independent_outputs(model)
+    types = tensor_types(model) if has_halves(model) else {}
     observed, values = _observe(model, shapes, pure)
-    folded = _foldable(model, values)
-    dynamic = _dynamic(model, shapes, folded)
+    folded = _foldable(model, as_stored(values, types))
+    dynamic = _dynamic(model, shapes, folded, types)
     _fold(model, {name: value for name, value in folded.items() if name not in dynamic})
     initial = {name: _initial_value(v) for name, v in model.graph.initializers.items()}
     constants = {**folded, **{name: value for name, value in initial.items() if value is not None}}
@@ -135,6 +132,7 @@ def prepare(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> Shadow:
         unsplit=unsplit,
         split=split,
         independent=frozenset(pure),
+        types=types,
     )
 
 
@@ -144,17 +142,6 @@ def _refuse_unsupported(model: ir.Model) -> None:
         raise UnsupportedModelError(
             f"the model is quantized ({', '.join(quantized)}), which is not supported; "
             "prune the float model first and quantize the result"
-        )
-    weights = [v for v in model.graph.initializers.values() if v.const_value is not None]
-    halves = [
-        v
-        for v in weights
-        if v.const_value and v.const_value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-    ]
-    if any(v.const_value is not None and v.const_value.size > 1 for v in halves):
-        raise UnsupportedModelError(
-            f"the model stores {halves[0].name!r} in half precision, which is not supported yet; "
-            "prune the float32 model and convert the result"
         )
 
 
@@ -171,26 +158,6 @@ def _initial_value(value: ir.Value) -> Array | None:
     return None if value.const_value is None else value.const_value.numpy()
 
 
-def _independent_outputs(model: ir.Model) -> tuple[str, ...]:
-    """Names of node outputs that depend on no input value, in graph order."""
-    constant = set(model.graph.initializers)
-    names: list[str] = []
-    for node in model.graph:
-        if node.op_type in _NEVER_FOLDED or _subgraphs(node):
-            continue
-        inputs = [v.name for v in node.inputs if v is not None]
-        if node.op_type in ("Shape", "Size") or all(name in constant for name in inputs):
-            names += [str(v.name) for v in node.outputs if v.name]
-            constant.update(names[-len(node.outputs) :])
-    return tuple(names)
-
-
-def _subgraphs(node: ir.Node) -> list[ir.Graph]:
-    kinds = {ir.AttributeType.GRAPH: 1, ir.AttributeType.GRAPHS: 2}
-    held = [a for a in node.attributes.values() if isinstance(a, ir.Attr) and a.type in kinds]
-    return [g for a in held for g in (a.value if a.type == ir.AttributeType.GRAPHS else [a.value])]
-
-
 def _observe(
     model: ir.Model, shapes: Mapping[str, tuple[int, ...]], pure: Sequence[str], *, all_shapes: bool = True
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, Array]]:
@@ -202,7 +169,7 @@ def _observe(
     if not wanted:
         return {}, {}
     if not has_onnxruntime():
-        return infer_statically(model_proto(model), shapes, wanted, pure)
+        return infer_statically(model_proto(in_float32(model)), shapes, wanted, pure)
     computation = Computation(model, wanted)
     feeds = random_feeds(computation.inputs, shapes, seed=0)
     seen: dict[str, tuple[int, ...]] = {}
@@ -254,7 +221,10 @@ def _foldable(model: ir.Model, values: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _dynamic(
-    model: ir.Model, shapes: Mapping[str, tuple[int, ...]], folded: Mapping[str, Array]
+    model: ir.Model,
+    shapes: Mapping[str, tuple[int, ...]],
+    folded: Mapping[str, Array],
+    types: Mapping[str, ir.DataType],
 ) -> dict[str, npt.NDArray[np.bool_]]:
     """Which entries of which folded values change when every symbolic dimension is doubled."""
     doubled = doubled_shapes(model, shapes)
@@ -262,7 +232,7 @@ def _dynamic(
         return {}
     computed = _shape_derived(model) & set(folded)
     try:
-        _, values = _observe(model, doubled, tuple(computed), all_shapes=False)
+        values = as_stored(_observe(model, doubled, tuple(computed), all_shapes=False)[1], types)
     except MeasurementError:
         # The file promises a symbolic size that it cannot run at: keep every run-time computation.
         return {name: np.ones(folded[name].shape, np.bool_) for name in computed}
@@ -380,6 +350,6 @@ def _plain(attribute: ir.Attr) -> Any:
 
 def _captured(node: ir.Node) -> set[str]:
     """Outer tensors that the subgraphs of a node read."""
-    inner = [n for g in _subgraphs(node) for n in g.all_nodes()]
+    inner = [n for g in subgraphs(node) for n in g.all_nodes()]
     made = {v.name for n in inner for v in n.outputs}
     return {str(v.name) for n in inner for v in n.inputs if v is not None and v.name not in made}

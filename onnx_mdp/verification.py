@@ -17,13 +17,14 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from onnx_mdp.binding import doubled_shapes
+from onnx_mdp.binding import doubled_shapes, graph_inputs
 from onnx_mdp.computation import Computation, weightless
 from onnx_mdp.errors import MeasurementError, VerificationError
 from onnx_mdp.masking import masked_model
 from onnx_mdp.model_io import model_bytes
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.runtime import Runtime, open_session
+from onnx_mdp.precision import has_halves, widened
+from onnx_mdp.runtime import Runtime, one_line, open_session
 from onnx_mdp.structure import Structure
 from onnx_mdp.timing import random_feeds
 
@@ -55,7 +56,8 @@ class Evidence:
     ``worst <= TOLERANCE``, or when it stays within four times ``runtime_noise``: the ratio by which the
     masked model differs from *itself* when ONNX Runtime optimises it (measured only where needed; a
     sigmoid that saturates near zero has such noise, and no slicing error is that small). ``constant``
-    names the outputs that stayed the same over all inputs tried: about those the law says little.
+    names the outputs that stayed the same over all inputs tried: about those the law says little. ``judged``
+    says how a model was compared that is not in float32, and whether its file itself runs.
     """
 
     verified: bool
@@ -67,6 +69,7 @@ class Evidence:
     runtime_noise: float | None = None
     checker: str | None = None
     constant: tuple[str, ...] = ()
+    judged: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ def verify(
 ) -> Evidence:
     """Compare the pruned model with the masked original on random inputs and on ``feeds``.
 
+    Half precision is compared in float32, which holds every half number, and the file itself is run as well.
     Where the model has symbolic dimensions, one more random input has all of them doubled.
 
     Raises:
@@ -121,6 +125,7 @@ def verify(
         runtime_noise=noise,
         checker=complaint,
         constant=_constant_outputs(names, expected),
+        judged=_judged_in_float32(original, pruned, tried[0]) if has_halves(original) else None,
     )
 
 
@@ -184,7 +189,7 @@ def _within_noise(
     worst = 0.0
     decided = [False] * len(names)
     for feed, outputs, found in zip(tried, expected, errors, strict=True):
-        own = _errors(outputs, optimised.run(list(names), dict(feed)))
+        own = _errors(outputs, optimised.run(list(names), widened(feed)))
         for place, (noise, error) in enumerate(zip(own, found, strict=True)):
             worst = max(worst, noise.ratio)
             if error.ratio <= TOLERANCE:
@@ -240,6 +245,35 @@ def _run_pruned(computation: Computation, names: Sequence[str], feed: Feeds) -> 
         raise VerificationError(
             f"the pruned model does not run: {str(error).splitlines()[0][:200]}"
         ) from error
+
+
+def _judged_in_float32(original: ir.Model, pruned: ir.Model, feed: Feeds) -> str:
+    """How a model in half precision was compared; raises where the runtime runs the original alone."""
+    try:
+        before = _run_as_stored(original, feed)
+    except Exception:  # ONNX Runtime's exceptions share no base but Exception
+        return "compared in float32: this runtime has no kernels for the original as it is stored"
+    try:
+        after = _run_as_stored(pruned, feed)
+    except Exception as error:
+        raise VerificationError(f"the pruned model does not run: {one_line(error)}") from error
+    if _all_finite(before) and not _all_finite(after):
+        return "compared in float32: in half precision the pruned model overflows, the original does not"
+    return "compared in float32, and the file runs in half precision"
+
+
+def _all_finite(outputs: Sequence[npt.NDArray[Any]]) -> bool:
+    return all(bool(np.isfinite(output).all()) for output in outputs if output.dtype.kind == "f")
+
+
+def _run_as_stored(model: ir.Model, feed: Feeds) -> list[npt.NDArray[Any]]:
+    types = {str(value.name): value.dtype for value in graph_inputs(model)}
+    stored = {
+        name: array if (kind := types[name]) is None else array.astype(kind.numpy())
+        for name, array in feed.items()
+    }
+    session = open_session(model_bytes(model), Runtime(), optimize=False)
+    return [np.asarray(output) for output in session.run(None, stored)]
 
 
 def _runs(computation: Computation, feed: Feeds) -> bool:

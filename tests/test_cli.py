@@ -213,19 +213,6 @@ def test_an_unknown_operator_is_named_and_the_rest_is_prunable(run: Run) -> None
     assert "SequenceConstruct" in run("analyze", "model.onnx").out
 
 
-def test_float16_is_refused(run: Run) -> None:
-    model = text_model(TINY)
-    for tensor in model.graph.initializer:
-        tensor.CopyFrom(
-            numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name)
-        )
-    for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
-    save(model)
-    is_refused(run("prune", "model.onnx", "--target-ratio", 0.5), 2, "half precision", "not supported")
-    assert files() == {"model.onnx"}
-
-
 def test_qdq_is_refused(run: Run) -> None:
     save(
         text_model(

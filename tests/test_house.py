@@ -22,6 +22,8 @@ ORDER = (
     "_version",
     "files",
     "model_io",
+    "independence",
+    "precision",
     "runtime",
     "computation",
     "timing",

@@ -203,12 +203,6 @@ def test_a_quantized_model_is_refused() -> None:
         shadow_of(text_model(text))
 
 
-def test_half_precision_is_refused() -> None:
-    proto = text_model("(float16[1,3] x) => (float16[1,3] y) <float16[3] w = {1, 2, 3}> { y = Mul(x, w) }")
-    with pytest.raises(UnsupportedModelError, match="'w' in half precision"):
-        shadow_of(proto)
-
-
 def test_a_shape_at_which_the_model_cannot_run_is_an_error_of_one_sentence() -> None:
     text = """(float[N,3,H,W] x) => (float[N,108] y) <int64[2] s = {-1, 108}> { y = Reshape(x, s) }"""
     with pytest.raises(MeasurementError, match="at these input shapes") as caught:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from onnx_mdp.precision import is_float
 from onnx_mdp.shadow import Operation, Shadow
 
 __all__ = [
@@ -168,7 +169,7 @@ class Labelling:
     def is_constant(self, name: str) -> bool:
         """Whether a tensor depends on no input value, nor, if it holds floats, on an input's size."""
         value = self.shadow.constants.get(name)
-        return value is not None and (name not in self.shadow.dynamic or value.dtype.kind != "f")
+        return value is not None and (name not in self.shadow.dynamic or not is_float(value.dtype))
 
     def is_computed(self, name: str) -> bool:
         """Whether nodes compute a tensor from constants and sizes alone: it is cut where it is read."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from onnx_mdp.precision import is_float
 from onnx_mdp.rules.labelling import Labelling, Labels, align, couple, expand, rule, squash, varying
 from onnx_mdp.shadow import Operation
 
@@ -297,7 +298,7 @@ def _expanded_labels(state: Labelling, operation: Operation) -> Labels:
     name = operation.inputs[0]
     value = state.shadow.constants.get(name)
     shape = state.shape(operation.outputs[0])
-    if value is None or value.dtype.kind != "f" or not shape or shape[-1] == 1:
+    if value is None or not is_float(value.dtype) or not shape or shape[-1] == 1:
         return state.labels(name)
     if value.size == 1 and operation.op_type == "Expand":
         return _fresh_along(state, len(shape), len(shape) - 1, shape[-1])
