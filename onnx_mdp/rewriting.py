@@ -129,7 +129,7 @@ def _bypass_blocks(edit: Edit, plan: PruningPlan) -> None:
             joint.outputs[0].replace_all_uses_with(shortcut)
 
 
-def _zero_like(edit: _Edit, value: ir.Value) -> npt.NDArray[Any]:
+def _zero_like(edit: Edit, value: ir.Value) -> npt.NDArray[Any]:
     dtype = value.dtype or edit.structure.shadow.types.get(str(value.name), ir.DataType.FLOAT)
     return np.zeros((), dtype.numpy())
 
