@@ -95,6 +95,20 @@ def dense(
 BOUNDED = "s = Sigmoid(t)\n"
 POSITIVE = "s = Softplus(t)\n"
 
+# Four of 36 places, by the mean over the channels, in BODY; as detectors choose their queries.
+BEST_PLACES = """(float[1,3,6,6] x) => (float[1,4,2,2] y) <
+    float[8,3,1,1] a, float[8,3,1,1] a2, float[4,8,1,1] c, float[8,16,1,1] c2, int64[3] m = {1, 8, 36},
+    int64[1] k = {4}, int64[1] one = {1}, int64[3] s = {1, 8, 4}, int64[4] o = {1, 8, 2, 2}, int64[4] o2 = {1, 16, 2, 2}> {
+    t = Conv(x, a)
+    h = Reshape(t, m)
+    g = ReduceMean<axes=[1], keepdims=0>(h)
+    b, p = TopK(g, k)
+    q = Unsqueeze(p, one)
+    j = Expand(q, s)
+    BODY
+    y = Conv(u, c)
+}"""
+
 UNARY = {
     **{
         name: between(f"u = {name}(t)")
@@ -1071,6 +1085,41 @@ TRAPS: dict[str, Case] = {
         "m = ReduceMean<axes=[1]>(t)\nz = Less(m, o)\nu = Where(z, t, o)", weights=", float o = {0}"
     ),
     "Tile of channels": tail("u = Tile(t, r)", (), 16, w=", int64[4] r = {1, 2, 1, 1}"),
+    "GatherElements at constant places": tail(
+        "j = Expand(i, s)\nu = GatherElements<axis=3>(t, j)",
+        (8,),
+        8,
+        "6,2",
+        w=", int64[1,1,6,2] i = {0, 1, 2, 3, 4, 5, 5, 4, 3, -2, 1, 0}, int64[4] s = {1, 8, 6, 2}",
+    ),
+    "places that TopK chose in each channel": tail(
+        "s = Sigmoid(t)\nv, i = TopK<axis=3, largest=0>(s, k)\nu = GatherElements<axis=-1>(t, i)",
+        (8,),
+        8,
+        "6,2",
+        w=", int64[1] k = {2}",
+    ),
+    "the best places": Case(
+        BEST_PLACES.replace("BODY", "r = GatherElements<axis=2>(h, j)\nu = Reshape(r, o)"), (8,)
+    ),
+    "the best places of two tensors by the same indices": Case(
+        BEST_PLACES.replace(
+            "BODY",
+            "v = Conv(x, a2)\nw = Reshape(v, m)\nr = GatherElements<axis=2>(h, j)\nl = GatherElements<axis=2>(w, j)\n"
+            "n = Concat<axis=1>(r, l)\nd = Reshape(n, o2)\nu = Conv(d, c2)",
+        ),
+        (8, 8, 8),
+    ),
+    "places for fewer channels": tail(
+        "u = GatherElements<axis=3>(t, i)", (), 1, "6,1", w=", int64[1,1,6,1] i = {0, 1, 2, 3, 4, 5}"
+    ),
+    "places of a tensor that is not pruned": tail(
+        "s = Sigmoid(t)\nv, i = TopK<axis=3>(s, k)\nu = GatherElements<axis=3>(e, i)",
+        (8,),
+        8,
+        "6,2",
+        w=", int64[1] k = {2}, float[1,8,6,6] e",
+    ),
     "outer product of two widths": dense(
         "p = GlobalAveragePool(t)\ni = Reshape(p, s)\nj = Reshape(p, z)\nm = Mul(i, j)\nu = Flatten(m)",
         64,

@@ -49,7 +49,8 @@ Role = Literal["in", "out", "each"]
 class Site:
     """Operation ``operation`` reads, in input ``slot``, a constant whose ``axis`` has these atoms.
 
-    The constant is an initializer, or computed at run time from constants and sizes alone.
+    The constant is an initializer, or computed at run time from constants and sizes alone; a table of places
+    may be computed from inputs.
     ``role`` says what the axis is to the operation: ``out`` makes the indices (rows of a weight),
     ``in`` sums over them (columns), ``each`` holds one parameter for each (bias, scale, depthwise filter).
     """
@@ -225,6 +226,11 @@ class Labelling:
             self.freeze(self.labels(name), why)
         elif name and (labels > 0).any():
             self.sites.append(Site(operation.index, slot, axis, labels, role))
+
+    def selects(self, operation: Operation, slot: int, axis: int, labels: Labels) -> None:
+        """The operation reads a table, computed at run time, that is cut along ``axis`` before it."""
+        if (labels > 0).any():
+            self.sites.append(Site(operation.index, slot, axis, labels))
 
     def reduces(self, operation: Operation, slot: int) -> None:
         """The operation sums (or takes statistics) over a labelled axis of this input."""

@@ -128,20 +128,22 @@ def regions(state: Labelling, operation: Operation) -> None:
 
 @rule("GatherElements")
 def gathers_elements(state: Labelling, operation: Operation) -> None:
-    """Data and indices meet place by place.
+    """Data and indices meet place by place; indices that many read are cut before each reader.
 
-    Frozen: the axis that is picked from.
+    Frozen: the axis that is picked from, and indices for a part of a prunable axis.
     """
-    axis = operation.attributes.get("axis", 0) % len(state.shape(operation.inputs[0]))
-    labels = _passing(state, operation, (axis,), "picks from")
-    before, after = state.shape(operation.inputs[0]), state.shape(operation.inputs[1])
-    if any(before[a] != after[a] for a in varying(labels)):
-        state.freeze(labels, f"{operation} picks from the first indices of a prunable axis")
-        labels = np.zeros_like(labels)
-    joint = meet(state, operation, after, {1: operation.inputs[1]}, labels)
-    if axis in varying(joint):
-        state.freeze(joint, f"{operation} picks at prunable places")
-        joint = np.zeros_like(joint)
+    data, places = operation.inputs[:2]
+    before, after = state.shape(data), state.shape(places)
+    along = {*varying(state.labels(data)), *varying(state.labels(places))}
+    axis = operation.attributes.get("axis", 0) % len(before)
+    if axis in along or any(before[a] != after[a] for a in along):
+        state.freeze_inputs(operation, f"{operation} picks from a prunable axis, or for a part of it")
+        return
+    # Indices that were expanded for this reader alone are expanded less.
+    fits = state.is_constant(places) or varying(state.labels(places)) or along <= {*state.repeats(places)}
+    joint = meet(state, operation, after, {0: data, 1: places} if fits else {0: data})
+    for a in () if fits else varying(joint):
+        state.selects(operation, 1, a, state.vector(joint, a, after[a], f"{operation} picks over two axes"))
     state.emit(operation, joint)
 
 
