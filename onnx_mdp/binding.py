@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
 from onnx_mdp.errors import UsageError
+from onnx_mdp.untrusted import MOST_TENSOR_BYTES
 
 __all__ = ["bind_shapes", "doubled_shapes", "graph_inputs"]
 
@@ -29,9 +31,16 @@ def bind_shapes(
     for name in input_shapes:
         if name not in inputs:
             raise UsageError(f"the model has no input {name!r}; its inputs are {', '.join(inputs)}")
-    return {
+    shapes = {
         name: _bind_one(value, tuple(input_shapes.get(name, ())), batch) for name, value in inputs.items()
     }
+    for name, shape in shapes.items():
+        if 4 * math.prod(shape) > MOST_TENSOR_BYTES:
+            raise UsageError(
+                f"input {name!r} has the shape {list(shape)}, {4e-9 * math.prod(shape):.1f} GB: "
+                "choose a smaller one with --input-shape, or check the file"
+            )
+    return shapes
 
 
 def _bind_one(value: ir.Value, given: tuple[int, ...], batch: int) -> tuple[int, ...]:

@@ -6,7 +6,10 @@ several times. Here the weights are *inputs* of the graph, fed at every run from
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,13 +17,17 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from onnx_mdp.errors import MeasurementError, UnsupportedModelError
 from onnx_mdp.model_io import clone
 from onnx_mdp.precision import in_float32, widened
 from onnx_mdp.runtime import NodeArg, Runtime, import_onnxruntime, open_session
+from onnx_mdp.untrusted import MOST_TENSOR_BYTES
 
 __all__ = ["Computation", "weightless", "with_weights"]
 
 _LARGE_BYTES = 2**12
+_ITEM_BYTES = 4
+_MOST_SECONDS = 300.0  # of one run on one thread
 
 Weights = Mapping[str, ir.TensorProtocol]
 
@@ -28,16 +35,30 @@ Weights = Mapping[str, ir.TensorProtocol]
 class Computation:
     """An unoptimised session on the CPU; the weights stay where they are."""
 
-    def __init__(self, model: ir.Model, outputs: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        outputs: Sequence[str] = (),
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
         """Open a model; ``outputs`` names inner tensors that shall be outputs as well.
+
+        With ``shapes``, those of the inputs, it is known before the first run how large most tensors are.
 
         Raises:
             MeasurementError: ONNX Runtime cannot load the model.
+            UnsupportedModelError: a tensor would be larger than 4 GB.
         """
         proto, weights = weightless(in_float32(model))
         known = {output.name for output in proto.graph.output}
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in known)
+        for value in proto.graph.input:
+            sizes = (shapes or {}).get(value.name, ())
+            for dim, size in zip(value.type.tensor_type.shape.dim, sizes, strict=False):
+                dim.dim_value = size
         self._session: Any = open_session(proto.SerializeToString(), Runtime(), optimize=False)
+        for arg in self._session.get_outputs():
+            _refuse_absurd(arg)
         # ONNX Runtime reads a contiguous array where it lies.
         self._weights = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in weights.items()}
 
@@ -53,7 +74,8 @@ class Computation:
 
     def run(self, names: Sequence[str], feeds: Mapping[str, npt.NDArray[Any]]) -> list[Any]:
         """Compute the outputs ``names`` as arrays."""
-        found: list[Any] = self._session.run(list(names), {**self._weights, **widened(feeds)})
+        with _time_limit() as limit:
+            found: list[Any] = self._session.run(list(names), {**self._weights, **widened(feeds)}, limit)
         return found
 
     def run_values(self, names: Sequence[str], feeds: Mapping[str, npt.NDArray[Any]]) -> Sequence[Any]:
@@ -63,8 +85,45 @@ class Computation:
             name: make(np.ascontiguousarray(array))
             for name, array in (self._weights | widened(feeds)).items()
         }
-        found: Sequence[Any] = self._session.run_with_ort_values(list(names), fed)
+        with _time_limit() as limit:
+            found: Sequence[Any] = self._session.run_with_ort_values(list(names), fed, limit)
         return found
+
+
+def _refuse_absurd(arg: NodeArg) -> None:
+    sizes = [size for size in arg.shape if isinstance(size, int)]
+    size = math.prod(sizes) * _ITEM_BYTES
+    if len(sizes) == len(arg.shape) and size > MOST_TENSOR_BYTES:
+        raise UnsupportedModelError(
+            f"tensor {arg.name!r} of the model would have the shape {sizes}, {size / 1e9:.1f} GB: "
+            "check the shapes that the model computes, or choose smaller inputs with --input-shape"
+        )
+
+
+@contextmanager
+def _time_limit() -> Iterator[Any]:
+    """Options of a run that ends, between two nodes, when it has taken too long."""
+    options = import_onnxruntime().RunOptions()
+    stopped = threading.Event()
+
+    def stop() -> None:
+        stopped.set()
+        options.terminate = True
+
+    timer = threading.Timer(_MOST_SECONDS, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield options
+    except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
+        if not stopped.is_set():
+            raise
+        raise MeasurementError(
+            f"one run of the model took more than {_MOST_SECONDS / 60:.0f} minutes and was stopped: "
+            "choose smaller inputs with --input-shape"
+        ) from error
+    finally:
+        timer.cancel()
 
 
 def weightless(model: ir.Model) -> tuple[onnx.ModelProto, Weights]:

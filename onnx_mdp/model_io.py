@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 
 from onnx_mdp.errors import UnreadableModelError, UnsupportedModelError, UsageError
 from onnx_mdp.files import Content, check_output, write_files
+from onnx_mdp.untrusted import check_model
 
 if TYPE_CHECKING:
     from onnx_graphsurgeon import Graph as SurgeonGraph
@@ -67,9 +66,10 @@ def _load_file(path: Path) -> ir.Model:
         raise UnreadableModelError(f"{path} {kind}; give the path of an .onnx file")
     try:
         proto = onnx.load_model(path, load_external_data=False)
-        _check_external_paths(proto, path)
+        check_model(proto, path)
         model = ir.from_proto(proto)
         ir.external_data.set_base_dir(model.graph, path.parent)
+        _sort(model, path)
         model = _in_arrays(ir.external_data.load_to_model(model))
     except UnreadableModelError:
         raise
@@ -82,6 +82,18 @@ def _load_file(path: Path) -> ir.Model:
     if not proto.opset_import or not len(model.graph):
         raise UnreadableModelError(f"{path} is not an ONNX model: it holds no graph; export the model again")
     return model
+
+
+def _sort(model: ir.Model, path: Path) -> None:
+    """Bring every graph into an order in which values are made before they are read."""
+    try:
+        model.graph.sort()
+        for function in model.functions.values():
+            function.sort()
+    except ValueError as error:
+        raise UnreadableModelError(
+            f"{path} is not a valid model: its graph has a cycle; export the model again"
+        ) from error
 
 
 def _in_arrays(model: ir.Model) -> ir.Model:
@@ -108,62 +120,6 @@ def _array(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
         doc_string=tensor.doc_string,
         metadata_props=dict(tensor.metadata_props),
     )
-
-
-def _check_external_paths(proto: onnx.ModelProto, path: Path) -> None:
-    folder = path.resolve().parent
-    for tensor in _external_tensors(proto):
-        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
-        target = folder / location
-        outside = (
-            not location
-            or os.path.isabs(location)
-            or folder not in target.resolve().parents
-            or any(part == ".." for part in Path(location).parts)
-        )
-        if outside or target.is_symlink():
-            raise UnreadableModelError(
-                f"{path} stores tensor {tensor.name!r} outside its own folder; "
-                "external data must be a plain file beside the model"
-            )
-        if not target.is_file():
-            raise UnreadableModelError(
-                f"{path} needs the external data file {location!r}, which is not beside it"
-            )
-        if _external_end(tensor) > target.stat().st_size:
-            raise UnreadableModelError(
-                f"{path} reads tensor {tensor.name!r} beyond the end of {location!r}, which is truncated"
-            )
-
-
-def _external_end(tensor: onnx.TensorProto) -> int:
-    """The first byte after the tensor in its file; a missing length is what the shape needs."""
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    itemsize = ir.DataType(tensor.data_type).itemsize
-    needed: int = math.ceil(math.prod(tensor.dims) * itemsize)
-    length = max(int(entries.get("length") or 0), needed)
-    return int(entries.get("offset") or 0) + length
-
-
-def _external_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    return (tensor for tensor in _tensors(proto) if tensor.data_location == onnx.TensorProto.EXTERNAL)
-
-
-def _tensors(message: Any) -> Iterator[onnx.TensorProto]:
-    """Every tensor of a model, those in attributes, subgraphs and functions included."""
-    stack: list[Any] = [message.graph, *message.functions]
-    while stack:
-        holder = stack.pop()
-        yield from getattr(holder, "initializer", ())
-        for sparse in getattr(holder, "sparse_initializer", ()):
-            yield from (sparse.values, sparse.indices)
-        for attribute in (a for node in holder.node for a in node.attribute):
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            if attribute.HasField("g"):
-                stack.append(attribute.g)
-            stack.extend(attribute.graphs)
 
 
 def clone(model: ir.Model) -> ir.Model:
@@ -224,8 +180,14 @@ def content_hash(model: ir.Model) -> str:
     for name in sorted(model.graph.initializers):
         tensor = model.graph.initializers[name].const_value
         if tensor is not None:
-            digest.update(tensor.tobytes())
+            digest.update(_tensor_bytes(tensor))
     return digest.hexdigest()[:16]
+
+
+def _tensor_bytes(tensor: ir.TensorProtocol) -> bytes:
+    if tensor.dtype == ir.DataType.STRING:
+        return repr(tensor.numpy().tolist()).encode()
+    return tensor.tobytes()
 
 
 def _description(model: ir.Model) -> Iterator[str]:
@@ -245,7 +207,7 @@ def _description(model: ir.Model) -> Iterator[str]:
 def _attribute_text(attribute: Any) -> str:
     if attribute.type == ir.AttributeType.TENSOR:
         tensor = attribute.as_tensor()
-        digest = hashlib.sha256(np.ascontiguousarray(tensor.numpy()).tobytes()).hexdigest()[:16]
+        digest = hashlib.sha256(_tensor_bytes(tensor)).hexdigest()[:16]
         return f"{tensor.dtype}{tuple(tensor.shape)}{digest}"
     return str(attribute.value)
 

@@ -20,12 +20,12 @@ import onnx_ir as ir
 
 from onnx_mdp.binding import doubled_shapes
 from onnx_mdp.computation import Computation
-from onnx_mdp.errors import MeasurementError, UnsupportedModelError
+from onnx_mdp.errors import MdpError, MeasurementError, UnsupportedModelError
 from onnx_mdp.independence import independent_outputs, subgraphs
 from onnx_mdp.model_io import clone, content_hash, model_proto
 from onnx_mdp.precision import as_stored, has_halves, in_float32, tensor_types
 from onnx_mdp.projections import FusedProjection, Known, split_projections
-from onnx_mdp.runtime import has_onnxruntime
+from onnx_mdp.runtime import has_onnxruntime, one_line
 from onnx_mdp.static_shapes import infer_statically
 from onnx_mdp.timing import random_feeds
 
@@ -145,6 +145,11 @@ def _refuse_unsupported(model: ir.Model) -> None:
         )
 
 
+def _weights(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    stored = model.graph.initializers.items()
+    return {name: value.const_value for name, value in stored if value.const_value is not None}
+
+
 def _hide_weights_from_inputs(model: ir.Model) -> None:
     """Files before IR version 4 list their weights as inputs, with shapes that pruning would change."""
     listed = [v for v in model.graph.inputs if v.name in model.graph.initializers]
@@ -170,11 +175,13 @@ def _observe(
         return {}, {}
     if not has_onnxruntime():
         return infer_statically(model_proto(in_float32(model)), shapes, wanted, pure)
-    computation = Computation(model, wanted)
+    computation = Computation(model, wanted, shapes)
     feeds = random_feeds(computation.inputs, shapes, seed=0)
     seen: dict[str, tuple[int, ...]] = {}
     values: dict[str, Array] = {}
     wished, keep = 16, frozenset(pure)
+    # Copies of constants could be many times as large as the file.
+    held, most = 0, _OBSERVED_BYTES + 4 * sum(w.nbytes for w in _weights(model).values())
     while wanted:
         chunk, wanted = wanted[:wished], wanted[wished:]
         size = 0
@@ -183,8 +190,9 @@ def _observe(
                 continue
             seen[name] = tuple(result.shape())
             size += int(np.prod(seen[name])) * 4
-            if name in keep:
+            if name in keep and held < most:
                 values[name] = np.asarray(result.numpy())
+                held += values[name].nbytes
         wished = max(4, min(256, int(_OBSERVED_BYTES / max(size / len(chunk), 1))))
     return seen, values
 
@@ -192,19 +200,17 @@ def _observe(
 def _run(computation: Computation, names: Sequence[str], feeds: Mapping[str, Array]) -> Sequence[Any]:
     try:
         return computation.run_values(names, feeds)
+    except MdpError:
+        raise
     except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
         raise MeasurementError(
-            f"ONNX Runtime cannot run the model at these input shapes: {str(error).splitlines()[0][:200]}"
+            f"ONNX Runtime cannot run the model at these input shapes: {one_line(error)[:200]}"
         ) from error
 
 
 def _foldable(model: ir.Model, values: Mapping[str, Array]) -> dict[str, Array]:
     """The values to fold: not those that a small constant was expanded into."""
-    sizes = {
-        name: v.const_value.nbytes
-        for name, v in model.graph.initializers.items()
-        if v.const_value is not None
-    }
+    sizes = {name: weight.nbytes for name, weight in _weights(model).items()}
     folded: dict[str, Array] = {}
     for node in model.graph:
         inputs = [str(v.name) for v in node.inputs if v is not None]

@@ -21,6 +21,7 @@ ORDER = (
     "errors",
     "_version",
     "files",
+    "untrusted",
     "model_io",
     "independence",
     "precision",
