@@ -52,11 +52,13 @@ class Computation:
         proto, weights = weightless(in_float32(model))
         known = {output.name for output in proto.graph.output}
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in known)
-        for value in proto.graph.input:
-            sizes = (shapes or {}).get(value.name, ())
-            for dim, size in zip(value.type.tensor_type.shape.dim, sizes, strict=False):
-                dim.dim_value = size
-        self._session: Any = open_session(proto.SerializeToString(), Runtime(), optimize=False)
+        bound = _bind(proto, shapes or {})
+        try:
+            self._session: Any = open_session(proto.SerializeToString(), Runtime(), optimize=False)
+        except MeasurementError as error:
+            if not bound:
+                raise
+            raise MeasurementError(f"{str(error).rstrip('.')}, at these input shapes") from error
         for arg in self._session.get_outputs():
             _refuse_absurd(arg)
         # ONNX Runtime reads a contiguous array where it lies.
@@ -88,6 +90,17 @@ class Computation:
         with _time_limit() as limit:
             found: Sequence[Any] = self._session.run_with_ort_values(list(names), fed, limit)
         return found
+
+
+def _bind(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Give the inputs their shapes; whether that changed any."""
+    changed = False
+    for value in proto.graph.input:
+        sizes = shapes.get(value.name, ())
+        for dim, size in zip(value.type.tensor_type.shape.dim, sizes, strict=False):
+            changed |= dim.dim_value != size
+            dim.dim_value = size
+    return changed
 
 
 def _refuse_absurd(arg: NodeArg) -> None:
