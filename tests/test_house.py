@@ -69,6 +69,7 @@ ORDER = (
     "solvers.compiled",
     "solvers.incumbent",
     "solvers.beliefs",
+    "solvers.labels",
     "solvers.pareto_labels",
     "solvers.deepening",
     "solvers.search",

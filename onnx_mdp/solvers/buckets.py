@@ -21,6 +21,7 @@ __all__ = [
     "View",
     "blocks",
     "build_buckets",
+    "centre",
     "elimination",
     "gather",
     "kept_shape",
@@ -158,9 +159,12 @@ def _summed(slices: Sequence[Floats], buffer: Floats) -> Floats:
 
 
 def elimination(
-    scopes: Iterable[tuple[int, ...]], sizes: Sequence[int]
+    scopes: Iterable[tuple[int, ...]], sizes: Sequence[int], last: int = -1
 ) -> tuple[list[int], list[tuple[int, ...]]]:
-    """A greedy order, smallest bucket first, and what is left beside each variable when it goes."""
+    """A greedy order, smallest bucket first, and what is left beside each variable when it goes.
+
+    The variable ``last``, if there is one, goes after all others.
+    """
     beside: list[set[int]] = [set() for _ in sizes]
     for scope in scopes:
         for v in scope:
@@ -174,7 +178,7 @@ def elimination(
     weight = {v: entries(v) for v in range(len(sizes))}
     order, separators = [], []
     while weight:
-        v = min(weight, key=lambda u: (weight[u], u))
+        v = min(weight, key=lambda u: (u == last, weight[u], u))
         if weight[v] > MAX_BUCKET:
             raise TooWideError(weight[v])
         del weight[v]
@@ -187,6 +191,21 @@ def elimination(
         for u in beside[v]:
             weight[u] = entries(u)
     return order, separators
+
+
+def centre(order: Sequence[int], separators: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> int:
+    """The variable around which no branch of the bucket tree has more than half of the options.
+
+    Options count by the logarithms of the ``sizes``, as choices multiply.
+    """
+    place = {v: i for i, v in enumerate(order)}
+    weight = [math.log(sizes[v]) for v in order]
+    half = sum(weight) / 2
+    for i, separator in enumerate(separators[:-1]):
+        if weight[i] >= half:
+            return order[i]
+        weight[min((place[v] for v in separator), default=len(order) - 1)] += weight[i]
+    return order[-1]
 
 
 def build_buckets(

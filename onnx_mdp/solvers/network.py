@@ -21,6 +21,7 @@ from onnx_mdp.solvers.buckets import (
     Floats,
     blocks,
     build_buckets,
+    centre,
     elimination,
     gather,
     kept_shape,
@@ -64,8 +65,13 @@ class Network:
         tables: Iterable[Table],
         constant: tuple[float, Floats],
         fixed: dict[int, int],
+        *,
+        centred: bool = False,
     ) -> None:
-        """Fold single options into the constants, merge the tables, order the variables, build buckets."""
+        """Fold single options into the constants, merge the tables, order the variables, build buckets.
+
+        The last bucket of a ``centred`` network is in the middle of its tree.
+        """
         alive = [place for place, kept in enumerate(options) if len(kept) > 1]
         self.variables = tuple(variables[place] for place in alive)
         self.options = tuple(options[place] for place in alive)
@@ -75,8 +81,11 @@ class Network:
         self.resources = len(constant[1])
         left, (self.value, self.cost) = _squeezed(tables, {v: i for i, v in enumerate(alive)}, constant)
         self.tables = _absorbed(_merged(left))
-        order, separators = elimination([t.scope for t in self.tables], self.sizes)
-        self.buckets = build_buckets([t.scope for t in self.tables], order, separators, self.sizes)
+        scopes = [table.scope for table in self.tables]
+        order, separators = elimination(scopes, self.sizes)
+        if centred and order:
+            order, separators = elimination(scopes, self.sizes, centre(order, separators, self.sizes))
+        self.buckets = build_buckets(scopes, order, separators, self.sizes)
 
     @property
     def entries(self) -> int:
@@ -90,14 +99,15 @@ class Network:
             whole[variable] = int(kept[place])
         return tuple(whole[variable] for variable in range(count))
 
-    def restrict(self, kept: Sequence[Options]) -> Network:
+    def restrict(self, kept: Sequence[Options], *, centred: bool = False) -> Network:
         """The network of the local options that are kept, at least one of each variable."""
         tables = []
         for table in self.tables:
             at: tuple[Any, ...] = np.ix_(*(kept[v] for v in table.scope))
             tables.append(Table(table.scope, table.value[at], table.cost[(slice(None), *at)]))
         options = [own[some] for own, some in zip(self.options, kept, strict=True)]
-        return Network(self.variables, options, tables, (self.value, self.cost), self.fixed)
+        constant = (self.value, self.cost)
+        return Network(self.variables, options, tables, constant, self.fixed, centred=centred)
 
     def theta(self, pool: Floats, weights: Floats) -> list[Floats]:
         """``weight · value − multipliers · cost`` of every table, float64[rows, options of each].

@@ -10,23 +10,24 @@ Several budgets are searched at once, each with its threshold and labels of its 
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from onnx_mdp.solvers.beliefs import Beliefs, Ints, Tuples
-from onnx_mdp.solvers.buckets import Bucket, Floats
+from onnx_mdp.solvers.beliefs import Beliefs, Ints
+from onnx_mdp.solvers.buckets import Floats
+from onnx_mdp.solvers.labels import Labels, Partial, Places, Rest, concatenated, first_below, undominated
 from onnx_mdp.solvers.network import Network, Point
 
 __all__ = ["Found", "Limits", "StoppedError", "best_above"]
 
 _JOINS = 1 << 18  # labels that are joined at once
 _JOINS_EACH = 50
-_ERROR = 1e-13  # of the terms of a sum
-_RIVALS = 48  # with several resources, a group of labels is compared with so many of its best
+_MANY = 100  # combinations in a state that are worth a join of their own
 
 
 class StoppedError(Exception):
@@ -64,64 +65,6 @@ class Found:
     labels: Ints
 
 
-@dataclass(slots=True, eq=False)
-class _Labels:
-    """Labels of one bucket, those of one separator state (``keys``, ascending) beside each other, the ones
-    with the largest ``reach`` (worth at the first multipliers of their budget) first.
-    """
-
-    keys: Ints
-    starts: Ints
-    value: Floats
-    cost: Floats
-    reach: Floats
-    option: Ints
-    sources: dict[int, Ints]
-
-
-@dataclass(slots=True, eq=False)
-class _Partial:
-    """Labels being joined: each belongs to a tuple; ``sources`` are labels of the children so far."""
-
-    owner: Ints
-    value: Floats
-    cost: Floats
-    sources: dict[int, Ints]
-
-    def take(self, kept: Ints) -> _Partial:
-        sources = {child: labels[kept] for child, labels in self.sources.items()}
-        return _Partial(self.owner[kept], self.value[kept], self.cost[:, kept], sources)
-
-
-@dataclass(slots=True, eq=False)
-class _Rest:
-    """Of the chosen tuples: whose they are, and what the part of the choice outside a label adds at most to
-    ``value − λ·cost``, float64[rows, tuples], and costs at least, float64[resources, tuples].
-
-    ``multipliers`` is float64[rows, resources, tuples], ``place_of`` finds a tuple among the chosen.
-    """
-
-    budget: Ints
-    place_of: Ints
-    worth: Floats
-    cost: Floats
-    multipliers: Floats
-
-    def reach(self, place: Ints, value: Floats, cost: Floats) -> Floats:
-        """What choices with these labels of these tuples are worth at most, float64[rows, labels]."""
-        paid = (self.multipliers[:, :, place] * cost).sum(axis=1)
-        reach: Floats = value - paid + self.worth[:, place]
-        return reach
-
-    def needed(self, place: Ints, partial: _Partial, thresholds: Floats) -> Floats:
-        """What another label must be worth at the first multipliers, less rounding, float64[labels]."""
-        paid = (self.multipliers[0][:, place] * partial.cost).sum(axis=0)
-        threshold, rest = thresholds[self.budget[place]], self.worth[0, place]
-        size = abs(threshold) + abs(rest) + abs(partial.value) + abs(paid)
-        needed: Floats = threshold - rest - partial.value + paid - _ERROR * size
-        return needed
-
-
 class _Growth:
     """One run of `best_above`: thresholds, which rise where a budget is given up, and what was dropped."""
 
@@ -129,45 +72,135 @@ class _Growth:
         self.beliefs, self.limits = beliefs, limits
         self.thresholds = thresholds.copy()
         self.dropped = np.full(len(thresholds), -np.inf)
-        self.joins = np.zeros(len(thresholds), np.intp)
-        self.made: list[_Labels] = []
+        self.joins, self.count = np.zeros((2, len(thresholds)), np.intp)
+        self.made: list[Labels] = []
 
-    def join(self, index: int) -> tuple[_Partial, _Rest]:
-        """One label a tuple, then the labels of one child after the other, smallest first."""
+    def grow(self, index: int) -> bool:
+        """Make the labels of a bucket; tells whether there are any."""
         network, tuples = self.beliefs.network, self.beliefs.tuples[index]
         bucket = network.buckets[index]
         chosen = np.flatnonzero(tuples.above(self.thresholds))
-        flat, budget = tuples.flat[chosen], tuples.budget[chosen]
-        at = dict(zip(bucket.scope, np.unravel_index(flat, bucket.shape), strict=True))
-        value, cost = np.zeros(len(flat)), np.zeros((network.resources, len(flat)))
-        for table, _ in bucket.tables:
-            place: tuple[Any, ...] = tuple(at[v] for v in network.tables[table].scope)
+        at = np.unravel_index(tuples.flat[chosen], bucket.shape)
+        bounds = tuples.upper[:, chosen], tuples.least[:, chosen]
+        places = Places(bucket.scope, at, tuples.budget[chosen], *bounds)
+        tables = [table for table, _ in bucket.tables]
+        children = [child for child, _ in bucket.children]
+        if index < len(network.buckets) - 1 or network.resources != 1:
+            joined = self._join(places, tables, children)
+        else:
+            one, other = self._halves(children)
+            joined = self._met(places, self._join(places, tables, one), self._join(places, [], other))
+        made = self._grouped(joined, places, self._keys(places, bucket.scope[1:]))
+        made.owner = places.at[0][made.owner]
+        self.made.append(made)
+        return len(joined.value) > 0
+
+    def _join(self, places: Places, tables: Sequence[int], children: Sequence[int]) -> Partial:
+        """One label a place, of the tables there, then labels of one child after another, fewest first."""
+        network, budget = self.beliefs.network, places.budget
+        value, cost = np.zeros(len(budget)), np.zeros((network.resources, len(budget)))
+        for table in tables:
+            place: tuple[Any, ...] = places.of(network.tables[table].scope)
             value += network.tables[table].value[place]
             cost += network.tables[table].cost[(slice(None), *place)]
-        place_of = np.zeros(len(tuples.flat), np.intp)
-        place_of[chosen] = np.arange(len(chosen))
         multipliers = self.beliefs.budgets.pool.transpose(1, 2, 0)[:, :, budget]
-        worth = tuples.upper[:, chosen] - (value - (multipliers * cost).sum(axis=1))
-        rest = _Rest(budget, place_of, worth, tuples.least[:, chosen] - cost, multipliers)
-        partial = _Partial(chosen, value, cost, {})
-        for child, _ in sorted(bucket.children, key=lambda pair: len(self.made[pair[0]].value)):
-            there: tuple[Any, ...] = tuple(at[v] for v in network.buckets[child].scope[1:])
-            rest.worth -= self.beliefs.upward[child][(budget, slice(None), *there)].T
-            rest.cost += self.beliefs.cheapest[child][(slice(None), *there)].reshape(network.resources, -1)
-            keys = _key(there, network.buckets[child], budget)
-            partial = self._joined(partial, rest, child, keys)
-        return partial, rest
+        worth = places.upper - (value - (multipliers * cost).sum(axis=1))
+        rest = Rest(budget, worth, places.least - cost, multipliers)
+        partial = Partial(np.arange(len(budget)), value, cost, {})
+        for group, labels, key in sorted(self._groups(places, children), key=lambda g: len(g[1].value)):
+            for child in group:
+                there: tuple[Any, ...] = places.of(network.buckets[child].scope[1:])
+                rest.worth -= self.beliefs.upward[child][(budget, slice(None), *there)].T
+                cheapest = self.beliefs.cheapest[child][(slice(None), *there)]
+                rest.cost += cheapest.reshape(network.resources, -1)
+            partial = self._joined(partial, rest, labels, key)
+        self.count += np.bincount(budget[partial.owner], minlength=len(self.count))
+        return self._thinned(partial, rest)
 
-    def _joined(self, partial: _Partial, rest: _Rest, child: int, keys: Ints) -> _Partial:
-        """Every partial label with every label of the child that agrees with its tuple, if bounds allow."""
-        labels = self.made[child]
+    def _groups(
+        self, places: Places, children: Sequence[int]
+    ) -> Iterator[tuple[Sequence[int], Labels, Ints]]:
+        """Children whose labels join the places, as a group where they see the same few variables of them:
+        then they are joined before. With the keys of the places.
+        """
+        alike: dict[frozenset[int], list[int]] = {}
+        for child in children:
+            alike.setdefault(frozenset(self.beliefs.network.buckets[child].scope[1:]), []).append(child)
+        for scope, group in alike.items():
+            if len(scope) < len(places.scope) and len(group) > 1 and self._combinations(group) > _MANY:
+                key = self._keys(places, tuple(scope))
+                inner = places.within(tuple(scope), key)
+                joined = self._join(inner, [], group)
+                yield group, self._grouped(joined, inner, self._keys(inner, inner.scope)), key
+                continue
+            for child in group:
+                made = self.made[child]
+                own = dataclasses.replace(made, sources={child: np.arange(len(made.value))})
+                yield [child], own, self._keys(places, self.beliefs.network.buckets[child].scope[1:])
+
+    def _keys(self, places: Places, scope: tuple[int, ...]) -> Ints:
+        """The state of some variables, and whose it is."""
+        sizes = [self.beliefs.network.sizes[v] for v in scope]
+        state = np.ravel_multi_index(places.of(scope), sizes) if scope else 0
+        key: Ints = places.budget * math.prod(sizes) + state
+        return key
+
+    def _grouped(self, partial: Partial, places: Places, key: Ints) -> Labels:
+        """Labels by the key of their place, without those that another one there beats."""
+        order = undominated(key[partial.owner], partial.value, partial.cost)
+        multipliers = self.beliefs.budgets.pool[places.budget[partial.owner[order]], 0]
+        reach = partial.value[order] - (multipliers.T * partial.cost[:, order]).sum(axis=0)
+        best_first = np.lexsort((-reach, key[partial.owner[order]]))
+        order, reach = order[best_first], reach[best_first]
+        partial = partial.take(order)
+        keys, starts = np.unique(key[partial.owner], return_index=True)
+        starts = np.append(starts, len(order))
+        return Labels(keys, starts, partial.value, partial.cost, reach, partial.owner, partial.sources)
+
+    def _halves(self, children: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Two parts of the children whose labels have about as many combinations."""
+        halves: tuple[list[int], list[int]] = ([], [])
+        for child in sorted(children, key=lambda c: -self.made[c].spread):
+            lighter = min(halves, key=self._combinations)
+            lighter.append(child)
+        return halves
+
+    def _combinations(self, children: Sequence[int]) -> float:
+        return math.prod((self.made[child].spread for child in children), start=1.0)
+
+    def _met(self, places: Places, one: Partial, other: Partial) -> Partial:
+        """The best pair of labels of the two halves for each budget, if it is above the threshold."""
+        network = self.beliefs.network
+        one, other = (half.take(undominated(half.owner, half.value, half.cost)) for half in (one, other))
+        allowances = self.beliefs.budgets.allowances[places.budget[other.owner], 0]
+        limit = allowances - network.cost[0] - other.cost[0]
+        starts = np.searchsorted(one.owner, other.owner)
+        ends = np.searchsorted(one.owner, other.owner, side="right")
+        found = first_below(-one.cost[0], starts, ends, np.nextafter(-limit, -np.inf)) - 1
+        mine = np.flatnonzero(found >= starts)
+        theirs = found[mine]
+        value = one.value[theirs] + other.value[mine]
+        budget = places.budget[other.owner[mine]]
+        order = np.lexsort((-value, budget))
+        best = order[np.unique(budget[order], return_index=True)[1]]
+        best = best[network.value + value[best] > self.thresholds[budget[best]]]
+        mine, theirs = mine[best], theirs[best]
+        cost = one.cost[:, theirs] + other.cost[:, mine]
+        sources = {c: labels[theirs] for c, labels in one.sources.items()}
+        sources |= {c: labels[mine] for c, labels in other.sources.items()}
+        return Partial(other.owner[mine], value[best], cost, sources)
+
+    def _joined(self, partial: Partial, rest: Rest, labels: Labels, keys: Ints) -> Partial:
+        """Every partial label with every other that has the key of its place, if bounds allow."""
+        if not len(labels.keys):
+            return concatenated([], partial, labels)
         found = np.minimum(np.searchsorted(labels.keys, keys), len(labels.keys) - 1)
         fits = labels.keys[found] == keys
         starts = labels.starts[found]
         ends = np.where(fits, labels.starts[found + 1], starts)
-        own = rest.place_of[partial.owner]
+        own = partial.owner
         enough = rest.needed(own, partial, self.thresholds)
-        counts = _first_below(labels.reach, starts[own], ends[own], enough) - starts[own]
+        counts = first_below(labels.reach, starts[own], ends[own], enough) - starts[own]
         if self.limits.strict:
             counts = self._without_crowded(counts, rest.budget[own])
         pieces = []
@@ -175,7 +208,7 @@ class _Growth:
             self.limits.check()
             count = counts[low:high]
             mine = np.repeat(np.arange(low, high), count)
-            place = rest.place_of[partial.owner[mine]]
+            place = partial.owner[mine]
             theirs = starts[place] + np.arange(len(mine)) - np.repeat(np.cumsum(count) - count, count)
             value = partial.value[mine] + labels.value[theirs]
             cost = partial.cost[:, mine] + labels.cost[:, theirs]
@@ -185,10 +218,11 @@ class _Growth:
             alive &= (cost + rest.cost[:, place] <= allowances).all(axis=0)
             kept = np.flatnonzero(alive)
             mine, theirs = mine[kept], theirs[kept]
-            sources = {before: own[mine] for before, own in partial.sources.items()} | {child: theirs}
-            piece = _Partial(partial.owner[mine], value[kept], cost[:, kept], sources)
-            pieces.append(piece.take(_undominated(piece.owner, piece.value, piece.cost)))
-        return _concatenated(pieces, partial, child)
+            sources = {before: own[mine] for before, own in partial.sources.items()}
+            sources |= {child: own[theirs] for child, own in labels.sources.items()}
+            piece = Partial(partial.owner[mine], value[kept], cost[:, kept], sources)
+            pieces.append(piece.take(undominated(piece.owner, piece.value, piece.cost)))
+        return concatenated(pieces, partial, labels)
 
     def _without_crowded(self, counts: Ints, budget: Ints) -> Ints:
         """No joins for budgets that would need more in all than their labels justify."""
@@ -201,10 +235,9 @@ class _Growth:
         self.thresholds[budgets] = np.inf
         self.dropped[budgets] = np.inf
 
-    def thinned(self, joined: _Partial, rest: _Rest) -> _Partial:
+    def _thinned(self, joined: Partial, rest: Rest) -> Partial:
         """The labels without those of crowded budgets, or without their least promising."""
-        place = rest.place_of[joined.owner]
-        budget = rest.budget[place]
+        budget = rest.budget[joined.owner]
         kept = np.ones(len(budget), bool)
         crowded = self.limits.crowded(np.bincount(budget, minlength=len(self.thresholds)))
         for one in crowded:
@@ -212,7 +245,7 @@ class _Growth:
             if self.limits.strict:
                 kept[own] = False
                 continue
-            reach = rest.reach(place[own], joined.value[own], joined.cost[:, own]).min(axis=0)
+            reach = rest.reach(joined.owner[own], joined.value[own], joined.cost[:, own]).min(axis=0)
             out = own[np.argpartition(-reach, self.limits.most)[self.limits.most :]]
             self.dropped[one] = max(self.dropped[one], float(reach[np.isin(own, out)].max()))
             kept[out] = False
@@ -239,39 +272,11 @@ def best_above(beliefs: Beliefs, thresholds: Floats, limits: Limits) -> Found:
     Labels that were cut are worth no more than ``dropped``. Raises StoppedError when the time is up.
     """
     growth = _Growth(beliefs, thresholds, limits)
-    count = np.zeros(len(thresholds), np.intp)
-    for index, bucket in enumerate(beliefs.network.buckets):
+    for index in range(len(beliefs.network.buckets)):
         limits.check()
-        joined, rest = growth.join(index)
-        joined = growth.thinned(joined, rest)
-        first = beliefs.budgets.pool[:, 0]
-        growth.made.append(_grouped(bucket, beliefs.tuples[index], joined, first))
-        count += np.bincount(rest.budget[rest.place_of[joined.owner]], minlength=len(count))
-        if not len(joined.value):
-            return Found((None,) * len(thresholds), growth.dropped, count)
-    return Found(tuple(growth.tops()), growth.dropped, count)
-
-
-def _first_below(reach: Floats, low: Ints, high: Ints, need: Floats) -> Ints:
-    """Where, in each descending range from ``low`` to ``high``, the values that exceed ``need`` end."""
-    low, high = low.copy(), high.copy()
-    for _ in range(int((high - low).max(initial=0)).bit_length()):
-        middle = (low + high) >> 1
-        enough = (low < high) & (reach[np.minimum(middle, len(reach) - 1)] > need)
-        low = np.where(enough, middle + 1, low)
-        high = np.where(enough, high, middle)
-    return low
-
-
-def _key(at: tuple[Ints, ...], bucket: Bucket, budget: Ints) -> Ints:
-    """The separator state of a bucket, and whose it is."""
-    state = np.ravel_multi_index(at, bucket.shape[1:]) if at else 0
-    key: Ints = budget * _states(bucket) + state
-    return key
-
-
-def _states(bucket: Bucket) -> int:
-    return max(1, bucket.entries // bucket.shape[0])
+        if not growth.grow(index):
+            return Found((None,) * len(thresholds), growth.dropped, growth.count)
+    return Found(tuple(growth.tops()), growth.dropped, growth.count)
 
 
 def _chunks(counts: Ints) -> Iterator[tuple[int, int]]:
@@ -285,79 +290,11 @@ def _chunks(counts: Ints) -> Iterator[tuple[int, int]]:
         low = high
 
 
-def _concatenated(pieces: Sequence[_Partial], empty: _Partial, child: int) -> _Partial:
-    if not pieces:
-        none = np.zeros(0, np.intp)
-        return _Partial(none, np.zeros(0), empty.cost[:, :0], dict.fromkeys([*empty.sources, child], none))
-    if len(pieces) == 1:
-        return pieces[0]
-    sources = {c: np.concatenate([p.sources[c] for p in pieces]) for c in pieces[0].sources}
-    return _Partial(
-        np.concatenate([p.owner for p in pieces]),
-        np.concatenate([p.value for p in pieces]),
-        np.concatenate([p.cost for p in pieces], axis=1),
-        sources,
-    )
-
-
-def _grouped(bucket: Bucket, tuples: Tuples, partial: _Partial, multipliers: Floats) -> _Labels:
-    """Labels by budget and the state of what is still open, without those that another one there beats;
-    ``multipliers`` are the first ones, float64[budgets, resources].
-    """
-    option, key = np.divmod(tuples.flat[partial.owner], _states(bucket))
-    key += tuples.budget[partial.owner] * _states(bucket)
-    order = _undominated(key, partial.value, partial.cost)
-    paid = (multipliers[tuples.budget[partial.owner[order]]].T * partial.cost[:, order]).sum(axis=0)
-    reach = partial.value[order] - paid
-    best_first = np.lexsort((-reach, key[order]))
-    order, reach = order[best_first], reach[best_first]
-    partial, key, option = partial.take(order), key[order], option[order]
-    keys, starts = np.unique(key, return_index=True)
-    starts = np.append(starts, len(key))
-    return _Labels(keys, starts, partial.value, partial.cost, reach, option, partial.sources)
-
-
-def _undominated(group: Ints, value: Floats, cost: Floats) -> Ints:
-    """Indices of labels that no other of their group beats in value and all costs, by group.
-
-    With several resources a label is compared with the best few of its group: some beaten ones stay.
-    """
-    if len(cost) == 1:
-        order = np.lexsort((-value, cost[0], group))
-        return order[_records(group[order], value[order])]
-    order = np.lexsort((-value, group))
-    if not len(cost):
-        return order[_records(group[order], value[order])]
-    group, cost = group[order], cost[:, order]
-    starts = np.flatnonzero(np.append(True, group[1:] != group[:-1])) if len(group) else group
-    rank = np.arange(len(group)) - np.repeat(starts, np.diff(np.append(starts, len(group))))
-    alive = np.ones(len(group), bool)
-    first = np.arange(len(group)) - rank
-    for rival in range(min(_RIVALS, int(rank.max(initial=0)))):
-        behind = np.flatnonzero(alive & (rank > rival))
-        against = first[behind] + rival
-        beaten = alive[against] & (cost[:, behind] >= cost[:, against]).all(axis=0)
-        alive[behind[beaten]] = False
-    return order[alive]
-
-
-def _records(group: Ints, value: Floats) -> NDArray[np.bool_]:
-    """Where a value exceeds all before it in its group; groups lie beside each other."""
-    changed = np.ones(len(value), bool)
-    np.not_equal(group[1:], group[:-1], out=changed[1:])
-    if changed.all():
-        return changed
-    rank = np.unique(value, return_inverse=True)[1]
-    height = rank + np.cumsum(changed) * (len(value) + 1)
-    highest = np.maximum.accumulate(height)
-    return np.append(True, height[1:] > highest[:-1])
-
-
-def _trace(network: Network, made: Sequence[_Labels], best: int) -> Ints:
+def _trace(network: Network, made: Sequence[Labels], best: int) -> Ints:
     places = np.zeros(len(network.sizes), np.intp)
     open_ = [(len(made) - 1, best)]
     while open_:
         index, label = open_.pop()
-        places[network.buckets[index].scope[0]] = made[index].option[label]
+        places[network.buckets[index].scope[0]] = made[index].owner[label]
         open_ += [(child, int(labels[label])) for child, labels in made[index].sources.items()]
     return places

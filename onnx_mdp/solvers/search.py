@@ -134,7 +134,7 @@ class Search:
                 hopeless = least < min(self.compiled.lowest, one.value)
                 one.least = floors[one] if hopeless else max(floors[one], least)
                 windows[one] *= _WIDER
-            fixed = self._union(network, left, bounds)
+            fixed = self._union(network, left, bounds, centred=True)
             if fixed is not None:
                 self._close(fixed, _unsearched(left))
             left = [one for one in _open(left) if one.least > floors[one] and not one.alone]
@@ -146,7 +146,7 @@ class Search:
         beliefs = find_beliefs(network, budgets, _thresholds(known))
         kept = beliefs.surviving(_thresholds(known))
         if not all(map(len, kept)) or sum(map(len, kept)) < 0.8 * sum(network.sizes):
-            smaller = self._restricted(network, kept, known)
+            smaller = self._restricted(network, kept, known, centred=True)
             if smaller is None:
                 return
             network, beliefs = smaller, find_beliefs(smaller, budgets, _thresholds(known))
@@ -234,18 +234,25 @@ class Search:
         return bounds
 
     def _union(
-        self, network: Network, known: _Known, bounds: dict[Incumbent, list[Floats]]
+        self,
+        network: Network,
+        known: _Known,
+        bounds: dict[Incumbent, list[Floats]],
+        *,
+        centred: bool = False,
     ) -> Network | None:
         kept = [np.zeros(size, bool) for size in network.sizes]
         for one in known:
             if not one.searched:
                 threshold = one.threshold()
                 kept = [k | (b > threshold) for k, b in zip(kept, bounds[one], strict=True)]
-        return self._restricted(network, [np.flatnonzero(k) for k in kept], known)
+        return self._restricted(network, [np.flatnonzero(k) for k in kept], known, centred=centred)
 
-    def _restricted(self, network: Network, kept: Sequence[Ints], known: _Known) -> Network | None:
+    def _restricted(
+        self, network: Network, kept: Sequence[Ints], known: _Known, *, centred: bool = False
+    ) -> Network | None:
         """The smaller network; None where no more than one choice is left, which is taken if it fits."""
-        smaller = network.restrict(kept) if all(map(len, kept)) else None
+        smaller = network.restrict(kept, centred=centred) if all(map(len, kept)) else None
         if smaller is not None and smaller.sizes:
             return smaller
         for one in known:
