@@ -231,9 +231,20 @@ class _Masks:
         elif run > 1:
             parts = np.asarray([*[0] * (mask.ndim - 1), mask.shape[-1] // run, -1])
             apart, mask = add("Reshape", value, self._constant(parts)), mask[..., ::run, None]
-        other = self._constant(np.asarray(neutral, np.float32))
-        chosen = add("Where", self._constant(mask), apart, other)
+        chosen = self._chosen(output, mask, apart, neutral)
         return chosen if apart == value else add("Reshape", chosen, add("Shape", value))
+
+    def _chosen(self, output: str, mask: npt.NDArray[np.bool_], value: str, neutral: float) -> str:
+        """``Where``, or before opset 9, which has none, a product of finite numbers."""
+        add = functools.partial(self._add, output)
+        if next(o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx")) >= 9:
+            other = self._constant(np.asarray(neutral, np.float32))
+            return add("Where", self._constant(mask), value, other)
+        bounds = np.finfo(np.float32)
+        finite = add("Clip", value, min=float(bounds.min), max=float(bounds.max))
+        kept = add("Mul", finite, self._constant(mask.astype(np.float32)))
+        filler = np.where(mask, 0, np.clip(neutral, bounds.min, bounds.max)).astype(np.float32)
+        return add("Add", kept, self._constant(filler))
 
     def _add(self, output: str, op_type: str, *inputs: str, **attributes: Any) -> str:
         """A node before the maker of ``output``; the name of what it makes."""

@@ -85,12 +85,28 @@ def _set_operand(edit: Edit, operation: Operation, slot: int, values: npt.NDArra
     if moving is None:
         node.replace_input_with(slot, fixed)
         return
-    mask = add_initializer(edit.model, f"{name}__fixed", ~moving | (values != old))
-    choice = ir.Node("", "Where", [mask, fixed, node.inputs[slot]])
-    choice.name = unique_name(edit.model, f"{operation.name}/pruned_{slot}")
-    choice.outputs[0].name = unique_name(edit.model, f"{name}__patched")
-    edit.model.graph.insert_before(node, choice)
-    node.replace_input_with(slot, choice.outputs[0])
+    chosen = _entries(edit, node, f"{name}__fixed", fixed, slot, ~moving | (values != old))
+    chosen.name = unique_name(edit.model, f"{name}__patched")
+    node.replace_input_with(slot, chosen)
+
+
+def _entries(edit: Edit, node: ir.Node, stem: str, fixed: ir.Value, slot: int, mask: Mask) -> ir.Value:
+    """``Where(mask, fixed, input of the node)``, or before opset 9, which has none, a sum of products."""
+
+    def add(op_type: str, *inputs: ir.Value | None) -> ir.Value:
+        made = ir.Node("", op_type, list(inputs))
+        made.name = unique_name(edit.model, f"{node.name}/pruned_{slot}")
+        made.outputs[0].name = unique_name(edit.model, f"{stem}_{op_type}")
+        edit.model.graph.insert_before(node, made)
+        return made.outputs[0]
+
+    if edit.model.opset_imports.get("", 9) >= 9:
+        return add("Where", add_initializer(edit.model, stem, mask), fixed, node.inputs[slot])
+    assert fixed.const_value is not None
+    values = fixed.const_value.numpy()
+    moving = add_initializer(edit.model, stem, (~mask).astype(values.dtype))
+    kept = add_initializer(edit.model, f"{stem}_values", np.where(mask, values, 0).astype(values.dtype))
+    return add("Add", add("Mul", node.inputs[slot], moving), kept)
 
 
 def _set_ints(edit: Edit, operation: Operation, name: str, value: int | tuple[int, ...]) -> None:

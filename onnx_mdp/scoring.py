@@ -207,6 +207,7 @@ def drift(structure: Structure, feeds: Feeds, progress: Progress = _silent) -> S
 
 
 CRITERIA: dict[str, Criterion] = {"activation": activation, "drift": drift, "magnitude": magnitude}
+_WEIGHTED = frozenset(("Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "LSTM", "MatMul", "RNN"))
 
 
 def _data_input(structure: Structure, site: Site) -> str:
@@ -218,11 +219,7 @@ def _energy(structure: Structure, site: Site) -> Vector | None:
     """Squared norm of a weight at each index of the site's axis; None for vectors such as a bias."""
     operation = structure.shadow.operations[site.operation]
     weight = structure.shadow.constants.get(operation.inputs[site.slot])
-    if (
-        weight is None
-        or weight.ndim < 2
-        or operation.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul")
-    ):
+    if weight is None or weight.ndim < 2 or operation.op_type not in _WEIGHTED:
         return None
     squares = weight.astype(np.float64) ** 2
     return np.asarray(squares.sum(axis=tuple(a for a in range(weight.ndim) if a != site.axis)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnx_mdp.rules.attention import multiply_activations
+from onnx_mdp.rules.attention import Side, multiply_activations, multiply_sides
+from onnx_mdp.rules.elementwise import meet
 from onnx_mdp.rules.labelling import Labelling, Labels, couple, rule, varying
 from onnx_mdp.shadow import Operation
 
@@ -80,26 +81,38 @@ def _couple_groups(state: Labelling, operation: Operation, channels: Labels, gro
 
 @rule("Gemm")
 def gemm(state: Labelling, operation: Operation) -> None:
-    """``y = alpha * A B + beta * C`` with a constant ``B``: columns of A end, those of B are new units.
+    """``y = alpha * A B + beta * C``: where one of A and B is constant its rows or columns are new units.
 
-    Frozen: with a ``B`` that is computed, or a transposed ``A``.
+    Either may be transposed, C is met as in Add. Frozen: units that meet fixed ones.
     """
-    weight = state.constant(operation, 1)
-    if weight is None or operation.attributes.get("transA", 0):
-        state.freeze_inputs(operation, f"{operation} has no constant weight, or transposes its input")
-        return
-    in_axis = 1 if operation.attributes.get("transB", 0) else 0
-    channels = state.vector(
-        state.labels(operation.inputs[0]), 1, weight.shape[in_axis], f"{operation} reads two prunable axes"
-    )
-    made = state.fresh(weight.shape[1 - in_axis])
-    state.site(operation, 1, in_axis, channels, "in")
-    state.site(operation, 1, 1 - in_axis, made, "out")
-    bias = state.shape(operation.inputs[2]) if len(operation.inputs) > 2 and operation.inputs[2] else ()
-    if bias and bias[-1] > 1:
-        state.site(operation, 2, len(bias) - 1, made)
-    state.reduces(operation, 0)
-    state.emit(operation, made.reshape(1, -1))
+    axes = [operation.attributes.get(key, 0) for key in ("transA", "transB")]
+    contracted = (0 if axes[0] else 1, 1 if axes[1] else 0)
+    if state.is_constant(operation.inputs[1]):
+        made = _made_by_matrix(state, operation, 0, 1, contracted).reshape(1, -1)
+    elif state.is_constant(operation.inputs[0]):
+        made = _made_by_matrix(state, operation, 1, 0, contracted).reshape(-1, 1)
+    else:
+        sides = [Side(state.labels(name), state.shape(name)) for name in operation.inputs[:2]]
+        left, right = (side.transposed if turned else side for side, turned in zip(sides, axes, strict=True))
+        made = multiply_sides(state, operation, left, right)
+    if len(operation.inputs) > 2 and operation.inputs[2]:
+        made = meet(state, operation, state.shape(operation.outputs[0]), {2: operation.inputs[2]}, made)
+    state.emit(operation, made)
+
+
+def _made_by_matrix(
+    state: Labelling, operation: Operation, data: int, weight: int, contracted: tuple[int, int]
+) -> Labels:
+    """New units of a product of two matrices, one constant; its own axis ends the units of the other."""
+    matrix, axis = state.shape(operation.inputs[weight]), contracted[weight]
+    labels = state.labels(operation.inputs[data])
+    why = f"{operation} reads two prunable axes"
+    channels = state.vector(labels, contracted[data], matrix[axis], why)
+    made = state.fresh(matrix[1 - axis])
+    state.site(operation, weight, axis, channels, "in")
+    state.site(operation, weight, 1 - axis, made, "out")
+    state.reduces(operation, data)
+    return made
 
 
 @rule("MatMul")
@@ -188,8 +201,8 @@ def pools(state: Labelling, operation: Operation) -> None:
     """
     labels = state.labels(operation.inputs[0])
     spatial = [axis for axis in varying(labels) if axis > 1]
-    if spatial or len(operation.outputs) > 1:
-        state.freeze(labels, f"{operation} pools over a prunable axis")
+    if spatial or any(map(state.is_read, operation.outputs[1:])):
+        state.freeze(labels, f"{operation} pools over a prunable axis, or gives places of all channels")
         labels = np.zeros((1,) * labels.ndim, np.int32)
     state.emit(operation, labels)
 

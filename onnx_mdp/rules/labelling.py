@@ -176,6 +176,11 @@ class Labelling:
         """Whether nodes compute a tensor from constants and sizes alone: it is cut where it is read."""
         return name in self.shadow.independent and not self.is_constant(name)
 
+    def is_read(self, name: str) -> bool:
+        """Whether an operation, or the body of one, reads a tensor, or it is an output."""
+        readers = (r for r in self.shadow.operations if name in r.inputs or name in r.captured)
+        return bool(name) and (name in self.shadow.outputs or any(True for _ in readers))
+
     def repeats(self, name: str) -> tuple[int, ...]:
         """Axes of a tensor that hold one index many times, for a single reader: they may be of any length."""
         return self.repeated.get(name, ())

@@ -197,35 +197,6 @@ def gather(state: Labelling, operation: Operation) -> None:
         state.emit(operation, chosen)
 
 
-@rule("GatherND")
-def gather_places(state: Labelling, operation: Operation) -> None:
-    """Indices select places by the leading axes; what lies at a place keeps its labels.
-
-    Frozen: the axes that the indices select along.
-    """
-    labels = state.labels(operation.inputs[0])
-    places = state.shape(operation.inputs[1])
-    selected = operation.attributes.get("batch_dims", 0) + places[-1]
-    if any(axis < selected for axis in varying(labels)):
-        state.freeze_inputs(operation, f"{operation} selects along a prunable axis")
-        return
-    rank = len(state.shape(operation.outputs[0]))
-    state.emit(operation, align(labels.reshape(labels.shape[selected:]), rank))
-
-
-@rule("GridSample")
-def grid_sample(state: Labelling, operation: Operation) -> None:
-    """Positions are interpolated channel by channel, at the same places in each.
-
-    Frozen: prunable positions, and a grid with units.
-    """
-    labels = state.labels(operation.inputs[0])
-    if set(varying(labels)) <= {1} and not varying(state.labels(operation.inputs[1])):
-        state.emit(operation, labels)
-    else:
-        state.freeze_inputs(operation, f"{operation} samples over a prunable axis")
-
-
 @rule("Concat")
 def concat(state: Labelling, operation: Operation) -> None:
     """Labels are laid end to end; where they vary along other axes alone, the operands meet.
@@ -382,11 +353,25 @@ def space_to_depth(state: Labelling, operation: Operation) -> None:
 def resize(state: Labelling, operation: Operation) -> None:
     """Positions are interpolated channel by channel.
 
-    Frozen: a prunable axis that is resized.
+    Frozen: a prunable axis that is resized or cropped.
     """
     labels = state.labels(operation.inputs[0])
     before, after = state.shape(operation.inputs[0]), state.shape(operation.outputs[0])
-    if any(before[axis] != after[axis] for axis in varying(labels)):
+    touched = _cropped_axes(state, operation, labels.ndim)
+    if any(before[axis] != after[axis] or axis in touched for axis in varying(labels)):
         state.freeze(labels, f"{operation} resizes a prunable axis")
         labels = np.zeros((1,) * labels.ndim, np.int32)
     state.emit(operation, labels)
+
+
+def _cropped_axes(state: Labelling, operation: Operation, rank: int) -> set[int]:
+    """The axes of which a Resize may read a part only."""
+    mode = operation.attributes.get("coordinate_transformation_mode", "")
+    if (mode.decode() if isinstance(mode, bytes) else mode) != "tf_crop_and_resize":
+        return set()
+    axes = [axis % rank for axis in operation.attributes.get("axes", range(rank))]
+    regions = state.constant(operation, 1)
+    if regions is None or regions.size != 2 * len(axes):
+        return set(axes)
+    starts, ends = regions.reshape(2, -1)
+    return {axis for axis, start, end in zip(axes, starts, ends, strict=True) if (start, end) != (0, 1)}

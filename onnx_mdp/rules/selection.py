@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from onnx_mdp.rules.elementwise import meet
-from onnx_mdp.rules.labelling import Labelling, Labels, couple, rule, squash, varying
+from onnx_mdp.rules.labelling import Labelling, Labels, align, couple, rule, squash, varying
 from onnx_mdp.shadow import Operation
 
 __all__: list[str] = []
@@ -124,6 +124,35 @@ def regions(state: Labelling, operation: Operation) -> None:
     """
     state.freeze(state.labels(operation.inputs[1]), f"{operation} reads prunable regions")
     state.emit(operation, _passing(state, operation, (0, 2, 3), "reads regions over"))
+
+
+@rule("GatherND")
+def gather_places(state: Labelling, operation: Operation) -> None:
+    """Indices select places by the leading axes; what lies at a place keeps its labels.
+
+    Frozen: the axes that the indices select along.
+    """
+    labels = state.labels(operation.inputs[0])
+    places = state.shape(operation.inputs[1])
+    selected = operation.attributes.get("batch_dims", 0) + places[-1]
+    if any(axis < selected for axis in varying(labels)):
+        state.freeze_inputs(operation, f"{operation} selects along a prunable axis")
+        return
+    rank = len(state.shape(operation.outputs[0]))
+    state.emit(operation, align(labels.reshape(labels.shape[selected:]), rank))
+
+
+@rule("GridSample")
+def grid_sample(state: Labelling, operation: Operation) -> None:
+    """Positions are interpolated channel by channel, at the same places in each.
+
+    Frozen: prunable positions, and a grid with units.
+    """
+    labels = state.labels(operation.inputs[0])
+    if set(varying(labels)) <= {1} and not varying(state.labels(operation.inputs[1])):
+        state.emit(operation, labels)
+    else:
+        state.freeze_inputs(operation, f"{operation} samples over a prunable axis")
 
 
 @rule("GatherElements")

@@ -32,7 +32,7 @@ def normalises_over_units(state: Labelling, operation: Operation) -> None:
                 state.site(operation, slot, place, state.vector(labels, axis, shape[axis], why))
     if len(inside) > 1:
         state.freeze(labels, f"{operation} normalises over two prunable axes")
-    if any(name in reader.inputs for name in operation.outputs[1:] for reader in state.shadow.operations):
+    if any(map(state.is_read, operation.outputs[1:])):
         state.freeze(labels, f"{operation} gives its statistics to another operator")
     state.reduces(operation, 0)
     state.emit(operation, labels)
