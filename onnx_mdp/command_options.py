@@ -166,7 +166,8 @@ def _parse_shapes(texts: Sequence[str], model: ir.Model) -> dict[str, tuple[int,
     for text in texts:
         name, colon, dims = text.rpartition(":")
         if not colon and len(names) != 1:
-            raise UsageError(f"--input-shape must name the input, such as {names[0]}:1,3,224,224")
+            example = names[0] if names else "NAME"
+            raise UsageError(f"--input-shape must name the input, such as {example}:1,3,224,224")
         try:
             shapes[name if colon else names[0]] = tuple(int(d) for d in dims.split(","))
         except ValueError:

@@ -224,10 +224,11 @@ def run_apply(path: Path, plan_path: Path, output: Path, options: Options, *, ov
 
 def _with_plan_inputs(options: Options, plan: PruningPlan) -> Options:
     """Bind the input shapes that the plan was made with, unless others were given."""
-    inputs = plan.provenance.get("inputs", {})
+    inputs = plan.provenance.get("inputs")
     if options.input_shapes or not isinstance(inputs, Mapping):
         return options
-    texts = tuple(f"{name}:{','.join(map(str, shape))}" for name, shape in inputs.items())
+    shapes = {str(name): shape for name, shape in inputs.items() if isinstance(shape, (list, tuple))}
+    texts = tuple(f"{name}:{','.join(map(str, shape))}" for name, shape in shapes.items())
     return Options(**{**{k: getattr(options, k) for k in Options.__slots__}, "input_shapes": texts})
 
 

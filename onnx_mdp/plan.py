@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from onnx_mdp.errors import UsageError
+from onnx_mdp.json_input import read_document
 from onnx_mdp.structure import Dimension, Structure
 
 __all__ = [
@@ -31,6 +33,8 @@ __all__ = [
 ]
 
 _SCHEMA_VERSION = 1
+_MOST_UNITS = 2**24  # of a plan
+_DIGITS = re.compile(r"[0-9]{1,18}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ class PruningPlan:
 class _Document(BaseModel):
     """The JSON form; an unknown key is an error, so that a misspelt plan is never half applied."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     schema_version: int
     keep: dict[str, str]
@@ -99,7 +103,7 @@ def to_ranges(indices: Iterable[int]) -> str:
     return ",".join(parts)
 
 
-def from_ranges(text: str, limit: int = 2**24) -> tuple[int, ...]:
+def from_ranges(text: str, limit: int = _MOST_UNITS) -> tuple[int, ...]:
     """Read what `to_ranges` wrote.
 
     >>> from_ranges("0-2,7")
@@ -111,8 +115,8 @@ def from_ranges(text: str, limit: int = 2**24) -> tuple[int, ...]:
     indices: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UsageError(f"the plan holds {part!r} where a range of units such as 0-31 is expected")
+        if not _DIGITS.fullmatch(first) or (dash and not _DIGITS.fullmatch(last)):
+            raise UsageError(f"the plan holds {part[:40]!r} where a range of units such as 0-31 is expected")
         start, stop = int(first), int(last or first)
         if stop >= limit or start > stop or (indices and start <= indices[-1]):
             raise UsageError(f"the plan's range {part!r} is out of order or too large")
@@ -150,22 +154,16 @@ def load_plan(path: Path) -> PruningPlan:
     Raises:
         UsageError: missing, not a plan, or of a newer schema.
     """
-    try:
-        raw = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the plan {path} cannot be read; give the JSON file that `prune` wrote") from error
-    try:
-        document = _Document.model_validate_json(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise UsageError(f"{path} is not a pruning plan: {place}: {first['msg']}") from error
+    document = read_document(path, _Document, "a pruning plan", "`prune` and `solve` write plans")
     if document.schema_version > _SCHEMA_VERSION:
         raise UsageError(
             f"{path} was written by a newer onnx-mdp (schema {document.schema_version}); upgrade"
         )
     values = document.model_dump(exclude={"schema_version", "keep", "removed_blocks"})
-    keep = {name: from_ranges(text) for name, text in document.keep.items()}
+    keep, left = {}, _MOST_UNITS
+    for name, text in document.keep.items():
+        keep[name] = from_ranges(text, left)
+        left -= len(keep[name])
     return PruningPlan(keep=keep, removed_blocks=tuple(document.removed_blocks), **values)
 
 

@@ -242,7 +242,7 @@ def _dynamic(
     except MeasurementError:
         # The file promises a symbolic size that it cannot run at: keep every run-time computation.
         return {name: np.ones(folded[name].shape, np.bool_) for name in computed}
-    changed = {name: _changed(folded[name], values[name]) for name in computed}
+    changed = {name: _changed(folded[name], values.get(name)) for name in computed}
     return {name: mask for name, mask in changed.items() if mask.any()}
 
 
@@ -255,8 +255,8 @@ def _shape_derived(model: ir.Model) -> set[str]:
     return derived
 
 
-def _changed(a: Array, b: Array) -> npt.NDArray[np.bool_]:
-    if a.shape != b.shape:
+def _changed(a: Array, b: Array | None) -> npt.NDArray[np.bool_]:
+    if b is None or a.shape != b.shape:
         return np.ones(a.shape, np.bool_)
     same = (a == b) | ((a != a) & (b != b))  # NaN equals NaN here
     return np.asarray(~same, np.bool_)

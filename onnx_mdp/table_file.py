@@ -5,25 +5,31 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from onnx_mdp.cost_terms import cost_terms
 from onnx_mdp.errors import UsageError
+from onnx_mdp.json_input import read_document
 from onnx_mdp.latency import Calibration, LatencyTable, table_key
 from onnx_mdp.structure import Structure
 
 __all__ = ["load_table", "table_json"]
 
 _SCHEMA_VERSION = 1
+_MOST_MS = 1e9
+
+Milliseconds = Annotated[float, Field(ge=0, le=_MOST_MS)]
+Share = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class _Calibration(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    scale: float
-    offset_ms: float
-    base_ms: float
+    scale: Share
+    offset_ms: Annotated[float, Field(ge=-_MOST_MS, le=_MOST_MS)]
+    base_ms: Milliseconds
     median_error: float
     worst_error: float
     noise: float
@@ -37,8 +43,8 @@ class _Document(BaseModel):
     schema_version: int
     context: dict[str, str | int]
     key: str
-    granularity: int
-    coefficients: dict[str, tuple[float, float, float, float]]
+    granularity: Annotated[int, Field(ge=1, le=2**16)]
+    coefficients: dict[str, tuple[Milliseconds, Milliseconds, Milliseconds, Milliseconds]]
     calibration: _Calibration
     choices: dict[str, list[int]]
 
@@ -64,23 +70,11 @@ def load_table(path: Path, structure: Structure) -> LatencyTable:
     Raises:
         UsageError: missing, not a table, of a newer schema, or of another model or other input shapes.
     """
-    try:
-        raw = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the table {path} cannot be read; `onnx-mdp profile -o` writes one") from error
-    try:
-        document = _Document.model_validate_json(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise UsageError(f"{path} is not a latency table: {place}: {first['msg']}") from error
+    document = read_document(path, _Document, "a latency table", "`onnx-mdp profile -o` writes one")
     if document.schema_version > _SCHEMA_VERSION:
         raise UsageError(f"{path} was written by a newer onnx-mdp; upgrade")
     if document.key != table_key(structure):
         raise UsageError(f"{path} was measured on another model or at other input shapes")
-    worst = min((min(c) for c in document.coefficients.values()), default=0.0)
-    if document.granularity < 1 or worst < 0 or document.calibration.scale < 0:
-        raise UsageError(f"{path} is not a latency table: granularity, scale or a coefficient is negative")
     return LatencyTable(
         context=document.context,
         key=document.key,

@@ -22,6 +22,7 @@ ORDER = (
     "_version",
     "files",
     "untrusted",
+    "json_input",
     "model_io",
     "independence",
     "precision",

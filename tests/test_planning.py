@@ -101,7 +101,7 @@ def test_a_table_file_is_the_table(structure: Structure, table: LatencyTable, tm
         ({"schema_version": 9}, "newer onnx-mdp"),
         ({"granularity": 0}, "not a latency table"),
         ({"coefficients": {"k": [0, 0, 0]}}, "not a latency table"),
-        ({"coefficients": {"k": [0, 0, 0, -1.0]}}, "negative"),
+        ({"coefficients": {"k": [0, 0, 0, -1.0]}}, "greater than or equal to 0"),
         ({"extra": 1}, "not a latency table"),
         ({"choices": {}}, "does not offer widths"),
     ],
