@@ -135,7 +135,7 @@ def build_table(
     # A calibration belongs to one fit: other seeds or counts of variants have other coefficients.
     fit = f"{key}.{seed}.{variants}"
     saved = store.get_calibration(where, fit)
-    if saved is None or missing:
+    if saved is None or missing or not saved.keys() >= set(Calibration.__slots__):
         draft = LatencyTable(where, key, step, terms, coefficients, _IDENTITY, choices, len(missing), 0.0)
         calibration = _calibrate(structure, draft, runtime, seed, progress)
         store.put_calibration(where, fit, _payload(calibration))

@@ -13,17 +13,29 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 
-from onnx_mdp.errors import OutputError, UsageError
+from onnx_mdp.errors import OutputError
 from onnx_mdp.files import write_files
+from onnx_mdp.lut_records import (
+    FORMAT,
+    RUN_FIELDS,
+    SAMPLE_FIELDS,
+    Run,
+    Sample,
+    canonical,
+    json_object,
+    parse_lines,
+    plain_values,
+    run_from,
+)
 
 __all__ = ["LutStore", "Run", "Sample", "StoreSummary", "open_store"]
 
@@ -32,11 +44,6 @@ Context = Mapping[str, str | int]
 _SCHEMA_VERSION = 1
 # "MDPL": tells our files from other programs' SQLite files.
 _APPLICATION_ID = 0x4D44504C
-_FORMAT = {"format": "onnx-mdp-lut", "schema_version": _SCHEMA_VERSION}
-_Fields = Mapping[str, Callable[[Any], Any]]
-_RUN_FIELDS: _Fields = dict(variant=int, seed=int, plain_ms=float, sum_ms=float, nodes=int, seconds=float)
-_SAMPLE_FIELDS: _Fields = {"key": str, "a": float, "b": float, "ms": float, "count": int}
-
 _SCHEMA = (
     """CREATE TABLE runs (
         id INTEGER PRIMARY KEY,
@@ -69,34 +76,6 @@ _SUMMARY = """
     ) ON run_id = id
     GROUP BY context_json, model_hash ORDER BY context_json, model_hash
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One layer's time within a run: shape key, staircase coordinates, milliseconds, runtime nodes."""
-
-    key: str
-    a: float
-    b: float
-    ms: float
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One profiled variant of a model: its plain time, the sum over its nodes, and its samples.
-
-    `seconds` is what the measurement cost; `payload` is any JSON object that describes the variant.
-    """
-
-    variant: int
-    seed: int
-    plain_ms: float
-    sum_ms: float
-    nodes: int
-    seconds: float
-    samples: tuple[Sample, ...] = ()
-    payload: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,26 +112,26 @@ class LutStore:
     def add_run(self, context: Context, model_hash: str, run: Run) -> bool:
         """Commit `run`; False if this variant is already there, which is then left as it is."""
         with _transaction(self._connection, self.path):
-            return self._insert_run(_text(context), model_hash, _now(), run)
+            return self._insert_run(canonical(context), model_hash, _now(), run)
 
     def runs(self, context: Context, model_hash: str) -> tuple[Run, ...]:
         """Return the runs of one model in the order of their variants, then of their seeds."""
         where = "WHERE context_json = ? AND model_hash = ? ORDER BY variant, seed"
-        return tuple(row["run"] for row in self._select_runs(where, (_text(context), model_hash)))
+        return tuple(row["run"] for row in self._select_runs(where, (canonical(context), model_hash)))
 
     def samples(self, context: Context) -> tuple[tuple[str, Sample], ...]:
         """Return (model hash, sample) of all models in a context, so that networks can share layers."""
         rows = self._select(
             "SELECT model_hash, key_json, a, b, ms, count FROM samples JOIN runs ON runs.id = run_id "
             "WHERE context_json = ? ORDER BY model_hash, variant, seed, samples.rowid",
-            (_text(context),),
+            (canonical(context),),
         )
         return tuple((model_hash, Sample(*sample)) for model_hash, *sample in rows)
 
     def put_calibration(self, context: Context, model_hash: str, payload: Mapping[str, Any]) -> None:
         """Commit the calibration of one model, in place of an earlier one."""
         with _transaction(self._connection, self.path):
-            about = (_text(context), model_hash)
+            about = (canonical(context), model_hash)
             # Replaced even if the clock stood still or went back since; a merge keeps the newer one.
             self._connection.execute(
                 "DELETE FROM calibrations WHERE (context_json, model_hash) = (?, ?)", about
@@ -163,20 +142,22 @@ class LutStore:
         """Return the calibration of one model, or None."""
         rows = self._select(
             "SELECT payload_json FROM calibrations WHERE context_json = ? AND model_hash = ?",
-            (_text(context), model_hash),
+            (canonical(context), model_hash),
         )
-        return json.loads(rows[0][0]) if rows else None
+        with _decoding(self.path):
+            return _object(rows[0][0]) if rows else None
 
     def summary(self) -> tuple[StoreSummary, ...]:
         """Return one row per context and model that has runs."""
-        return tuple(
-            StoreSummary(json.loads(context), *counts) for context, *counts in self._select(_SUMMARY, ())
-        )
+        with _decoding(self.path):
+            return tuple(
+                StoreSummary(_object(context), *counts) for context, *counts in self._select(_SUMMARY, ())
+            )
 
     def export_jsonl(self, path: Path) -> int:
         """Write all records as JSON lines and return their number; `path` is replaced in one step."""
         records = tuple(self._records())
-        write_files({path: "".join(_text(line) + "\n" for line in (_FORMAT, *records)).encode()})
+        write_files({path: "".join(canonical(line) + "\n" for line in (FORMAT, *records)).encode()})
         return len(records)
 
     def merge_jsonl(self, path: Path) -> tuple[int, int]:
@@ -184,7 +165,7 @@ class LutStore:
 
         Known runs and older calibrations are skipped. Raises ``UsageError`` if `path` is no export.
         """
-        records = [_parse(path, number, text) for number, text in _lines(path)]
+        records = parse_lines(path)
         with _transaction(self._connection, self.path):
             added = sum(self._insert(record) for record in records)
         return added, len(records) - added
@@ -203,9 +184,11 @@ class LutStore:
             samples = self._select(
                 "SELECT key_json, a, b, ms, count FROM samples WHERE run_id = ? ORDER BY rowid", (identity,)
             )
-            named = dict(zip(_RUN_FIELDS, fields, strict=True))
-            run = Run(**named, samples=tuple(Sample(*s) for s in samples), payload=json.loads(payload))
-            yield {"context": json.loads(context), "model_hash": model_hash, "created": created, "run": run}
+            rows_of_run = (dict(zip(SAMPLE_FIELDS, row, strict=True)) for row in samples)
+            with _decoding(self.path):
+                run = run_from(dict(zip(RUN_FIELDS, fields, strict=True)), rows_of_run, _object(payload))
+                about = {"context": _object(context), "model_hash": model_hash, "created": created}
+            yield {**about, "run": run}
 
     def _records(self) -> Iterator[dict[str, Any]]:
         for row in self._select_runs("ORDER BY context_json, model_hash, variant, seed", ()):
@@ -214,8 +197,9 @@ class LutStore:
             "SELECT context_json, model_hash, created, payload_json FROM calibrations ORDER BY 1, 2", ()
         )
         for context, model_hash, created, payload in calibrations:
-            record = {"context": json.loads(context), "model_hash": model_hash, "created": created}
-            yield {**record, "calibration": json.loads(payload)}
+            with _decoding(self.path):
+                record = {"context": _object(context), "calibration": _object(payload)}
+            yield {**record, "model_hash": model_hash, "created": created}
 
     def _insert(self, record: Mapping[str, Any]) -> bool:
         about = (record["context"], record["model_hash"], record["created"])
@@ -228,13 +212,13 @@ class LutStore:
             "INSERT INTO runs (context_json, model_hash, created, variant, seed, plain_ms, sum_ms, nodes, "
             "seconds, payload_json) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
             "ON CONFLICT (context_json, model_hash, seed, variant) DO NOTHING",
-            (context, model_hash, created, *_values(_RUN_FIELDS, run), _text(run.payload)),
+            (context, model_hash, created, *plain_values(RUN_FIELDS, run), canonical(run.payload)),
         )
         if cursor.rowcount != 1:
             return False
         self._connection.executemany(
             "INSERT INTO samples (run_id, key_json, a, b, ms, count) VALUES (?, ?, ?, ?, ?, ?)",
-            [(cursor.lastrowid, *_values(_SAMPLE_FIELDS, sample)) for sample in run.samples],
+            [(cursor.lastrowid, *plain_values(SAMPLE_FIELDS, sample)) for sample in run.samples],
         )
         return True
 
@@ -246,7 +230,7 @@ class LutStore:
             "ON CONFLICT (context_json, model_hash) DO UPDATE "
             "SET created = excluded.created, payload_json = excluded.payload_json "
             "WHERE excluded.created > calibrations.created",
-            (context, model_hash, created, _text(payload)),
+            (context, model_hash, created, canonical(payload)),
         )
         return cursor.rowcount == 1
 
@@ -305,11 +289,28 @@ def _refuse_foreign(connection: sqlite3.Connection, path: Path) -> None:
         raise OutputError(
             f"'{path}' is a database of another program: choose another file with ONNX_MDP_STORE."
         )
+    if version == _SCHEMA_VERSION and _statements(connection) != set(_SCHEMA):
+        raise OutputError(
+            f"'{path}' holds other tables than onnx-mdp makes: move it away, or choose another file with "
+            "ONNX_MDP_STORE."
+        )
     if version > _SCHEMA_VERSION:
         raise OutputError(
             f"'{path}' has schema {version}, but this version of onnx-mdp knows only {_SCHEMA_VERSION}: "
             "upgrade onnx-mdp or choose another file with ONNX_MDP_STORE."
         )
+
+
+def _statements(connection: sqlite3.Connection) -> set[str]:
+    """What made the tables; a view or a trigger in their place could run for ever."""
+    rows = connection.execute(
+        "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%'"
+    )
+    return {str(row[0]) for row in rows}
+
+
+def _object(text: Any) -> dict[str, Any]:
+    return json_object(json.loads(text))
 
 
 def _pragma(connection: sqlite3.Connection, name: str) -> int:
@@ -328,6 +329,18 @@ def _sentences(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    """SQLite stores any type in any column, so that rows are checked when they are read."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        raise OutputError(
+            f"'{path}' holds a row that is no measurement: move it away, or choose another file with "
+            "ONNX_MDP_STORE."
+        ) from error
+
+
+@contextmanager
 def _transaction(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
     with _sentences(path):
         # IMMEDIATE takes the write lock now: a file that cannot be written is refused when opened.
@@ -340,50 +353,6 @@ def _transaction(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
                 connection.execute("ROLLBACK")
             raise
         connection.execute("COMMIT")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        first, *rest = path.read_text(encoding="utf-8").splitlines() or [""]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"Cannot read '{path}' ({error}): name a file of latency records.") from error
-    if first != _text(_FORMAT):
-        raise UsageError(
-            f"'{path}' is not a latency export that this version reads: write it with `onnx-mdp lut export`."
-        )
-    yield from enumerate(rest, start=2)
-
-
-def _parse(path: Path, number: int, text: str) -> dict[str, Any]:
-    try:
-        line = json.loads(text)
-        record = {"context": _text(line["context"])} | {
-            key: str(line[key]) for key in ("model_hash", "created")
-        }
-        if "calibration" in line:
-            return record | {"calibration": dict(line["calibration"])}
-        run = line["run"]
-        samples = tuple(Sample(**_typed(_SAMPLE_FIELDS, sample)) for sample in run["samples"])
-        return record | {
-            "run": Run(**_typed(_RUN_FIELDS, run), samples=samples, payload=dict(run["payload"]))
-        }
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"Line {number} of '{path}' is not a latency record: write the file with `onnx-mdp lut export`."
-        ) from error
-
-
-def _typed(fields: _Fields, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: kind(values[name]) for name, kind in fields.items()}
-
-
-def _values(fields: _Fields, value: Run | Sample) -> tuple[Any, ...]:
-    # SQLite would store NumPy integers as binary objects.
-    return tuple(kind(getattr(value, name)) for name, kind in fields.items())
-
-
-def _text(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def _now() -> str:

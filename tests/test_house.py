@@ -57,6 +57,7 @@ ORDER = (
     "output_drift",
     "scoring",
     "calibration",
+    "lut_records",
     "lut_store",
     "cost_terms",
     "profiling",

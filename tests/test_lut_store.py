@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,7 @@ def test_rows_survive_a_killed_process(tmp_path: Path) -> None:
     path = tmp_path / "lut.sqlite"
     code = f"""
 import os, signal
+from contextlib import closing
 from pathlib import Path
 from onnx_mdp.lut_store import Run, Sample, open_store
 store = open_store(Path({str(path)!r}))
@@ -193,7 +195,7 @@ def test_other_files_cannot_be_merged(tmp_path: Path, text: str) -> None:
     with open_store(tmp_path / "lut.sqlite") as store:
         with pytest.raises(UsageError, match=r"other\.jsonl"):
             store.merge_jsonl(other)
-        with pytest.raises(UsageError, match="Cannot read"):
+        with pytest.raises(UsageError, match="cannot be read"):
             store.merge_jsonl(tmp_path / "absent.jsonl")
         with pytest.raises(OutputError, match="cannot write"):
             store.export_jsonl(tmp_path / "absent" / "lut.jsonl")
@@ -257,3 +259,69 @@ def test_the_default_place_is_the_environments(tmp_path: Path, monkeypatch: pyte
     with open_store() as store:
         assert store.path.name == "latency.sqlite"
         assert os.fspath(store.path).startswith(str(tmp_path))
+
+
+# -- stores and exports from elsewhere ----------------------------------------------------------------------
+
+
+def edited(path: Path, *statements: str) -> Path:
+    """A store that another program has changed."""
+    with open_store(path) as store:
+        store.add_run(CONTEXT, "model", make_run(0))
+        store.put_calibration(CONTEXT, "model", {"scale": 1.0})
+    with closing(sqlite3.connect(path)) as connection, connection:
+        for statement in statements:
+            connection.execute(statement)
+    return path
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE runs SET plain_ms = 'slow'",
+        "UPDATE runs SET seconds = 1e300",
+        "UPDATE runs SET context_json = '[1]'",
+        "UPDATE runs SET payload_json = '" + "[" * 100_000 + "'",
+        "UPDATE samples SET a = x'00ff'",
+        "UPDATE samples SET count = 9e99",
+        "UPDATE calibrations SET payload_json = '{\"scale\": NaN}'",
+        "UPDATE calibrations SET payload_json = 'no json'",
+    ],
+)
+def test_a_row_that_is_no_measurement_is_refused(statement: str, tmp_path: Path) -> None:
+    with open_store(edited(tmp_path / "lut.sqlite", statement)) as store:
+        with pytest.raises(OutputError, match="a row that is no measurement"):
+            store.export_jsonl(tmp_path / "export.jsonl")
+        assert not (tmp_path / "export.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ("DROP TABLE samples",),
+        ("ALTER TABLE runs ADD COLUMN more",),
+        ("CREATE TRIGGER t AFTER INSERT ON runs BEGIN DELETE FROM runs; END",),
+        (
+            "DROP TABLE calibrations",
+            "CREATE VIEW calibrations AS WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) "
+            "SELECT i AS context_json, i AS model_hash, i AS created, i AS payload_json FROM n",
+        ),
+    ],
+    ids=["a table less", "a column more", "a trigger", "a view without end"],
+)
+def test_a_store_with_other_tables_is_refused(statements: tuple[str, ...], tmp_path: Path) -> None:
+    path = edited(tmp_path / "lut.sqlite", *statements)
+    with pytest.raises(OutputError, match="other tables than onnx-mdp makes"):
+        open_store(path)
+
+
+@pytest.mark.parametrize(
+    "line", ['{"context":{"a":NaN}}', "[" * 100_000, "1" * 5000, "{}", "null", '{"context":[]}', "\x00"]
+)
+def test_a_line_that_is_no_record_is_refused(line: str, tmp_path: Path) -> None:
+    with open_store(edited(tmp_path / "lut.sqlite")) as store:
+        export = tmp_path / "export.jsonl"
+        store.export_jsonl(export)
+        export.write_text(export.read_text() + line + "\n")
+        with pytest.raises(UsageError, match=r"Line 4 of .* is not a latency record"):
+            store.merge_jsonl(export)

@@ -195,3 +195,36 @@ def test_an_empty_plan_says_so() -> None:
     assert PruningPlan(keep={}).empty
     assert not PruningPlan(keep={"conv_0": (0,)}).empty
     assert not PruningPlan(keep={}, removed_blocks=("add_2",)).empty
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"schema_version": 1, "keep": {"a": "' + "9" * 5000 + '"}}',
+        '{"schema_version": 1, "keep": {"a": "0-16777215", "b": "0-16777215"}}',
+        '{"schema_version": 1, "keep": {"a": "٣"}}',
+        '{"schema_version": 1, "keep": {}, "predicted_ms": NaN}',
+        '{"schema_version": 1, "keep": {}, "bound": 1e999}',
+        '{"schema_version": 1, "keep": {}, "provenance": ' + '{"a":' * 100_000 + "}",
+        '{"schema_version": 1e400, "keep": {}}',
+        "[" * 100_000,
+        "1" * 100_000,
+    ],
+    ids="digits units numerals nan infinity deep exponent brackets number".split(),
+)
+def test_hostile_json_is_refused_at_once(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        load_plan(path)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no /dev/zero")
+def test_an_endless_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no plain file"):
+        load_plan(Path("/dev/zero"))
+    with (tmp_path / "plan.json").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UsageError, match="larger than"):
+        load_plan(tmp_path / "plan.json")
