@@ -17,8 +17,8 @@ from onnx_mdp.latency import LatencyTable
 from onnx_mdp.model_io import parameter_count
 from onnx_mdp.pipeline import PruneResult
 from onnx_mdp.plan import PruningPlan, removed_classes
-from onnx_mdp.precision import is_float
-from onnx_mdp.rules import varying
+from onnx_mdp.precision import is_parameter
+from onnx_mdp.rules import Site, varying
 from onnx_mdp.shadow import Operation, Shadow
 from onnx_mdp.structure import Dimension, Structure, macs, operation_macs
 from onnx_mdp.verification import Evidence
@@ -66,7 +66,7 @@ class Totals:
 def shares(structure: Structure) -> Shares:
     """How much of the model each dimension, and all prunable ones together, can make smaller."""
     shadow = structure.shadow
-    sizes = _float_sizes(shadow)
+    sizes = _parameter_sizes(shadow)
     costs = [operation_macs(operation, shadow.shapes) for operation in shadow.operations]
     whole_params, whole_macs = parameter_count(shadow.model), sum(costs)
 
@@ -199,9 +199,10 @@ def plan_totals(structure: Structure, plan: PruningPlan) -> Totals:
         for index in (*block.operations, block.joint)
     }
     left = [operation for operation in shadow.operations if operation.index not in gone]
-    masks = _weight_masks(structure, removed)
+    masks = _weight_masks(structure.graph.sites, removed)
+    stored = _weight_masks(structure.graph.cuts, removed)
     return Totals(
-        params=(parameter_count(shadow.model), _kept_params(shadow, left, masks)),
+        params=(parameter_count(shadow.model), _kept_params(shadow, left, stored)),
         macs=(
             macs(shadow),
             sum(operation_macs(op, _kept_shapes(structure, op, masks, removed)) for op in left),
@@ -213,13 +214,13 @@ def _part(amount: int, whole: int) -> float:
     return amount / whole if whole else 0.0
 
 
-def _float_sizes(shadow: Shadow) -> dict[str, int]:
-    """Elements of each float initializer."""
+def _parameter_sizes(shadow: Shadow) -> dict[str, int]:
+    """Elements of each initializer of parameters."""
     initializers = shadow.model.graph.initializers
     return {
         name: array.size
         for name, array in shadow.constants.items()
-        if name in initializers and is_float(array.dtype)
+        if name in initializers and is_parameter(array.dtype)
     }
 
 
@@ -263,17 +264,17 @@ def _touched(structure: Structure, key: str) -> tuple[str, ...]:
 _WeightMasks = Mapping[tuple[int, int], Mapping[int, Mask]]
 
 
-def _weight_masks(structure: Structure, removed: Mask) -> _WeightMasks:
+def _weight_masks(sites: Sequence[Site], removed: Mask) -> _WeightMasks:
     """By operation and input slot: which indices of each cut axis of a weight stay."""
     masks: dict[tuple[int, int], dict[int, Mask]] = {}
-    for site in structure.graph.sites:
+    for site in sites:
         masks.setdefault((site.operation, site.slot), {})[site.axis] = keep_vector(site.labels, removed)
     return masks
 
 
 def _kept_params(shadow: Shadow, left: Iterable[Operation], masks: _WeightMasks) -> int:
     """Readers that keep other indices of a shared weight get a copy each, as the rewriter makes them."""
-    sizes = _float_sizes(shadow)
+    sizes = _parameter_sizes(shadow)
     versions = {(name, b""): sizes[name] for name in shadow.outputs if name in sizes}
     for operation in left:
         for name in operation.captured:

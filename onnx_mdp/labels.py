@@ -11,6 +11,7 @@ import numpy.typing as npt
 from onnx_mdp.coupling import Coupling, Grid, settle
 from onnx_mdp.rules import Labelling, Labels, Site, squash, varying
 from onnx_mdp.shadow import Shadow
+from onnx_mdp.stored_axes import blocked_sites, stored_sites
 
 __all__ = ["LabelledGraph", "keep_vector", "label_graph"]
 
@@ -20,7 +21,8 @@ class LabelledGraph:
     """A model whose indices carry class numbers; indices of one class are removed together or not at all.
 
     ``tensors`` maps activations to squashed ``int32`` class arrays (0: fixed); ``sites`` are the cut
-    initializer axes; ``reductions`` the (operation, slot) pairs that sum over a labelled axis;
+    initializer axes, ``cuts`` the same where the file stores the weights; ``reductions`` the
+    (operation, slot) pairs that sum over a labelled axis;
     ``reasons`` says for each frozen class why; ``unsupported`` names operators without a rule that
     touched something prunable. ``grids`` are the classes of heads and their widths, ``head`` the head that
     each class belongs to (``int32[classes]``, 0: none), ``kinds`` what the rules call a class.
@@ -30,6 +32,7 @@ class LabelledGraph:
     shadow: Shadow
     tensors: Mapping[str, Labels]
     sites: tuple[Site, ...]
+    cuts: tuple[Site, ...]
     reductions: tuple[tuple[int, int], ...]
     reasons: Mapping[int, str]
     unsupported: Mapping[str, str]
@@ -71,6 +74,8 @@ def label_graph(shadow: Shadow) -> LabelledGraph:
     """Label every tensor of a model and join what the operators couple."""
     state = Labelling(shadow)
     state.run()
+    for site, why in blocked_sites(shadow, state.sites):
+        state.freeze(site.labels, why)
     coupling = settle(state)
     classes = coupling.classes
     kinds: dict[int, str] = {}
@@ -78,10 +83,12 @@ def label_graph(shadow: Shadow) -> LabelledGraph:
     for atoms, kind in sorted(state.kinds, key=lambda pair: pair[1] == "groups"):
         for number in np.unique(classes[atoms]):
             kinds.setdefault(int(number), kind)
+    sites = tuple(replace(site, labels=classes[site.labels]) for site in state.sites)
     return LabelledGraph(
         shadow=shadow,
         tensors={name: squash(classes[labels]) for name, labels in state.tensors.items()},
-        sites=tuple(replace(site, labels=classes[site.labels]) for site in state.sites),
+        sites=sites,
+        cuts=stored_sites(shadow, sites),
         reductions=tuple(state.reductions),
         reasons=_reasons(state.frozen, coupling),
         unsupported=dict(state.unsupported),

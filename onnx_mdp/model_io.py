@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from onnx_graphsurgeon import Graph as SurgeonGraph
 
 __all__ = [
+    "PARAMETER_TYPES",
     "ModelLike",
     "clone",
     "content_hash",
@@ -34,6 +35,10 @@ __all__ = [
 
 ModelLike: TypeAlias = "str | Path | onnx.ModelProto | ir.Model | SurgeonGraph"
 
+# Floats, and integers that are too short for anything but quantized floats.
+PARAMETER_TYPES = frozenset(
+    ir.DataType[name] for name in "FLOAT FLOAT16 BFLOAT16 DOUBLE INT8 UINT8 INT4 UINT4".split()
+)
 _PROTOBUF_LIMIT = 2**31 - 1
 
 
@@ -153,15 +158,14 @@ def _weight_bytes(model: ir.Model) -> int:
 
 
 def parameter_count(model: ir.Model) -> int:
-    """Number of float elements in the initializers (and in Constant nodes) of the main graph."""
-    floats = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
+    """Number of parameters in the initializers (and in Constant nodes) of the main graph, by their types."""
     tensors = [v.const_value for v in model.graph.initializers.values()]
     tensors += [
         n.attributes["value"].as_tensor()
         for n in model.graph
         if n.op_type == "Constant" and "value" in n.attributes
     ]
-    return sum(t.size for t in tensors if t is not None and t.dtype in floats)
+    return sum(t.size for t in tensors if t is not None and t.dtype in PARAMETER_TYPES)
 
 
 def topology_hash(model: ir.Model) -> str:

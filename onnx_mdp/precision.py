@@ -17,9 +17,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from onnx_mdp.independence import independent_outputs
-from onnx_mdp.model_io import clone
+from onnx_mdp.model_io import PARAMETER_TYPES, clone
 
-__all__ = ["as_stored", "has_halves", "in_float32", "is_float", "tensor_types", "widened"]
+__all__ = ["as_stored", "has_halves", "in_float32", "is_float", "is_parameter", "tensor_types", "widened"]
 
 Array = npt.NDArray[Any]
 _Graph: TypeAlias = "ir.Graph | ir.Function"
@@ -34,6 +34,11 @@ _TYPE_ATTRIBUTES = frozenset(
 def is_float(dtype: np.dtype[Any]) -> bool:
     """Whether arrays of this type hold floats; numpy itself does not know bfloat16 as one."""
     return ir.DataType.from_numpy(dtype).is_floating_point()
+
+
+def is_parameter(dtype: np.dtype[Any]) -> bool:
+    """Whether an initializer of this type holds parameters: floats, or integers that stand for some."""
+    return ir.DataType.from_numpy(dtype) in PARAMETER_TYPES
 
 
 def has_halves(model: ir.Model) -> bool:

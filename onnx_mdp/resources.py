@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from onnx_mdp.precision import is_float
+from onnx_mdp.precision import is_parameter
 from onnx_mdp.shadow import Operation
 from onnx_mdp.structure import Extent, Structure, extent, input_extent, label_extent, operation_macs
 
@@ -25,17 +25,17 @@ class Product:
 
 
 def parameter_products(structure: Structure) -> tuple[Product, ...]:
-    """One product for each float initializer, and for each further cut that a reader needs of it."""
+    """One product for each initializer of parameters, and for each further cut that a reader needs of it."""
     shadow = structure.shadow
     initializers = shadow.model.graph.initializers
     cuts: dict[tuple[int, int], dict[int, Extent]] = {}
-    for site in structure.graph.sites:
+    for site in structure.graph.cuts:
         cuts.setdefault((site.operation, site.slot), {})[site.axis] = label_extent(structure, site.labels)
     versions: dict[tuple[str, tuple[Extent, ...]], Product] = {}
     for operation in shadow.operations:
         named = [*enumerate(operation.inputs), *((-1, name) for name in operation.captured)]
         for slot, name in named:
-            if name not in initializers or not is_float(shadow.constants[name].dtype):
+            if name not in initializers or not is_parameter(shadow.constants[name].dtype):
                 continue
             cut = cuts.get((operation.index, slot), {})
             shape = shadow.constants[name].shape

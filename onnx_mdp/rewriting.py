@@ -58,7 +58,7 @@ def rewrite(structure: Structure, plan: PruningPlan, *, split: bool = False) -> 
 def _slice_initializers(edit: Edit) -> None:
     """Cut each weight for each reader; readers that keep the same indices go on sharing it."""
     cuts: dict[tuple[int, int], list[Site]] = {}
-    for site in edit.structure.graph.sites:
+    for site in edit.structure.graph.cuts:
         cuts.setdefault((site.operation, site.slot), []).append(site)
     versions: dict[tuple[str, bytes], ir.Value] = {}
     for (index, slot), sites in cuts.items():

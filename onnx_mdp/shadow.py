@@ -20,25 +20,20 @@ import onnx_ir as ir
 
 from onnx_mdp.binding import doubled_shapes
 from onnx_mdp.computation import Computation
-from onnx_mdp.errors import MdpError, MeasurementError, UnsupportedModelError
+from onnx_mdp.errors import MdpError, MeasurementError
 from onnx_mdp.independence import independent_outputs, subgraphs
 from onnx_mdp.model_io import clone, content_hash, model_proto
 from onnx_mdp.precision import as_stored, has_halves, in_float32, tensor_types
 from onnx_mdp.projections import FusedProjection, Known, split_projections
 from onnx_mdp.runtime import has_onnxruntime, one_line
 from onnx_mdp.static_shapes import infer_statically
+from onnx_mdp.stored_weights import separate_readers, stored_outputs
 from onnx_mdp.timing import random_feeds
 
 __all__ = ["Operation", "Shadow", "add_initializer", "drop_unread", "prepare", "unique_name"]
 
 Array = npt.NDArray[Any]
 
-_QUANTIZED = frozenset(
-    (
-        "QuantizeLinear DequantizeLinear DynamicQuantizeLinear QLinearConv QLinearMatMul "
-        "ConvInteger MatMulInteger QLinearAdd QGemm"
-    ).split()
-)
 _FOLDED_BYTES = 2**20  # a folded value may be this large, or as large as what it was made from
 _OBSERVED_BYTES = 2**28  # activations held at once while shapes are read
 
@@ -72,7 +67,8 @@ class Shadow:
     from no input value, be it too large to hold in ``constants``; ``inputs`` maps each graph input to
     its bound shape; ``source`` is the content hash of the file that was prepared; ``split`` are the fused
     projections that became several, and ``unsplit`` the normalised model in which they are one; ``types`` are
-    the element types of the tensors of a model in half precision (of another model, nothing).
+    the element types of the tensors of a model in half precision (of another model, nothing); ``chains`` are
+    the tensors between a stored weight and its reader.
     """
 
     model: ir.Model
@@ -87,6 +83,7 @@ class Shadow:
     split: tuple[FusedProjection, ...] = ()
     independent: frozenset[str] = frozenset()
     types: Mapping[str, ir.DataType] = field(default_factory=dict)
+    chains: frozenset[str] = frozenset()
 
     def consumers(self) -> Mapping[str, tuple[tuple[int, int], ...]]:
         """For every tensor, the (operation, input slot) pairs that read it."""
@@ -101,21 +98,26 @@ def prepare(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> Shadow:
     """Normalise a copy of ``model`` for the input shapes ``shapes`` and describe it.
 
     Raises:
-        UnsupportedModelError: the model is quantized.
         MeasurementError: ONNX Runtime cannot run the model.
     """
-    _refuse_unsupported(model)
     source = content_hash(model)
     model = clone(model)
     _hide_weights_from_inputs(model)
     pure = independent_outputs(model)
     types = tensor_types(model) if has_halves(model) else {}
     observed, values = _observe(model, shapes, pure)
-    folded = _foldable(model, as_stored(values, types))
+    values = as_stored(values, types)
+    stored = stored_outputs(model, pure, types)
+    folded = _foldable(model, {name: value for name, value in values.items() if name not in stored})
     dynamic = _dynamic(model, shapes, folded, types)
     _fold(model, {name: value for name, value in folded.items() if name not in dynamic})
     initial = {name: _initial_value(v) for name, v in model.graph.initializers.items()}
     constants = {**folded, **{name: value for name, value in initial.items() if value is not None}}
+    constants |= {name: values[name] for name in stored if name in values}
+    chains = {name for name, follows in stored.items() if follows}
+    for name, source_name in separate_readers(model, chains).items():
+        constants[name] = constants[source_name]
+        chains.add(name)
     held = {**observed, **{name: value.shape for name, value in constants.items()}, **shapes}
     unsplit = clone(model)
     split = split_projections(model, Known(held, constants, dynamic))
@@ -133,16 +135,8 @@ def prepare(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> Shadow:
         split=split,
         independent=frozenset(pure),
         types=types,
+        chains=frozenset(chains),
     )
-
-
-def _refuse_unsupported(model: ir.Model) -> None:
-    quantized = sorted({n.op_type for n in model.graph} & _QUANTIZED)
-    if quantized:
-        raise UnsupportedModelError(
-            f"the model is quantized ({', '.join(quantized)}), which is not supported; "
-            "prune the float model first and quantize the result"
-        )
 
 
 def _weights(model: ir.Model) -> dict[str, ir.TensorProtocol]:

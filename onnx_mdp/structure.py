@@ -15,6 +15,7 @@ from onnx_mdp.coupling import Grid
 from onnx_mdp.labels import LabelledGraph, label_graph
 from onnx_mdp.rules import varying
 from onnx_mdp.shadow import Operation, Shadow
+from onnx_mdp.stored_axes import stored_sites
 
 __all__ = [
     "Dimension",
@@ -34,7 +35,10 @@ _NORMS = ("LayerNormalization", "RMSNormalization")
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One initializer axis that a dimension cuts, as operation ``operation`` reads it in ``slot``."""
+    """One initializer axis that a dimension cuts, and the operation that reads it in ``slot``.
+
+    Between them may stand a chain that turns the stored tensor into a weight.
+    """
 
     tensor: str
     axis: int
@@ -207,9 +211,10 @@ class _Builder:
                 units=units,
                 channels=channels,
                 members=tuple(
-                    Member(operations[s.operation].inputs[s.slot], s.axis, s.operation, s.slot, s.role)
+                    Member(operations[c.operation].inputs[c.slot], c.axis, s.operation, s.slot, s.role)
                     for s in sites
-                    if operations[s.operation].inputs[s.slot] in graph.shadow.model.graph.initializers
+                    for c in stored_sites(graph.shadow, [s])
+                    if operations[c.operation].inputs[c.slot] in graph.shadow.model.graph.initializers
                 ),
                 producer=producer,
                 frozen=frozen,

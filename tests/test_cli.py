@@ -213,26 +213,6 @@ def test_an_unknown_operator_is_named_and_the_rest_is_prunable(run: Run) -> None
     assert "SequenceConstruct" in run("analyze", "model.onnx").out
 
 
-def test_qdq_is_refused(run: Run) -> None:
-    save(
-        text_model(
-            """
-            (float[1,3,8,8] x) => (float[1,4,8,8] y)
-            <float s = {0.1}, int8 z = {0}, float[8,3,1,1] w, float[4,8,1,1] v>
-            {
-              q = QuantizeLinear (x, s, z)
-              d = DequantizeLinear (q, s, z)
-              h = Conv (d, w)
-              y = Conv (h, v)
-            }
-            """
-        )
-    )
-    outcome = run("prune", "model.onnx", "--target-ratio", 0.5)
-    is_refused(outcome, 2, "quantized", "not supported", "QuantizeLinear")
-    assert files() == {"model.onnx"}
-
-
 def test_control_characters_are_escaped(run: Run) -> None:
     is_refused(run("analyze", "evil\x1b[31m\x07.onnx"), 2, r"evil\x1b[31m\x07.onnx does not exist")
     model = text_model(

@@ -493,6 +493,17 @@ NEWEST = {
     "TensorScatter": two("u = TensorScatter<axis=2>(t, v)", opset=24),
 }
 
+ONE_SCALE = ", float s = {0.1}, uint8 z = {120}"
+SCALES = ", float[8] vars, int8[8] z = {1, 2, 3, 4, 5, 6, 7, 8}"
+QUANTIZED = {
+    "QuantizeLinear": between(
+        "q = QuantizeLinear(t, s, z)\nu = DequantizeLinear(q, s, z)", weights=ONE_SCALE
+    ),
+    "DequantizeLinear": between(
+        "q = QuantizeLinear(t, vars, z)\nu = DequantizeLinear<axis=1>(q, vars, z)", weights=SCALES
+    ),
+}
+
 RULES_TESTED: dict[str, Case] = {
     **UNARY,
     **BINARY,
@@ -506,6 +517,7 @@ RULES_TESTED: dict[str, Case] = {
     **OTHERS,
     **MICROSOFT,
     **NEWEST,
+    **QUANTIZED,
 }
 
 GROUPED = """(float[1,3,6,6] x) => (float[1,4,{size}] y) <

@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 from zoo import CNNS, run, text_model, zoo_path
 
 from onnx_mdp.binding import bind_shapes, doubled_shapes, graph_inputs
-from onnx_mdp.errors import MeasurementError, UnsupportedModelError, UsageError
+from onnx_mdp.errors import MeasurementError, UsageError
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.runtime import Runtime, open_session
 from onnx_mdp.shadow import Shadow, add_initializer, prepare
@@ -193,14 +193,6 @@ def test_only_symbolic_sizes_are_doubled() -> None:
 
 
 # -- refusals -----------------------------------------------------------------------------------------------
-
-
-def test_a_quantized_model_is_refused() -> None:
-    text = """(float[1,3] x) => (float[1,3] y) <float scale = {0.1}, uint8 zero = {0}> {
-        q = QuantizeLinear(x, scale, zero) y = DequantizeLinear(q, scale, zero)
-    }"""
-    with pytest.raises(UnsupportedModelError, match=r"quantized .*DequantizeLinear, QuantizeLinear"):
-        shadow_of(text_model(text))
 
 
 def test_a_shape_at_which_the_model_cannot_run_is_an_error_of_one_sentence() -> None:

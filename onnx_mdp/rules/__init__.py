@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from onnx_mdp.rules import attention, contraction, einsum, elementwise, movement, selection, statistics
+from onnx_mdp.rules import (
+    attention,
+    contraction,
+    einsum,
+    elementwise,
+    movement,
+    quantisation,
+    selection,
+    statistics,
+)
 from onnx_mdp.rules.labelling import (
     RULES,
     SINCE,
@@ -29,6 +38,7 @@ __all__ = [
     "einsum",
     "elementwise",
     "movement",
+    "quantisation",
     "rule",
     "selection",
     "squash",

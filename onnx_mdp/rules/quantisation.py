@@ -1,0 +1,29 @@
+"""Rules for quantized activations: a scale for the whole tensor passes labels, one for each index is cut."""
+
+from __future__ import annotations
+
+from onnx_mdp.rules.labelling import Labelling, rule
+from onnx_mdp.shadow import Operation
+
+__all__ = ["scales"]
+
+
+@rule("QuantizeLinear", "DequantizeLinear")
+def scales(state: Labelling, operation: Operation) -> None:
+    """``q = round(x / s) + z`` and back; ``s`` and ``z`` hold one number, or one for each index.
+
+    Frozen: scales for blocks of indices.
+    """
+    labels = state.labels(operation.inputs[0])
+    shape = state.shape(operation.inputs[1])
+    if len(shape) > 1:
+        state.freeze_inputs(operation, f"{operation} has a scale for each block of indices")
+        return
+    if shape and shape[0] > 1:
+        axis = operation.attributes.get("axis", 1)
+        vector = state.vector(
+            labels, axis, shape[0], f"{operation} has a scale along one of two prunable axes"
+        )
+        for slot in (1, 2):
+            state.site(operation, slot, 0, vector)
+    state.emit(operation, labels)

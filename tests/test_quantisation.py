@@ -1,0 +1,191 @@
+"""Laws of quantized models: stored integers, scales and zero points are cut together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from zoo import analyse, cut_wrongly, informative, prune_checked, random_plan, run, text_model
+
+from onnx_mdp.computation import Computation
+from onnx_mdp.integer_form import is_quantized, without_rounding
+from onnx_mdp.plan import PruningPlan
+from onnx_mdp.rewriting import rewrite
+from onnx_mdp.structure import Structure
+from onnx_mdp.timing import random_feeds
+from onnx_mdp.verification import verify
+
+# A layer whose weight and bias are stored as integers, each output with a scale of its own.
+STORED = """(float[1,3,6,6] x) => (float[1,4,6,6] y) <
+    int8[8,3,1,1] qa, float[8] vars, int8[8] za = {0, 1, 2, 3, 4, 5, 6, 7},
+    int32[8] qb = {9, 8, 7, 6, 5, 4, 3, 2}, float[8] varb,
+    float s = {0.05}, uint8 z = {128}, float[4,8,1,1] c> {
+    wa = DequantizeLinear<axis=0>(qa, vars, za)
+    ba = DequantizeLinear<axis=0>(qb, varb)
+    t = Conv(x, wa, ba)
+    q = QuantizeLinear(t, s, z)
+    u = DequantizeLinear(q, s, z)
+    y = Conv(u, c)
+}"""
+
+
+class Images(CalibrationDataReader):
+    """Random inputs, as ONNX Runtime's quantizer asks for them."""
+
+    def __init__(self, path: Path) -> None:
+        """Prepare four feeds."""
+        value = onnx.load_model(path).graph.input[0]
+        shape = [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim]
+        rng = np.random.default_rng(0)
+        self.feeds: Iterator[dict[str, Any]] = iter(
+            [{value.name: rng.standard_normal(shape).astype(np.float32)} for _ in range(4)]
+        )
+
+    def get_next(self) -> dict[str, Any] | None:
+        """The next one."""
+        return next(self.feeds, None)
+
+
+@pytest.fixture(scope="session")
+def quantized(
+    exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, bool], Path]:
+    """A model of the catalog with weights and activations in int8, as ONNX Runtime quantizes it."""
+    folder = tmp_path_factory.mktemp("quantized")
+
+    def make(name: str, per_channel: bool) -> Path:
+        path = folder / f"{name}_{per_channel}.onnx"
+        if not path.is_file():
+            source = exported(name)
+            kinds = {"weight_type": QuantType.QInt8, "activation_type": QuantType.QUInt8}
+            quantize_static(source, path, Images(source), QuantFormat.QDQ, per_channel=per_channel, **kinds)
+        return path
+
+    return make
+
+
+def stored_model() -> onnx.ModelProto:
+    return text_model(STORED.replace("int8[8,3,1,1] qa,", f"int8[8,3,1,1] qa = {{{drawn(24)}}},"))
+
+
+def drawn(count: int) -> str:
+    return ", ".join(map(str, np.random.default_rng(1).integers(-127, 127, count)))
+
+
+def weights(model: ir.Model) -> dict[str, np.ndarray]:
+    return {n: v.const_value.numpy() for n, v in model.graph.initializers.items() if v.const_value}
+
+
+def real(model: ir.Model, structure: Structure) -> ir.Model:
+    return without_rounding(model, {name: len(shape) for name, shape in structure.shadow.shapes.items()})
+
+
+def test_integers_scales_and_zero_points_are_cut_together() -> None:
+    model, structure = analyse(stored_model())
+    (dimension,) = (structure.dimensions[i] for i in structure.prunable)
+    assert {(m.tensor, m.axis) for m in dimension.members} == {
+        ("qa", 0), ("vars", 0), ("za", 0), ("qb", 0), ("varb", 0), ("c", 1),
+    }  # fmt: skip
+    pruned, evidence = prune_checked(model, structure, PruningPlan(keep={dimension.name: (1, 4, 6)}))
+    before, after, rows = weights(model), weights(pruned), [1, 4, 6]
+    assert evidence.worst == 0
+    for name in ("qa", "vars", "za", "qb", "varb"):
+        assert after[name].dtype == before[name].dtype
+        assert np.array_equal(after[name], before[name][rows])
+    assert np.array_equal(after["c"], before["c"][:, rows])
+    assert [n.op_type for n in pruned.graph] == [n.op_type for n in model.graph]
+
+
+@pytest.mark.parametrize("slot", [0, 1, 2])
+def test_a_wrong_cut_of_a_stored_tensor_is_noticed(slot: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, structure = analyse(stored_model())
+    plan = PruningPlan(keep={"conv_2": (1, 4, 6)})
+    wrong = cut_wrongly(monkeypatch, structure, plan, (0, slot, 0))
+    assert not verify(model, structure, wrong, plan).verified
+
+
+def test_layers_that_share_a_stored_weight_are_cut_apart() -> None:
+    text = """(float[1,8] x) => (float[1,4] y) <
+        int8[8,8] q = {""" + drawn(64) + """}, float s = {0.02}, float[8,4] c, float[8,4] d> {
+        w = DequantizeLinear(q, s)
+        a = MatMul(x, w)
+        b = MatMul(a, w)
+        e = MatMul(a, c)
+        f = MatMul(b, d)
+        y = Add(e, f)
+    }"""  # fmt: skip
+    model, structure = analyse(text_model(text))
+    pruned, _ = prune_checked(model, structure, PruningPlan(keep={"matmul_1": (0, 5), "matmul_2": (3,)}))
+    cut = sorted(a.shape for a in weights(pruned).values() if a.dtype == np.int8)
+    assert cut == [(2, 1), (8, 2)]
+
+
+@pytest.mark.parametrize(
+    ("axis", "prunable"), [(0, {"matmul_0": 8}), (1, {})], ids=["blocks of inputs", "blocks of outputs"]
+)
+def test_a_scale_for_a_block_of_indices_freezes_the_axis_of_the_blocks(
+    axis: int, prunable: dict[str, int]
+) -> None:
+    scales = "float[2,8] vars" if axis == 0 else "float[4,4] vars"
+    text = f"""(float[1,4] x) => (float[1,3] y) <int8[4,8] q = {{{drawn(32)}}}, {scales}, float[8,3] c> {{
+        w = DequantizeLinear<axis={axis}, block_size=2>(q, vars)
+        t = MatMul(x, w)
+        y = MatMul(t, c)
+    }}"""
+    model, structure = analyse(text_model(text, 21))
+    found = {structure.dimensions[i].name.replace("matmul_1", "matmul_0"): 8 for i in structure.prunable}
+    assert found == prunable
+    if not prunable:
+        assert any("scale for each block" in str(d.frozen) for d in structure.dimensions)
+    prune_checked(model, structure, random_plan(structure, np.random.default_rng(0)))
+
+
+LONG = ("mobilenet_v2_small", "deit_micro", "swin_micro", "detr_micro")
+NETS = ["cifar_resnet8_small", *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)]
+
+
+@pytest.mark.parametrize("per_channel", [False, True], ids=["one scale", "a scale for each channel"])
+@pytest.mark.parametrize("name", NETS)
+def test_pruned_equals_masked_on_quantized_exports(
+    name: str, per_channel: bool, exported: Callable[..., Path], quantized: Callable[[str, bool], Path]
+) -> None:
+    whole = analyse(exported(name))[1]
+    model, structure = analyse(quantized(name, per_channel))
+    assert structure.graph.unsupported == {}
+    assert len(structure.blocks) == len(whole.blocks)
+    if not whole.shadow.split:
+        assert len(structure.prunable) == len(whole.prunable)
+    for seed in (1, 2):
+        plan = random_plan(structure, np.random.default_rng(seed), least=0.3)
+        pruned, evidence = prune_checked(model, structure, plan)
+        assert evidence.worst <= 2e-6
+        assert informative(pruned, structure)
+        size, before = (sum(a.nbytes for a in weights(m).values()) for m in (pruned, model))
+        assert size < before
+
+
+def test_an_empty_plan_keeps_the_integers(quantized: Callable[[str, bool], Path]) -> None:
+    model, structure = analyse(quantized("cifar_resnet8_small", True))
+    same = weights(rewrite(structure, PruningPlan(keep={})))
+    for name, array in weights(model).items():
+        assert same[name].tobytes() == array.tobytes()
+
+
+def test_without_rounding_a_model_computes_nearly_the_same() -> None:
+    """Rounding moves at most half a step of the only activation, seen through the layer after it."""
+    model, structure = analyse(stored_model())
+    plain = real(model, structure)
+    assert is_quantized(model)
+    assert not is_quantized(plain)
+    assert real(plain, structure) is plain
+    feeds = random_feeds(Computation(model).inputs, structure.shadow.inputs, 0)
+    (rounded,), (unrounded,) = run(model, feeds), run(plain, feeds)
+    bound = 0.025 * np.abs(weights(model)["c"]).sum(1).max()
+    difference = np.abs(rounded - unrounded).max()
+    assert 0 < difference <= bound * 1.001
