@@ -25,7 +25,7 @@ from onnx_mdp.computation import weightless, with_weights
 from onnx_mdp.labels import keep_vector
 from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.precision import in_float32
-from onnx_mdp.rules import Labelling, Labels, squash, varying
+from onnx_mdp.rules import Labelling, Labels
 from onnx_mdp.rules.contraction import reduced_axes
 from onnx_mdp.shadow import Operation
 from onnx_mdp.structure import Structure
@@ -70,9 +70,10 @@ def _labels_read(structure: Structure, operation: Operation, slot: int) -> Label
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """Which entries of an input stay, broadcast, and how many of ``full`` stay in each row that does.
+    """Which entries of an input stay, broadcast, and how many of ``full`` stay in what one statistic is of.
 
-    ``shape`` is the shape of the input at the bound sizes.
+    That is the whole of the reduced axes, or one group: where anything of it stays, as much stays as of any
+    other. ``shape`` is the shape of the input at the bound sizes.
     """
 
     mask: npt.NDArray[np.bool_]
@@ -84,16 +85,25 @@ class _Kept:
     def of(
         structure: Structure, operation: Operation, slot: int, labels: Labels, removed: npt.NDArray[np.bool_]
     ) -> _Kept:
-        name = operation.inputs[slot]
+        shape = structure.shadow.shapes[operation.inputs[slot]]
         mask = keep_vector(labels, removed)
-        heads = structure.graph.head[labels]
-        if operation.op_type == "ReduceMean":
-            axes = reduced_axes(Labelling(structure.shadow), operation, labels.ndim) or ()
-            if set(varying(squash(heads))) <= set(axes):
-                heads = np.zeros_like(heads)  # the heads are averaged over as well
-        rows, kept = len(np.unique(heads)), len(np.unique(heads[mask]))
-        count = int(mask.sum()) // max(kept, 1)
-        return _Kept(mask, mask.size // rows, count, structure.shadow.shapes[name])
+        parts = _parts(structure, operation, mask)
+        return _Kept(mask, parts.shape[1], int(parts.sum(1).max()), shape)
+
+
+def _parts(structure: Structure, operation: Operation, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """``bool[statistics, entries]``: the part of a mask that each statistic of an operation is of."""
+    rank = mask.ndim
+    if operation.op_type in _GROUP_NORMS:
+        groups = operation.attributes.get("num_groups", mask.shape[1]) if mask.shape[1] > 1 else 1
+        return mask.reshape(mask.shape[0] * groups, -1)
+    axes: Sequence[int] = ()
+    if operation.op_type in _NORMS:
+        axes = range(operation.attributes.get("axis", -1) % rank, rank)
+    elif operation.op_type == "ReduceMean":
+        axes = reduced_axes(Labelling(structure.shadow), operation, rank) or ()
+    last = np.moveaxis(mask, axes, range(rank - len(axes), rank))
+    return last.reshape(-1, math.prod(mask.shape[axis] for axis in axes))
 
 
 class _Masks:

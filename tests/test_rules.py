@@ -567,6 +567,13 @@ TRAPS: dict[str, Case] = {
         weights=", int64[3] s = {0, 2, -1}, int64[4] back = {1, 8, 6, 6}, float[2] ones, float[2] zeros, "
         "float[8,1,1] g, float[8,1,1] h",
     ),
+    "layer norm over groups and their widths": between(
+        "m0 = Reshape(t, s)\nm1 = InstanceNormalization(m0, ones, zeros)\nm2 = Reshape(m1, back)\n"
+        + NHWC.replace("(t)", "(m2)").format(body="m = LayerNormalization(n, g, h)"),
+        (2, 8),
+        weights=", int64[3] s = {0, 2, -1}, int64[4] back = {1, 8, 6, 6}, float[2] ones, float[2] zeros, "
+        "float[8] g, float[8] h",
+    ),
     "group norm of one group without the operator": between(
         "m0 = Reshape(t, s)\nm1 = InstanceNormalization(m0, ones, zeros)\nm2 = Reshape(m1, back)\nm3 = Mul(m2, g)\n"
         "u = Add(m3, h)",
