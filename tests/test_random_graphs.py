@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from random_graphs import random_model
-from zoo import analyse, in_double, random_plan, run
+from zoo import analyse, random_plan, run
 
+from benchmarks.double import BatchNormalization, in_double
 from onnx_mdp.binding import doubled_shapes
 from onnx_mdp.computation import Computation
 from onnx_mdp.masking import masked_model
@@ -70,7 +71,10 @@ def error(expected: np.ndarray, actual: np.ndarray) -> float:
 
 def in_float64(model: ir.Model, feed: Feed) -> list[np.ndarray]:
     wide = {name: array.astype(np.float64) for name, array in feed.items()}
-    return [np.asarray(o) for o in ReferenceEvaluator(in_double(model), new_ops=[QuickGelu]).run(None, wide)]
+    return [
+        np.asarray(o)
+        for o in ReferenceEvaluator(in_double(model), new_ops=[BatchNormalization, QuickGelu]).run(None, wide)
+    ]
 
 
 def check_same(expected: ir.Model, actual: ir.Model, tried: list[Feed], what: str) -> None:
