@@ -271,6 +271,9 @@ def main() -> None:
             raise
         print(f"error: {_harmless(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except MemoryError:
+        print("error: the memory is exhausted; choose smaller inputs with --input-shape", file=sys.stderr)
+        sys.exit(MdpError.exit_code)
 
 
 def _interrupted() -> NoReturn:

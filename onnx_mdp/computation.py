@@ -21,6 +21,7 @@ from onnx_mdp.errors import MeasurementError, UnsupportedModelError
 from onnx_mdp.model_io import clone
 from onnx_mdp.precision import in_float32, widened
 from onnx_mdp.runtime import NodeArg, Runtime, import_onnxruntime, open_session
+from onnx_mdp.supervision import deadline
 from onnx_mdp.untrusted import MOST_TENSOR_BYTES
 
 __all__ = ["Computation", "weightless", "with_weights"]
@@ -28,6 +29,7 @@ __all__ = ["Computation", "weightless", "with_weights"]
 _LARGE_BYTES = 2**12
 _ITEM_BYTES = 4
 _MOST_SECONDS = 300.0  # of one run on one thread
+_GRACE_SECONDS = 30.0  # in which the node that is running may end
 
 Weights = Mapping[str, ir.TensorProtocol]
 
@@ -127,7 +129,8 @@ def _time_limit() -> Iterator[Any]:
     timer.daemon = True
     timer.start()
     try:
-        yield options
+        with deadline(_MOST_SECONDS + _GRACE_SECONDS):
+            yield options
     except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
         if not stopped.is_set():
             raise

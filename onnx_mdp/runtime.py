@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import onnx
 
 from onnx_mdp.errors import MeasurementError, MissingBackendError, UsageError
+from onnx_mdp.supervision import deadline
 
 __all__ = [
     "SHORT_NAMES",
@@ -58,6 +59,7 @@ _ERROR_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _SOURCE_LOCATION = re.compile(r"\S+\.(?:cc|cpp|cu|cuh|h):\d+\s*")
 _SIGNATURE = re.compile(r"^[^()]*\bonnxruntime::[^()]*\([^()]*\)(?: const)?\s*")
 _FATAL = 4
+_MOST_SECONDS = 3600.0  # compilers of engines may take minutes
 
 
 class NodeArg(Protocol):
@@ -176,13 +178,14 @@ def open_session(
 
 
 def _create(ort: Any, model: bytes | str | Path, runtime: Runtime, options: Any) -> InferenceSession:
-    session: InferenceSession = ort.InferenceSession(
-        model if isinstance(model, bytes) else str(model),
-        options,
-        providers=[(runtime.provider, dict(runtime.options))],
-        # On by default, it prints to stdout and retries on the CPU.
-        enable_fallback=0,
-    )
+    with deadline(_MOST_SECONDS):
+        session: InferenceSession = ort.InferenceSession(
+            model if isinstance(model, bytes) else str(model),
+            options,
+            providers=[(runtime.provider, dict(runtime.options))],
+            # On by default, it prints to stdout and retries on the CPU.
+            enable_fallback=0,
+        )
     return session
 
 

@@ -22,6 +22,7 @@ ORDER = (
     "_version",
     "files",
     "untrusted",
+    "supervision",
     "json_input",
     "model_io",
     "independence",
@@ -113,7 +114,7 @@ ORDER = (
 )
 MAX_LINES = 400
 REGISTRIES = {"app.callback", "app.command", "_lut.command", "rule"}
-MAY_PRINT = {"cli", "console"}
+MAY_PRINT = {"cli", "console", "supervision"}
 FORBIDDEN_IMPORTS = {"cPickle", "cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "torch"}
 
 
