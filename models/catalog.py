@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from models.convnext import convnext
+from models.convolutions import BareConv
 from models.detr import detr
 from models.efficientnet import efficientnet_b0
 from models.mobilenet import mobilenet_v1, mobilenet_v2
 from models.pvt import pvt
 from models.resnet import cifar_resnet, resnet18, resnet50, resnet101, shapes_resnet
+from models.ssd import ssd512
 from models.streampetr import streampetr
 from models.swin import swin
 from models.vit import deit, vit
@@ -31,6 +33,7 @@ _IMAGENET = (3, 224, 224)
 _NARROW = (8, 16, 16, 24)
 # As many noise images as make this many pixels: the smaller the maps, the more images a statistic needs.
 _CALIBRATION_PIXELS = 2**17
+_FEWEST_VALUES = 8  # of a channel, for its variance to mean anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ CATALOG: dict[str, Architecture] = {
     "streampetr": Architecture(
         streampetr, (6, 3, 256, 704), _STREAMPETR_OUTPUTS, _streampetr_inputs(6, 512, 256)
     ),
+    "ssd512": Architecture(ssd512, (3, 512, 512)),
     "resnet18_small": Architecture(partial(resnet18, _NARROW, 10), (3, 64, 64)),
     "resnet50_small": Architecture(partial(resnet50, _NARROW, 10), (3, 64, 64)),
     "resnet101_small": Architecture(partial(resnet101, (8, 8, 8, 16), 10), (3, 64, 64)),
@@ -124,6 +128,10 @@ CATALOG: dict[str, Architecture] = {
         _STREAMPETR_OUTPUTS,
         _streampetr_inputs(2, 12, 32),
     ),
+    "ssd512_small": Architecture(
+        partial(ssd512, (8, 8, 16, 16, 16), 32, ((8, 16), (8, 16), (8, 16)), 5, (4, 6, 6, 4, 4)),
+        (3, 128, 128),
+    ),
     "vit_micro": Architecture(partial(vit, 32, 4, layers=2, image=32, patch=8, classes=10), (3, 32, 32)),
 }
 
@@ -150,11 +158,11 @@ def build(name: str, seed: int = 0) -> nn.Module:
 
 def _randomise(layer: nn.Module) -> None:
     """Draw He-normal weights, small biases, and scales of normalisations in [0.5, 1.5]."""
-    if isinstance(layer, nn.Conv2d | nn.Linear):
+    if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         if layer.bias is not None:
             layer.bias.normal_(0, 0.2)
-    elif isinstance(layer, nn.BatchNorm2d | nn.LayerNorm) and layer.weight is not None:
+    elif isinstance(layer, nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm) and layer.weight is not None:
         layer.weight.uniform_(0.5, 1.5)
         layer.bias.normal_(0, 0.2)
 
@@ -168,17 +176,38 @@ def _shrink_branches(module: nn.Module) -> None:
 
 
 def _calibrate(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Set the statistics of every BatchNorm from what reaches it, the ones before it being set already."""
+    """Set the statistics of every BatchNorm from what reaches it, the ones before it being set already.
+
+    A bare convolution gets outputs of variance one and a small mean. One that is used several times keeps
+    what its first use made of it.
+    """
+    done: set[nn.Module] = set()
 
     def measure(layer: nn.Module, inputs: tuple[Tensor]) -> None:
         if isinstance(layer, nn.BatchNorm2d):
-            variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3))
-            # A channel that is nearly constant over noise images must not be blown up on real ones.
-            variance = variance.clamp(min=0.1 * float(variance.mean()))
+            variance, mean = _statistics(inputs[0])
             layer.running_mean = mean + 0.2 * variance.sqrt() * torch.randn_like(mean)
             layer.running_var = variance * torch.empty_like(variance).uniform_(0.7, 1.4)
 
+    def standardise(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+        if not isinstance(layer, BareConv) or layer in done or output[:, 0].numel() < _FEWEST_VALUES:
+            return None
+        done.add(layer)
+        variance, mean = _statistics(output)
+        scale, wanted = variance.rsqrt(), 0.2 * torch.randn_like(mean)
+        layer.weight.mul_(scale[:, None, None, None])
+        if layer.bias is not None:
+            layer.bias.sub_(mean).mul_(scale).add_(wanted)
+        return layer._conv_forward(inputs[0], layer.weight, layer.bias)
+
     hooks = [layer.register_forward_pre_hook(measure) for layer in module.modules()]
+    hooks += [layer.register_forward_hook(standardise) for layer in module.modules()]
     module(*inputs)
     for hook in hooks:
         hook.remove()
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance and mean of each channel; one that is nearly constant over noise must not be blown up."""
+    variance, mean = torch.var_mean(x, dim=(0, 2, 3))
+    return variance.clamp(min=0.1 * float(variance.mean())), mean

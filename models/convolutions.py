@@ -1,4 +1,4 @@
-"""The one layer that every network here is made of: convolution, BatchNorm, activation."""
+"""The layers of every network here: a convolution with BatchNorm and activation, or a bare one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections import OrderedDict
 
 from torch import nn
 
-__all__ = ["chain", "conv_bn", "divisible", "head"]
+__all__ = ["BareConv", "chain", "conv_bn", "divisible", "head"]
+
+
+class BareConv(nn.Conv2d):
+    """A convolution that no normalisation follows: `models.catalog.build` brings its outputs to order one."""
 
 
 def chain(**layers: nn.Module) -> nn.Sequential:

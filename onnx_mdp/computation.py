@@ -42,9 +42,11 @@ class Computation:
         model: ir.Model,
         outputs: Sequence[str] = (),
         shapes: Mapping[str, tuple[int, ...]] | None = None,
+        measured: Sequence[str] = (),
     ) -> None:
         """Open a model; ``outputs`` names inner tensors that shall be outputs as well.
 
+        Those of ``measured`` may be asked for their shapes.
         With ``shapes``, those of the inputs, it is known before the first run how large most tensors are.
 
         Raises:
@@ -54,6 +56,10 @@ class Computation:
         proto, weights = weightless(in_float32(model))
         known = {output.name for output in proto.graph.output}
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in known)
+        self._extents = {name: f"mdp_shape_{index}" for index, name in enumerate(measured)}
+        for name, made in self._extents.items():
+            proto.graph.node.append(onnx.helper.make_node("Shape", [name], [made]))
+            proto.graph.output.append(onnx.ValueInfoProto(name=made))
         bound = _bind(proto, shapes or {})
         try:
             self._session: Any = open_session(proto.SerializeToString(), Runtime(), optimize=False)
@@ -76,22 +82,25 @@ class Computation:
         """The names of the outputs."""
         return tuple(arg.name for arg in self._session.get_outputs())
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of the outputs that are tensors: no sequences, maps or optional values."""
+        return tuple(arg.name for arg in self._session.get_outputs() if arg.type.startswith("tensor("))
+
     def run(self, names: Sequence[str], feeds: Mapping[str, npt.NDArray[Any]]) -> list[Any]:
-        """Compute the outputs ``names`` as arrays."""
+        """Compute the outputs ``names`` as arrays, and nothing that they do not need."""
         with _time_limit() as limit:
             found: list[Any] = self._session.run(list(names), {**self._weights, **widened(feeds)}, limit)
         return found
 
-    def run_values(self, names: Sequence[str], feeds: Mapping[str, npt.NDArray[Any]]) -> Sequence[Any]:
-        """Compute the outputs ``names`` as ``OrtValue``: who needs the shape alone pays for no copy."""
-        make = import_onnxruntime().OrtValue.ortvalue_from_numpy
-        fed = {
-            name: make(np.ascontiguousarray(array))
-            for name, array in (self._weights | widened(feeds)).items()
-        }
-        with _time_limit() as limit:
-            found: Sequence[Any] = self._session.run_with_ort_values(list(names), fed, limit)
-        return found
+    def shapes(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors ``measured``, in one run.
+
+        ONNX Runtime takes the shape of a tensor as soon as there is one and then forgets the tensor, so that
+        activations are never held together.
+        """
+        found = self.run(tuple(self._extents.values()), feeds)
+        return {name: tuple(map(int, shape)) for name, shape in zip(self._extents, found, strict=True)}
 
 
 def _bind(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -119,6 +128,7 @@ def _refuse_absurd(arg: NodeArg) -> None:
 def _time_limit() -> Iterator[Any]:
     """Options of a run that ends, between two nodes, when it has taken too long."""
     options = import_onnxruntime().RunOptions()
+    options.only_execute_path_to_fetches = True
     stopped = threading.Event()
 
     def stop() -> None:

@@ -212,6 +212,8 @@ def _session_options(
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     # Sessions that look at values are not timed; an arena would double the memory of a large model.
     options.enable_cpu_mem_arena = options.enable_mem_pattern = optimize
+    if not optimize:  # what takes the shape of a tensor then runs at once, before the tensor is forgotten
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     if profile_prefix is not None:
         options.enable_profiling = True
         options.profile_file_prefix = profile_prefix

@@ -10,6 +10,7 @@ split into one for each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,7 @@ __all__ = ["Operation", "Shadow", "add_initializer", "drop_unread", "prepare", "
 Array = npt.NDArray[Any]
 
 _FOLDED_BYTES = 2**20  # a folded value may be this large, or as large as what it was made from
-_OBSERVED_BYTES = 2**28  # activations held at once while shapes are read
+_OBSERVED_BYTES = 2**28  # values of constants held, beside four times the weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,35 +172,29 @@ def _observe(
         return infer_statically(model_proto(in_float32(model)), shapes, wanted, pure)
     computation = Computation(model, wanted, shapes)
     feeds = random_feeds(computation.inputs, shapes, seed=0)
-    seen: dict[str, tuple[int, ...]] = {}
-    values: dict[str, Array] = {}
-    wished, keep = 16, frozenset(pure)
-    # Copies of constants could be many times as large as the file.
-    held, most = 0, _OBSERVED_BYTES + 4 * sum(w.nbytes for w in _weights(model).values())
-    while wanted:
-        chunk, wanted = wanted[:wished], wanted[wished:]
-        size = 0
-        for name, result in zip(chunk, _run(computation, chunk, feeds), strict=True):
-            if result is None or not result.is_tensor():
-                continue
-            seen[name] = tuple(result.shape())
-            size += int(np.prod(seen[name])) * 4
-            if name in keep and held < most:
-                values[name] = np.asarray(result.numpy())
-                held += values[name].nbytes
-        wished = max(4, min(256, int(_OBSERVED_BYTES / max(size / len(chunk), 1))))
-    return seen, values
-
-
-def _run(computation: Computation, names: Sequence[str], feeds: Mapping[str, Array]) -> Sequence[Any]:
+    tensors = set(computation.tensors)
+    measured = [name for name in wanted if name in tensors]
     try:
-        return computation.run_values(names, feeds)
+        seen = Computation(model, shapes=shapes, measured=measured).shapes(feeds)
+        kept = list(_fitting(model, seen, pure))
+        values = computation.run(kept, feeds) if kept else []
     except MdpError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
         raise MeasurementError(
             f"ONNX Runtime cannot run the model at these input shapes: {one_line(error)[:200]}"
         ) from error
+    return seen, {name: np.asarray(value) for name, value in zip(kept, values, strict=True)}
+
+
+def _fitting(model: ir.Model, seen: Mapping[str, tuple[int, ...]], pure: Sequence[str]) -> Iterator[str]:
+    """Copies of constants could be many times as large as the file: the first that may be held."""
+    room = _OBSERVED_BYTES + 4 * sum(w.nbytes for w in _weights(model).values())
+    for name in pure:
+        size = math.prod(seen.get(name, ())) * 4
+        if name in seen and size <= room:
+            room -= size
+            yield name
 
 
 def _foldable(model: ir.Model, values: Mapping[str, Array]) -> dict[str, Array]:

@@ -83,7 +83,36 @@ def test_inner_tensors_can_be_outputs() -> None:
     assert weight is not None
     (inner,) = computation.run(["t"], fed)
     assert np.abs(inner - fed["x"] @ weight.numpy()).max() <= 1e-5 * np.abs(inner).max()
-    assert [tuple(v.shape()) for v in computation.run_values(["t", "y"], fed)] == [(3, 64), (3, 2)]
+
+
+def test_shapes_are_measured_without_the_values() -> None:
+    model = load_model(small_and_large())
+    computation = Computation(model, measured=["t", "u", "y"])
+    assert computation.shapes(feeds(computation)) == {"t": (3, 64), "u": (3, 64), "y": (3, 2)}
+
+
+def test_nothing_is_computed_that_no_output_needs() -> None:
+    model = text_model(
+        """(float[N,64] x) => (float[N,64] y, float[1,2] z) <int64[2] shape = {1, 2}> {
+            y = Relu(x)
+            z = Reshape(x, shape)
+        }"""
+    )
+    computation = Computation(load_model(model))
+    (found,) = computation.run(["y"], {"x": np.ones((3, 64), np.float32)})
+    assert found.shape == (3, 64)
+    with pytest.raises(Exception, match="Reshape"):
+        computation.run(["z"], {"x": np.ones((3, 64), np.float32)})
+
+
+def test_a_sequence_is_no_tensor() -> None:
+    model = text_model(
+        """(float[N,64] x) => (float[N,64] y) {
+            s = SequenceConstruct(x, x)
+            y = ConcatFromSequence <axis = 0> (s)
+        }"""
+    )
+    assert Computation(load_model(model), ["s"]).tensors == ("y",)
 
 
 PEAK = """
@@ -106,9 +135,28 @@ print(more / (1e6 if sys.platform == "darwin" else 1e3))
 """
 
 
-def test_a_run_needs_no_memory_for_the_weights() -> None:
-    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 100
+LONG = """
+import resource, sys
+import numpy as np, onnx.parser, onnx_ir as ir
+from onnx_mdp.computation import Computation
+
+names = [f"t{i}" for i in range(1, 31)]
+text = "agraph (float[N] t0) => (float[N] t30) { " + " ".join(
+    f"{name} = Relu(t{i})" for i, name in enumerate(names)) + " }"
+model = ir.from_proto(onnx.parser.parse_model('<ir_version: 8, opset_import: ["" : 17]>' + text))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+computation = Computation(model, measured=names)
+shapes = computation.shapes({"t0": np.ones(5_000_000, np.float32)})  # 20 MB each
+assert shapes == dict.fromkeys(names, (5_000_000,))
+more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(more / (1e6 if sys.platform == "darwin" else 1e3))
+"""
+
+
+@pytest.mark.parametrize("script", [PEAK, LONG])
+def test_a_run_holds_no_copy_of_weights_and_no_activation_for_long(script: str) -> None:
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 150
 
 
 def test_the_weights_are_not_copied() -> None:

@@ -35,6 +35,7 @@ SMALL = (
     "pvt_micro",
     "detr_micro",
     "streampetr_micro",
+    "ssd512_small",
     "vit_micro",
 )
 # The exporter on torch.export takes seconds a model, and so does the deepest model.

