@@ -22,10 +22,13 @@ from models.efficientnet import efficientnet_b0
 from models.mobilenet import mobilenet_v1, mobilenet_v2
 from models.pvt import pvt
 from models.resnet import cifar_resnet, resnet18, resnet50, resnet101, shapes_resnet
+from models.retinanet import retinanet
 from models.ssd import ssd512
 from models.streampetr import streampetr
 from models.swin import swin
+from models.unet import unet
 from models.vit import deit, vit
+from models.yolo import yolo
 
 __all__ = ["CATALOG", "Architecture", "build"]
 
@@ -88,6 +91,9 @@ CATALOG: dict[str, Architecture] = {
         streampetr, (6, 3, 256, 704), _STREAMPETR_OUTPUTS, _streampetr_inputs(6, 512, 256)
     ),
     "ssd512": Architecture(ssd512, (3, 512, 512)),
+    "yolov8n": Architecture(yolo, (3, 640, 640)),
+    "retinanet": Architecture(retinanet, (3, 512, 512)),
+    "unet": Architecture(unet, (3, 256, 256)),
     "resnet18_small": Architecture(partial(resnet18, _NARROW, 10), (3, 64, 64)),
     "resnet50_small": Architecture(partial(resnet50, _NARROW, 10), (3, 64, 64)),
     "resnet101_small": Architecture(partial(resnet101, (8, 8, 8, 16), 10), (3, 64, 64)),
@@ -132,6 +138,13 @@ CATALOG: dict[str, Architecture] = {
         partial(ssd512, (8, 8, 16, 16, 16), 32, ((8, 16), (8, 16), (8, 16)), 5, (4, 6, 6, 4, 4)),
         (3, 128, 128),
     ),
+    "yolov8n_small": Architecture(
+        partial(yolo, (8, 8, 16, 16, 32), classes=5, bins=4, image=64), (3, 64, 64)
+    ),
+    "retinanet_small": Architecture(
+        partial(retinanet, (4, 4, 8, 8), 16, depth=2, classes=5, anchors=3), (3, 64, 64)
+    ),
+    "unet_small": Architecture(partial(unet, (8, 16, 32), 4, 5), (3, 32, 32)),
     "vit_micro": Architecture(partial(vit, 32, 4, layers=2, image=32, patch=8, classes=10), (3, 32, 32)),
 }
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from models.boxes import box_rows
 from models.convolutions import BareConv, chain
 
 __all__ = ["L2Norm", "Ssd", "ssd512"]
@@ -84,8 +85,8 @@ class Ssd(nn.Module):
         for extra in self.extras:
             x = extra(x)
             maps.append(x)
-        scores = [_rows(layer(x), self.classes) for layer, x in zip(self.scores, maps, strict=True)]
-        boxes = [_rows(layer(x), 4) for layer, x in zip(self.boxes, maps, strict=True)]
+        scores = [box_rows(layer(x), self.classes) for layer, x in zip(self.scores, maps, strict=True)]
+        boxes = [box_rows(layer(x), 4) for layer, x in zip(self.boxes, maps, strict=True)]
         return torch.cat([torch.cat(scores, 1), torch.cat(boxes, 1)], 2)
 
 
@@ -102,11 +103,6 @@ def _extra(cin: int, inner: int, cout: int, last: tuple[int, int]) -> nn.Sequent
     kernel, stride = last
     narrow, wide = BareConv(cin, inner, 1), BareConv(inner, cout, kernel, stride, padding=1)
     return chain(conv1=narrow, act1=nn.ReLU(), conv2=wide, act2=nn.ReLU())
-
-
-def _rows(x: Tensor, columns: int) -> Tensor:
-    """One row for each default box: ``float[N, A·columns, H, W]`` to ``float[N, H·W·A, columns]``."""
-    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, columns)
 
 
 def ssd512(

@@ -36,8 +36,13 @@ SMALL = (
     "detr_micro",
     "streampetr_micro",
     "ssd512_small",
+    "yolov8n_small",
+    "retinanet_small",
+    "unet_small",
     "vit_micro",
 )
+# Of thousands of outputs, some lie at the edge of a map, or are a fine box beside coarse ones.
+DENSE = {"yolov8n_small", "retinanet_small", "unet_small"}
 # The exporter on torch.export takes seconds a model, and so does the deepest model.
 FAST = {("torchscript", name) for name in SMALL if "101" not in name} | {
     ("dynamo", "cifar_resnet8_pad_small"),
@@ -168,7 +173,8 @@ def test_random_networks_stay_of_order_one_and_depend_on_their_input(name: str) 
     inputs = CATALOG[name].inputs(8, torch.Generator().manual_seed(9))
     for output in outputs_of(build(name), inputs):
         assert 0.1 < output.abs().max() < 100
-        assert (output.std(dim=0) > 0.01 * output.abs().max()).all()
+        least = 0.001 if name in DENSE else 0.01
+        assert (output.std(dim=0) > least * output.abs().max()).all()
 
 
 def test_build_follows_the_seed_and_leaves_the_global_generator_alone() -> None:
