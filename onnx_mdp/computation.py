@@ -43,8 +43,10 @@ class Computation:
         outputs: Sequence[str] = (),
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         measured: Sequence[str] = (),
+        *,
+        alone: bool = False,
     ) -> None:
-        """Open a model; ``outputs`` names inner tensors that shall be outputs as well.
+        """Open a model; ``outputs`` names inner tensors that shall be outputs as well, or ``alone``.
 
         Those of ``measured`` may be asked for their shapes.
         With ``shapes``, those of the inputs, it is known before the first run how large most tensors are.
@@ -54,6 +56,8 @@ class Computation:
             UnsupportedModelError: a tensor would be larger than 4 GB.
         """
         proto, weights = weightless(in_float32(model))
+        if alone:
+            _keep_only(proto, outputs)
         known = {output.name for output in proto.graph.output}
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in known)
         self._extents = {name: f"mdp_shape_{index}" for index, name in enumerate(measured)}
@@ -88,7 +92,7 @@ class Computation:
         return tuple(arg.name for arg in self._session.get_outputs() if arg.type.startswith("tensor("))
 
     def run(self, names: Sequence[str], feeds: Mapping[str, npt.NDArray[Any]]) -> list[Any]:
-        """Compute the outputs ``names`` as arrays, and nothing that they do not need."""
+        """Compute the outputs ``names`` as arrays."""
         with _time_limit() as limit:
             found: list[Any] = self._session.run(list(names), {**self._weights, **widened(feeds)}, limit)
         return found
@@ -101,6 +105,28 @@ class Computation:
         """
         found = self.run(tuple(self._extents.values()), feeds)
         return {name: tuple(map(int, shape)) for name, shape in zip(self._extents, found, strict=True)}
+
+
+def _keep_only(proto: onnx.ModelProto, outputs: Sequence[str]) -> None:
+    """Drop the outputs of a model, and the nodes that the tensors ``outputs`` do not need."""
+    needed, kept = set(outputs), []
+    for node in reversed(proto.graph.node):
+        if needed & set(node.output):
+            kept.append(node)
+            needed |= set(_read(node))
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in reversed(kept)]
+    del proto.graph.output[:], proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+
+
+def _read(node: onnx.NodeProto) -> Iterator[str]:
+    """What a node reads, its subgraphs included."""
+    yield from node.input
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for inner in graph.node:
+                yield from _read(inner)
+            yield from (output.name for output in graph.output)
 
 
 def _bind(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -128,7 +154,6 @@ def _refuse_absurd(arg: NodeArg) -> None:
 def _time_limit() -> Iterator[Any]:
     """Options of a run that ends, between two nodes, when it has taken too long."""
     options = import_onnxruntime().RunOptions()
-    options.only_execute_path_to_fetches = True
     stopped = threading.Event()
 
     def stop() -> None:

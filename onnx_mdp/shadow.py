@@ -177,7 +177,7 @@ def _observe(
     try:
         seen = Computation(model, shapes=shapes, measured=measured).shapes(feeds)
         kept = list(_fitting(model, seen, pure))
-        values = computation.run(kept, feeds) if kept else []
+        values = Computation(model, kept, shapes, alone=True).run(kept, feeds) if kept else []
     except MdpError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions share no base but Exception

@@ -98,11 +98,27 @@ def test_nothing_is_computed_that_no_output_needs() -> None:
             z = Reshape(x, shape)
         }"""
     )
-    computation = Computation(load_model(model))
+    computation = Computation(load_model(model), ["y"], alone=True)
+    assert computation.outputs == ("y",)
     (found,) = computation.run(["y"], {"x": np.ones((3, 64), np.float32)})
     assert found.shape == (3, 64)
-    with pytest.raises(Exception, match="Reshape"):
-        computation.run(["z"], {"x": np.ones((3, 64), np.float32)})
+
+
+def test_what_a_branch_reads_is_computed() -> None:
+    model = text_model(
+        """(float[N,64] x, bool c) => (float[N,64] z) {
+            y = Relu(x)
+            s = Neg(x)
+            t = If(c) <
+                then_branch = a () => (float[N,64] p) { p = Add(y, y) },
+                else_branch = b () => (float[N,64] q) { q = Identity(y) }
+            >
+            z = Exp(t)
+        }"""
+    )
+    given = {"x": np.ones((3, 64), np.float32), "c": np.asarray(True)}
+    (found,) = Computation(load_model(model), ["t"], alone=True).run(["t"], given)
+    assert (found == 2).all()
 
 
 def test_a_sequence_is_no_tensor() -> None:
