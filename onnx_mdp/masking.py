@@ -179,17 +179,22 @@ class _Masks:
         add = functools.partial(self._add, output)
         channels = kept.shape[1]
         groups = operation.attributes.get("num_groups", channels)
-        ratio = self._constant(np.asarray(kept.full / kept.count, np.float32))
+        ratio = self._constant(np.asarray(kept.full / kept.count))
         lines = self._constant(np.asarray([0, groups, -1], np.int64))
         along = self._constant(np.asarray([0, channels, *[1] * (len(kept.shape) - 2)], np.int64))
         group = self._constant(np.arange(channels) * groups // channels)
         epsilon = self._constant(np.asarray(operation.attributes.get("epsilon", 1e-5), np.float32))
 
         def mean(value: str) -> str:
-            """Of each group, laid along its channels; the pool takes any number of positions."""
-            masked = self._where(output, kept.mask, value, 0.0)
-            pooled = add("GlobalAveragePool", add("Reshape", masked, lines))
-            return add("Reshape", add("Gather", add("Mul", pooled, ratio), group, axis=1), along)
+            """Of each group, laid along its channels; in float64, for a group may have a million values."""
+            masked = add("Reshape", self._where(output, kept.mask, value, 0.0), lines)
+            wide = add("Cast", masked, to=onnx.TensorProto.DOUBLE)
+            if operation.version < 18:
+                pooled = add("ReduceMean", wide, axes=[2])
+            else:
+                pooled = add("ReduceMean", wide, self._constant(np.asarray([2])))
+            narrow = add("Cast", add("Mul", pooled, ratio), to=onnx.TensorProto.FLOAT)
+            return add("Reshape", add("Gather", narrow, group, axis=1), along)
 
         value = add("Sub", node.input[0], mean(node.input[0]))
         deviation = add("Sqrt", add("Add", mean(add("Mul", value, value)), epsilon))
