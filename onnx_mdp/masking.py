@@ -25,6 +25,7 @@ from onnx_mdp.computation import weightless, with_weights
 from onnx_mdp.labels import keep_vector
 from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.precision import in_float32
+from onnx_mdp.qdq_form import in_qdq_form
 from onnx_mdp.rules import Labelling, Labels
 from onnx_mdp.rules.contraction import reduced_axes
 from onnx_mdp.shadow import Operation
@@ -39,7 +40,8 @@ _NEUTRAL = {"ReduceMax": -math.inf, "ReduceMin": math.inf, "ReduceLogSumExp": -m
 
 def masked_model(original: ir.Model, structure: Structure, plan: PruningPlan) -> ir.Model:
     """The original graph (projections split, in float32) with masks, nothing sliced; it shares weights."""
-    proto, weights = weightless(in_float32(structure.shadow.model if structure.shadow.split else original))
+    whole = structure.shadow.model if structure.shadow.split else in_qdq_form(original)
+    proto, weights = weightless(in_float32(whole))
     removed = removed_classes(plan, structure)
     masks = _Masks(proto, {n.output[0]: n for n in proto.graph.node if n.output})
     for index, slot in structure.graph.reductions:

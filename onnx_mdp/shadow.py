@@ -26,6 +26,7 @@ from onnx_mdp.independence import independent_outputs, subgraphs
 from onnx_mdp.model_io import clone, content_hash, model_proto
 from onnx_mdp.precision import as_stored, has_halves, in_float32, tensor_types
 from onnx_mdp.projections import FusedProjection, Known, split_projections
+from onnx_mdp.qdq_form import in_qdq_form
 from onnx_mdp.runtime import has_onnxruntime, one_line
 from onnx_mdp.static_shapes import infer_statically
 from onnx_mdp.stored_weights import separate_readers, stored_outputs
@@ -102,7 +103,7 @@ def prepare(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> Shadow:
         MeasurementError: ONNX Runtime cannot run the model.
     """
     source = content_hash(model)
-    model = clone(model)
+    model = in_qdq_form(clone(model))
     _hide_weights_from_inputs(model)
     pure = independent_outputs(model)
     types = tensor_types(model) if has_halves(model) else {}

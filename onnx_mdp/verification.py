@@ -111,7 +111,7 @@ def verify(
     expected = _outputs(masked_model(original, structure, plan), names, tried)
     errors, worst = _worst(expected, after)
     judged = _judged_in_float32(original, pruned, tried[0]) if has_halves(original) else None
-    if worst > TOLERANCE and is_quantized(original):
+    if worst > TOLERANCE and is_quantized(structure.shadow.model):
         ranks = {name: len(shape) for name, shape in structure.shadow.shapes.items()}
         real = [without_rounding(m, ranks) for m in (masked_model(original, structure, plan), pruned)]
         judged = f"compared without rounding to integers, with which they differ by {worst:.0e} of the scale"

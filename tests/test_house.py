@@ -27,6 +27,7 @@ ORDER = (
     "model_io",
     "independence",
     "integer_form",
+    "qdq_form",
     "precision",
     "runtime",
     "computation",

@@ -10,12 +10,20 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
 from zoo import analyse, cut_wrongly, informative, prune_checked, random_plan, run, text_model
 
 from onnx_mdp.computation import Computation
 from onnx_mdp.integer_form import is_quantized, without_rounding
+from onnx_mdp.model_io import load_model
 from onnx_mdp.plan import PruningPlan
+from onnx_mdp.qdq_form import in_qdq_form
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.structure import Structure
 from onnx_mdp.timing import random_feeds
@@ -53,18 +61,16 @@ class Images(CalibrationDataReader):
 
 
 @pytest.fixture(scope="session")
-def quantized(
-    exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, bool], Path]:
+def quantized(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A model of the catalog with weights and activations in int8, as ONNX Runtime quantizes it."""
     folder = tmp_path_factory.mktemp("quantized")
 
-    def make(name: str, per_channel: bool) -> Path:
-        path = folder / f"{name}_{per_channel}.onnx"
+    def make(name: str, per_channel: bool, form: QuantFormat = QuantFormat.QDQ) -> Path:
+        path = folder / f"{name}_{per_channel}_{form}.onnx"
         if not path.is_file():
             source = exported(name)
             kinds = {"weight_type": QuantType.QInt8, "activation_type": QuantType.QUInt8}
-            quantize_static(source, path, Images(source), QuantFormat.QDQ, per_channel=per_channel, **kinds)
+            quantize_static(source, path, Images(source), form, per_channel=per_channel, **kinds)
         return path
 
     return make
@@ -150,13 +156,18 @@ LONG = ("mobilenet_v2_small", "deit_micro", "swin_micro", "detr_micro")
 NETS = ["cifar_resnet8_small", *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)]
 
 
+@pytest.mark.parametrize("form", list(QuantFormat), ids=lambda form: form.name)
 @pytest.mark.parametrize("per_channel", [False, True], ids=["one scale", "a scale for each channel"])
 @pytest.mark.parametrize("name", NETS)
 def test_pruned_equals_masked_on_quantized_exports(
-    name: str, per_channel: bool, exported: Callable[..., Path], quantized: Callable[[str, bool], Path]
+    name: str,
+    per_channel: bool,
+    form: QuantFormat,
+    exported: Callable[..., Path],
+    quantized: Callable[..., Path],
 ) -> None:
     whole = analyse(exported(name))[1]
-    model, structure = analyse(quantized(name, per_channel))
+    model, structure = analyse(quantized(name, per_channel, form))
     assert structure.graph.unsupported == {}
     assert len(structure.blocks) == len(whole.blocks)
     if not whole.shadow.split:
@@ -170,7 +181,7 @@ def test_pruned_equals_masked_on_quantized_exports(
         assert size < before
 
 
-def test_an_empty_plan_keeps_the_integers(quantized: Callable[[str, bool], Path]) -> None:
+def test_an_empty_plan_keeps_the_integers(quantized: Callable[..., Path]) -> None:
     model, structure = analyse(quantized("cifar_resnet8_small", True))
     same = weights(rewrite(structure, PruningPlan(keep={})))
     for name, array in weights(model).items():
@@ -189,3 +200,89 @@ def test_without_rounding_a_model_computes_nearly_the_same() -> None:
     bound = 0.025 * np.abs(weights(model)["c"]).sum(1).max()
     difference = np.abs(rounded - unrounded).max()
     assert 0 < difference <= bound * 1.001
+
+
+def numbers(shape: str, low: int, high: int) -> str:
+    """Integers of this shape, as ONNX text."""
+    drawn = np.random.default_rng(2).integers(low, high, int(np.prod([int(n) for n in shape.split(",")])))
+    return f"{{{', '.join(map(str, drawn))}}}"
+
+
+POINTS = "uint8 k = {120}, uint8 l = {131}, uint8 m = {97}"
+FINE = f"float r = {{0.03}}, float s = {{0.05}}, float v = {{0.02}}, {POINTS}"
+COARSE = f"float r = {{0.03}}, float s = {{0.05}}, float v = {{0.3}}, {POINTS}"
+CHANNELS = "float[4] each = {0.05, 0.04, 0.03, 0.06}, int8[4] none = {0, 0, 0, 0}"
+BIAS = "int32[4] e = {9, -80, 7, 60}"
+CONV = f"uint8[4,4,1,1] w = {numbers('4,4,1,1', 0, 256)}"
+SIGNED = f"int8[4,4,1,1] w = {numbers('4,4,1,1', -127, 128)}"
+MATRIX = f"uint8[5,6] w = {numbers('5,6', 0, 256)}"
+WIDE = f"uint8[20,4] w = {numbers('20,4', 0, 256)}"
+# Operator, shape of the result, constants, and nodes.
+INTEGERS = {
+    "QLinearConv": ("1,4,4,5", f"{CONV}, {BIAS}, {COARSE}", "y = QLinearConv(a, r, k, w, s, l, v, m, e)"),
+    "QLinearConv by channel": (
+        "1,4,4,5",
+        f"{SIGNED}, {CHANNELS}, {BIAS}, {COARSE}",
+        "y = QLinearConv(a, r, k, w, each, none, v, m, e)",
+    ),
+    "QLinearMatMul": ("1,4,4,6", f"{MATRIX}, {COARSE}", "y = QLinearMatMul(a, r, k, w, s, l, v, m)"),
+    "QGemm": (
+        "4,4",
+        f"{WIDE}, {BIAS}, {COARSE}",
+        "c = Flatten<axis=2>(a) y = com.microsoft.QGemm(c, r, k, w, s, l, e, v, m)",
+    ),
+    "QLinearAdd": ("1,4,4,5", FINE, "y = com.microsoft.QLinearAdd(a, r, k, b, s, l, v, m)"),
+    "QLinearMul": ("1,4,4,5", COARSE, "y = com.microsoft.QLinearMul(a, r, k, b, s, l, v, m)"),
+    "QLinearConcat": (
+        "1,8,4,5",
+        FINE,
+        "y = com.microsoft.QLinearConcat<axis=1>(v, m, a, r, k, b, s, l)",
+    ),
+    "QLinearAveragePool": (
+        "1,4,3,4",
+        FINE,
+        "y = com.microsoft.QLinearAveragePool<kernel_shape=[2,2]>(a, r, k, v, m)",
+    ),
+    "QLinearGlobalAveragePool": (
+        "1,4,1,1",
+        FINE,
+        "y = com.microsoft.QLinearGlobalAveragePool(a, r, k, v, m)",
+    ),
+    "QLinearSigmoid": ("1,4,4,5", FINE, "y = com.microsoft.QLinearSigmoid(a, r, k, v, m)"),
+    "QLinearLeakyRelu": ("1,4,4,5", FINE, "y = com.microsoft.QLinearLeakyRelu<alpha=0.1>(a, r, k, v, m)"),
+    "QLinearSoftmax": (
+        "1,4,4,5",
+        FINE,
+        "y = com.microsoft.QLinearSoftmax<axis=-1, opset=13>(a, r, k, v, m)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_a_layer_in_integers_is_what_it_is_written_out_as(name: str) -> None:
+    """Up to one step, for the runtime rounds in places of its own."""
+    shape, constants, nodes = INTEGERS[name]
+    text = f"(uint8[1,4,4,5] a, uint8[1,4,4,5] b) => (uint8[{shape}] y) <{constants}> {{ {nodes} }}"
+    model = load_model(text_model(text, domains={"com.microsoft": 1}))
+    written = in_qdq_form(model)
+    assert not [n for n in written.graph if n.op_type.startswith("QL") or n.op_type == "QGemm"]
+    rng = np.random.default_rng(0)
+    feeds = {x: rng.integers(0, 256, (1, 4, 4, 5), np.uint8) for x in ("a", "b")}
+    (expected,), (actual,) = run(model, feeds), run(written, feeds)
+    assert expected.dtype == actual.dtype
+    assert np.abs(expected.astype(int) - actual.astype(int)).max() <= 1
+    assert len(np.unique(expected)) > 2
+
+
+def test_a_model_quantized_at_run_time_is_frozen_with_the_remedy(tmp_path: Path) -> None:
+    text = """(float[1,3,6,6] x) => (float[1,4] y) <float[8,3,1,1] a, float[288,4] b> {
+        t = Conv(x, a)
+        u = Relu(t)
+        v = Flatten(u)
+        y = MatMul(v, b)
+    }"""
+    onnx.save_model(text_model(text), tmp_path / "float.onnx")
+    quantize_dynamic(tmp_path / "float.onnx", tmp_path / "dynamic.onnx")
+    _, structure = analyse(tmp_path / "dynamic.onnx")
+    assert structure.prunable == ()
+    assert {"prune the float model" in str(d.frozen) for d in structure.dimensions} == {True}

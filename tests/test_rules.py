@@ -502,6 +502,22 @@ QUANTIZED = {
     "DequantizeLinear": between(
         "q = QuantizeLinear(t, vars, z)\nu = DequantizeLinear<axis=1>(q, vars, z)", weights=SCALES
     ),
+    "ConvInteger": between(
+        "d, e, f = DynamicQuantizeLinear(t)\ng = ConvInteger(d, w8, f)\nu = Cast<to=1>(g)",
+        (),
+        weights=f", uint8[8,8,1,1] w8 = {{{', '.join('12345678' * 8)}}}",
+    ),
+    "MatMulInteger": Case(
+        f"""(float[2,3] x) => (float[2,4] y) <float[3,8] a, uint8[8,4] w8 = {{{", ".join("12345678" * 4)}}}> {{
+            t = MatMul(x, a)
+            d, e, f = DynamicQuantizeLinear(t)
+            g = MatMulInteger(d, w8, f)
+            h = Cast<to=1>(g)
+            y = Mul(h, e)
+        }}""",
+        (),
+    ),
+    "DynamicQuantizeLinear": between("d, e, f = DynamicQuantizeLinear(t)\nu = DequantizeLinear(d, e, f)", ()),
 }
 
 RULES_TESTED: dict[str, Case] = {

@@ -27,3 +27,21 @@ def scales(state: Labelling, operation: Operation) -> None:
         for slot in (1, 2):
             state.site(operation, slot, 0, vector)
     state.emit(operation, labels)
+
+
+@rule("ConvInteger", "MatMulInteger")
+def integer_products(state: Labelling, operation: Operation) -> None:
+    """Layers in integers, whose data is quantized at run time. Frozen: all that they read and make."""
+    why = f"{operation} quantizes at run time: prune the float model, then quantize it again"
+    state.freeze_inputs(operation, why)
+    axis = 0 if operation.op_type == "ConvInteger" else len(state.shape(operation.inputs[1])) - 1
+    if state.is_constant(operation.inputs[1]):
+        made = state.fresh(state.shape(operation.inputs[1])[axis])
+        state.site(operation, 1, axis, made, "out")
+        state.freeze(made, why)
+
+
+@rule("DynamicQuantizeLinear")
+def scales_by_extremes(state: Labelling, operation: Operation) -> None:
+    """The scale follows the extremes of the whole tensor. Frozen: the tensor."""
+    state.freeze_inputs(operation, f"{operation} takes a scale from the extremes of a prunable tensor")
