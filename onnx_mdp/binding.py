@@ -1,4 +1,4 @@
-"""The shapes of a model's inputs: what the file says, what the user gave, and the batch."""
+"""What a user says of a model's inputs: their shapes, and which are states that an output carries on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_mdp.errors import UsageError
 from onnx_mdp.untrusted import MOST_TENSOR_BYTES
 
-__all__ = ["bind_shapes", "doubled_shapes", "graph_inputs"]
+__all__ = ["bind_shapes", "bind_states", "doubled_shapes", "graph_inputs"]
 
 
 def graph_inputs(model: ir.Model) -> tuple[ir.Value, ...]:
@@ -66,6 +66,34 @@ def _bind_one(value: ir.Value, given: tuple[int, ...], batch: int) -> tuple[int,
             f"say which size to prune for, such as --input-shape {value.name}:{example}"
         )
     return tuple(d for d in bound if d is not None)
+
+
+def bind_states(
+    model: ir.Model, states: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """The states of a model, input to output, if there are such; ``shapes`` are those of all tensors.
+
+    Raises:
+        UsageError: an unknown input or output, one that is named twice, or two of different shape or type.
+    """
+    inputs = {str(v.name): v for v in graph_inputs(model)}
+    outputs = {str(v.name): v for v in model.graph.outputs}
+    for source, target in states.items():
+        for kind, name, known in (("input", source, inputs), ("output", target, outputs)):
+            if name not in known:
+                raise UsageError(
+                    f"--state {source}={target}: the model has no {kind} {name!r}; "
+                    f"its {kind}s are {', '.join(known)}"
+                )
+        if list(states.values()).count(target) > 1:
+            raise UsageError(f"--state names output {target!r} twice; an output carries one state")
+        before, after = shapes[source], shapes.get(target)
+        if before != after or inputs[source].dtype != outputs[target].dtype:
+            raise UsageError(
+                f"--state {source}={target}: the input is {inputs[source].dtype} {list(before)}, the output "
+                f"{outputs[target].dtype} {None if after is None else list(after)}; a state is one memory"
+            )
+    return dict(states)
 
 
 def doubled_shapes(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -38,6 +38,10 @@ Shapes = Annotated[
     typer.Option("--input-shape", metavar="NAME:1,3,224,224", help="Size to prune a symbolic input for."),
 ]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Size of a symbolic first dimension.")]
+State = Annotated[
+    list[str] | None,
+    typer.Option(metavar="IN=OUT", help="An input that is this output one frame later; repeatable."),
+]
 Provider = Annotated[str, typer.Option("--ep", help="Execution provider: cpu, or a full name.")]
 ProviderOption = Annotated[
     list[str] | None, typer.Option("--ep-option", metavar="KEY=VALUE", help="Provider option; repeatable.")
@@ -107,13 +111,19 @@ def output_options(as_json: AsJson = False, quiet: Quiet = False) -> "Options":
 def model_options(
     input_shape: Shapes = None,
     batch: Batch = 1,
+    state: State = None,
     seed: Seed = 0,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> "Options":
     """How a model is read, without measuring it."""
-    shapes = tuple(input_shape or ())
-    return replace(output_options(as_json, quiet), input_shapes=shapes, batch=batch, seed=seed)
+    return replace(
+        output_options(as_json, quiet),
+        input_shapes=tuple(input_shape or ()),
+        batch=batch,
+        states=tuple(state or ()),
+        seed=seed,
+    )
 
 
 def store_options(store: Store = None, as_json: AsJson = False, quiet: Quiet = False) -> "Options":
@@ -136,6 +146,7 @@ def runtime_options(
 def measuring_options(
     input_shape: Shapes = None,
     batch: Batch = 1,
+    state: State = None,
     ep: Provider = "cpu",
     ep_option: ProviderOption = None,
     threads: Threads = 1,
@@ -149,6 +160,7 @@ def measuring_options(
         runtime_options(ep, ep_option, threads, as_json, quiet),
         input_shapes=tuple(input_shape or ()),
         batch=batch,
+        states=tuple(state or ()),
         seed=seed,
         store=store,
     )

@@ -40,6 +40,7 @@ class Options:
     screen: Screen = field(default_factory=Screen)
     input_shapes: tuple[str, ...] = ()
     batch: int = 1
+    states: tuple[str, ...] = ()
     provider: str = "cpu"
     provider_options: tuple[str, ...] = ()
     threads: int = 1
@@ -145,7 +146,7 @@ def _number(option: str, text: str, value: str) -> float:
 def load_structure(path: Path, options: Options) -> tuple[ir.Model, Structure]:
     model = load_model(path)
     shapes = _parse_shapes(options.input_shapes, model)
-    structure = analyze(model, shapes, options.batch)
+    structure = analyze(model, shapes, options.batch, _parse_states(options.states))
     bound = {name: shape for name, shape in structure.shadow.inputs.items() if _symbolic(model, name)}
     for name, shape in bound.items():
         options.screen.note(f"input {printable(name)} is symbolic: pruning for the shape {list(shape)}")
@@ -173,6 +174,17 @@ def _parse_shapes(texts: Sequence[str], model: ir.Model) -> dict[str, tuple[int,
         except ValueError:
             raise UsageError(f"--input-shape {text!r} is not NAME:1,3,224,224") from None
     return shapes
+
+
+def _parse_states(texts: Sequence[str]) -> dict[str, str]:
+    """Read ``INPUT=OUTPUT``; names may hold a colon or a slash, but no equals sign."""
+    states: dict[str, str] = {}
+    for text in texts:
+        source, _, target = text.partition("=")
+        if not source or not target or source in states:
+            raise UsageError(f"--state {text!r} is not INPUT=OUTPUT, each input once")
+        states[source] = target
+    return states
 
 
 def command_line() -> str:

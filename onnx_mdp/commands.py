@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -223,13 +223,14 @@ def run_apply(path: Path, plan_path: Path, output: Path, options: Options, *, ov
 
 
 def _with_plan_inputs(options: Options, plan: PruningPlan) -> Options:
-    """Bind the input shapes that the plan was made with, unless others were given."""
+    """Take the states of a plan, and the input shapes that it was made with unless others were given."""
+    options = replace(options, states=tuple(f"{name}={target}" for name, target in plan.states.items()))
     inputs = plan.provenance.get("inputs")
     if options.input_shapes or not isinstance(inputs, Mapping):
         return options
     shapes = {str(name): shape for name, shape in inputs.items() if isinstance(shape, (list, tuple))}
     texts = tuple(f"{name}:{','.join(map(str, shape))}" for name, shape in shapes.items())
-    return Options(**{**{k: getattr(options, k) for k in Options.__slots__}, "input_shapes": texts})
+    return replace(options, input_shapes=texts)
 
 
 def run_verify(

@@ -97,6 +97,7 @@ def analyze_document(structure: Structure) -> dict[str, Any]:
     return {
         "schema_version": _SCHEMA_VERSION,
         "inputs": {name: list(shape) for name, shape in structure.shadow.inputs.items()},
+        "states": dict(structure.shadow.states),
         "params": parameter_count(structure.shadow.model),
         "macs": macs(structure.shadow),
         "dimensions": [
@@ -178,6 +179,7 @@ def verify_document(evidence: Evidence, measured_ms: float | None) -> dict[str, 
         "checker": evidence.checker,
         "constant_outputs": list(evidence.constant),
         "judged": evidence.judged,
+        "followed_choices": evidence.followed,
         "drift": {n: {"cosine": d.cosine, "max_abs": d.max_abs} for n, d in evidence.drift.items()},
         "measured_ms": measured_ms,
     }

@@ -72,8 +72,7 @@ class LabelledGraph:
 
 def label_graph(shadow: Shadow) -> LabelledGraph:
     """Label every tensor of a model and join what the operators couple."""
-    state = Labelling(shadow)
-    state.run()
+    state = _labelled(shadow)
     for site, why in blocked_sites(shadow, state.sites):
         state.freeze(site.labels, why)
     coupling = settle(state)
@@ -97,6 +96,30 @@ def label_graph(shadow: Shadow) -> LabelledGraph:
         head=coupling.head,
         kinds=kinds,
         signatures=coupling.signatures,
+    )
+
+
+def _labelled(shadow: Shadow) -> Labelling:
+    """The labels after all rules; a state has units along the axes along which its output has them.
+
+    An output that only hands another state on gets units once that one has them, so this is repeated.
+    """
+    known: dict[str, tuple[int, ...]] = {}
+    while True:
+        state = Labelling(shadow, known)
+        state.run()
+        shapes = {s: state.labels(t).shape for s, t in shadow.states.items() if varying(state.labels(t))}
+        fresh = {s: shape for s, shape in shapes.items() if s not in known and _is_fixed(shadow, s, shape)}
+        if not fresh:
+            return state
+        known |= fresh
+
+
+def _is_fixed(shadow: Shadow, name: str, labels: tuple[int, ...]) -> bool:
+    """Whether the file states the size of an input along every axis that is labelled."""
+    declared = next(v.shape for v in shadow.model.graph.inputs if v.name == name)
+    return declared is not None and all(
+        isinstance(size, int) for size, extent in zip(declared, labels, strict=True) if extent > 1
     )
 
 

@@ -153,8 +153,10 @@ def _payload(calibration: Calibration) -> dict[str, Any]:
 
 
 def table_key(structure: Structure) -> str:
-    """What a table is valid for: the topology of the normalised model at its bound shapes."""
+    """What a table is valid for: the topology of the normalised model at its bound shapes, and its states."""
     text = f"{topology_hash(structure.shadow.model)} {sorted(structure.shadow.inputs.items())}"
+    if structure.shadow.states:
+        text += f" {sorted(structure.shadow.states.items())}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -21,14 +21,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnx_mdp.model_io import model_bytes
-from onnx_mdp.plan import PruningPlan
+from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.precision import in_float32, widened
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import Runtime, open_session
+from onnx_mdp.states import kept_feeds, kept_part
 from onnx_mdp.structure import Structure
 
 __all__ = ["block_drifts", "unit_steps"]
 
+Array = npt.NDArray[Any]
 Vector = npt.NDArray[np.float64]
 Feeds = Sequence[Mapping[str, npt.NDArray[Any]]]
 Progress = Callable[[str, int, int], None]
@@ -96,22 +98,35 @@ class _Drift:
     def __init__(self, structure: Structure, feeds: Feeds) -> None:
         places = np.unique(np.linspace(0, len(feeds) - 1, min(_FEEDS, len(feeds))).round().astype(int))
         self.structure = structure
+        self.names = structure.shadow.outputs
         self.feeds = [feeds[place] for place in places]
-        self.reference = self._run(structure.shadow.model)
+        self.reference = self._run(structure.shadow.model, self.feeds)
 
     def of(self, plan: PruningPlan) -> float:
         """D of the model that a plan makes."""
-        results = self._run(rewrite(self.structure, plan))
-        pairs = zip(self.reference, results, strict=True)
-        return float(np.mean([_relative(before, after) for before, after in pairs]))
-
-    def _run(self, model: ir.Model) -> list[Vector]:
-        session = open_session(model_bytes(in_float32(model)), Runtime())
-        runs = [session.run(None, widened(feed)) for feed in self.feeds]
-        return [
-            np.stack([np.asarray(y, np.float64).ravel() for y in outputs])
-            for outputs in zip(*runs, strict=True)
+        removed = removed_classes(plan, self.structure)
+        feeds = [kept_feeds(self.structure, feed, removed) for feed in self.feeds]
+        results = self._run(rewrite(self.structure, plan), feeds)
+        kept = [self._kept(name, y, removed) for name, y in zip(self.names, self.reference, strict=True)]
+        drifts = [
+            _relative(_lines(before), _lines(after)) for before, after in zip(kept, results, strict=True)
         ]
+        return float(np.mean(drifts))
+
+    def _kept(self, name: str, outputs: Sequence[Array], removed: npt.NDArray[np.bool_]) -> list[Array]:
+        """What a pruned model has of an output, for each input."""
+        if name not in self.structure.shadow.states.values():
+            return list(outputs)
+        return [kept_part(self.structure.graph, name, output, removed) for output in outputs]
+
+    def _run(self, model: ir.Model, feeds: Feeds) -> list[Sequence[Array]]:
+        """Each output for each input."""
+        session = open_session(model_bytes(in_float32(model)), Runtime())
+        return list(zip(*(session.run(None, widened(feed)) for feed in feeds), strict=True))
+
+
+def _lines(outputs: Sequence[Array]) -> Vector:
+    return np.stack([np.asarray(output, np.float64).ravel() for output in outputs])
 
 
 def _relative(before: Vector, after: Vector) -> float:

@@ -26,10 +26,11 @@ from onnx_mdp.formulation import formulate
 from onnx_mdp.latency import LatencyTable, build_table, measure_models
 from onnx_mdp.lut_store import LutStore
 from onnx_mdp.model_io import model_bytes, parameter_count
-from onnx_mdp.plan import PruningPlan, plan_identity
+from onnx_mdp.plan import PruningPlan, plan_identity, removed_classes
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.scoring import score
 from onnx_mdp.shadow import prepare
+from onnx_mdp.states import kept_shapes
 from onnx_mdp.structure import Structure, analyze_shadow, macs
 from onnx_mdp.timing import Timing
 from onnx_mdp.verification import Evidence, require, verify
@@ -68,15 +69,22 @@ class PruneResult:
     seconds: Mapping[str, float]
 
 
-def analyze(model: ir.Model, input_shapes: Mapping[str, Sequence[int]], batch: int = 1) -> Structure:
+def analyze(
+    model: ir.Model,
+    input_shapes: Mapping[str, Sequence[int]],
+    batch: int = 1,
+    states: Mapping[str, str] | None = None,
+) -> Structure:
     """Find the prunable dimensions and residual blocks of a model.
 
+    ``states`` maps inputs to the outputs that become them in the next frame; such a pair is pruned together.
+
     Raises:
-        UsageError: an input shape is symbolic and was not given, or does not fit.
+        UsageError: an input shape is symbolic and was not given, or does not fit; there is no such state.
         UnsupportedModelError: the model is quantized or in half precision.
         MeasurementError: ONNX Runtime cannot run it.
     """
-    return analyze_shadow(prepare(model, bind_shapes(model, input_shapes, batch)))
+    return analyze_shadow(prepare(model, bind_shapes(model, input_shapes, batch), states))
 
 
 def prune(
@@ -136,7 +144,10 @@ def prune(
         noise=best.noise,
         iterations=found.iterations,
         params=(unpruned.params[0], parameter_count(model)),
-        macs=(unpruned.macs[0], macs(prepare(model, structure.shadow.inputs))),
+        macs=(
+            unpruned.macs[0],
+            macs(prepare(model, kept_shapes(structure, removed_classes(best.plan, structure)))),
+        ),
         fastest_ms=found.fastest_ms,
         evidence=evidence,
         plan=best.plan,

@@ -45,7 +45,7 @@ class PruningPlan:
     are not named keep all. Units of a width are counted through its heads; every head that stays keeps as
     many, and units of a head that goes need not be named. ``removed_blocks`` are names of residual blocks.
     ``rescale_attention`` divides attention scores by the root of the width that is left, and not by the
-    original's.
+    original's. ``states`` are the inputs, and the outputs that become them, that were pruned together.
     The other fields say how the plan was found: milliseconds are those of the device in ``provenance``,
     importance is the kept share of the total (0 to 1), ``bound`` is the solver's proven upper limit of it
     and ``gap`` the relative distance to it.
@@ -54,6 +54,7 @@ class PruningPlan:
     keep: Mapping[str, tuple[int, ...]]
     removed_blocks: tuple[str, ...] = ()
     rescale_attention: bool = False
+    states: Mapping[str, str] = field(default_factory=dict)
     predicted_ms: float | None = None
     importance_share: float | None = None
     status: Literal["optimal", "feasible", "infeasible", "manual"] = "manual"
@@ -79,6 +80,7 @@ class _Document(BaseModel):
     keep: dict[str, str]
     removed_blocks: list[str] = []
     rescale_attention: bool = False
+    states: dict[str, str] = {}
     predicted_ms: float | None = None
     importance_share: float | None = None
     status: Literal["optimal", "feasible", "infeasible", "manual"] = "manual"
@@ -144,6 +146,7 @@ def plan_identity(plan: PruningPlan) -> str:
         keep=dict(sorted(plan.keep.items())),
         removed_blocks=tuple(sorted(plan.removed_blocks)),
         rescale_attention=plan.rescale_attention,
+        states=dict(plan.states),
     )
     return hashlib.sha256(plan_json(bare).encode()).hexdigest()[:16]
 
@@ -178,6 +181,9 @@ def check_plan(plan: PruningPlan, structure: Structure) -> None:
         raise UsageError("the plan was made for another model: the content hash in its provenance differs")
     if plan.rescale_attention and structure.shadow.types:
         raise UsageError("attention scores in half precision cannot be rescaled; leave rescale_attention out")
+    if plan.states and dict(plan.states) != dict(structure.shadow.states):
+        made = " ".join(f"--state {source}={target}" for source, target in plan.states.items())
+        raise UsageError(f"the plan was made with {made}, the model was analysed with other states")
     dimensions = {d.name: d for d in structure.dimensions}
     for name, units in plan.keep.items():
         if name not in dimensions:

@@ -226,8 +226,14 @@ def _summary(structure: Structure, part: Shares) -> Text:
         f"{len(structure.prunable)} of {_plural(len(structure.dimensions), 'dimension')} prunable: "
         f"{_percent(part.prunable_params)} of {compact(parameter_count(structure.shadow.model))} parameters, "
         f"{_percent(part.prunable_macs)} of {compact(macs(structure.shadow))} MACs; "
-        f"{_plural(len(structure.blocks), 'removable block')}. Inputs: {inputs}."
+        f"{_plural(len(structure.blocks), 'removable block')}. Inputs: {inputs}.{_states(structure)}"
     )
+
+
+def _states(structure: Structure) -> str:
+    pairs = structure.shadow.states.items()
+    named = ", ".join(f"{printable(source)} → {printable(target)}" for source, target in pairs)
+    return f" States: {named}." if named else ""
 
 
 def _kept(structure: Structure, plan: PruningPlan, index: int) -> int:

@@ -1,9 +1,9 @@
 """Model and plan in, slimmer model out: slice weights, patch shape operands, bypass blocks.
 
-Names, opset, metadata, input and output signatures and symbolic dimensions stay as they are. Only these
-things change: initializer data along the cut axes, entries of shape operands that equal a changed extent,
-``group`` and ``split`` attributes, the wiring around removed blocks, and fused projections whose parts no
-longer have equal widths.
+Names, opset, metadata, input and output signatures and symbolic dimensions stay as they are, except for the
+sizes of states. Only these change: initializer data along the cut axes, entries of shape operands that equal
+a changed extent, ``group`` and ``split`` attributes, the wiring around removed blocks, and fused projections
+whose parts no longer have equal widths.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from onnx_mdp.operand_patches import Edit, patch_operands
 from onnx_mdp.plan import PruningPlan, check_plan, removed_classes
 from onnx_mdp.rules import Site
 from onnx_mdp.shadow import add_initializer, drop_unread, unique_name
+from onnx_mdp.states import resize_states
 from onnx_mdp.structure import Structure
 
 __all__ = ["rewrite"]
@@ -52,6 +53,7 @@ def rewrite(structure: Structure, plan: PruningPlan, *, split: bool = False) -> 
         fuse_projections(model, structure.shadow)
         drop_unread(model)
     _forget_shapes(model)
+    resize_states(model, structure, edit.removed)
     return model
 
 

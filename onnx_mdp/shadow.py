@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_mdp.binding import doubled_shapes
+from onnx_mdp.binding import bind_states, doubled_shapes
 from onnx_mdp.computation import Computation
 from onnx_mdp.errors import MdpError, MeasurementError
 from onnx_mdp.independence import independent_outputs, subgraphs
@@ -70,7 +70,8 @@ class Shadow:
     its bound shape; ``source`` is the content hash of the file that was prepared; ``split`` are the fused
     projections that became several, and ``unsplit`` the normalised model in which they are one; ``types`` are
     the element types of the tensors of a model in half precision (of another model, nothing); ``chains`` are
-    the tensors between a stored weight and its reader.
+    the tensors between a stored weight and its reader; ``states`` maps inputs to the outputs that become them
+    in the next frame.
     """
 
     model: ir.Model
@@ -86,6 +87,7 @@ class Shadow:
     independent: frozenset[str] = frozenset()
     types: Mapping[str, ir.DataType] = field(default_factory=dict)
     chains: frozenset[str] = frozenset()
+    states: Mapping[str, str] = field(default_factory=dict)
 
     def consumers(self) -> Mapping[str, tuple[tuple[int, int], ...]]:
         """For every tensor, the (operation, input slot) pairs that read it."""
@@ -96,10 +98,15 @@ class Shadow:
         return {name: tuple(pairs) for name, pairs in uses.items()}
 
 
-def prepare(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> Shadow:
+def prepare(
+    model: ir.Model, shapes: Mapping[str, tuple[int, ...]], states: Mapping[str, str] | None = None
+) -> Shadow:
     """Normalise a copy of ``model`` for the input shapes ``shapes`` and describe it.
 
+    ``states`` maps inputs to the outputs that become them in the next frame.
+
     Raises:
+        UsageError: a state that the model does not have.
         MeasurementError: ONNX Runtime cannot run the model.
     """
     source = content_hash(model)
@@ -138,6 +145,7 @@ def prepare(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> Shadow:
         independent=frozenset(pure),
         types=types,
         chains=frozenset(chains),
+        states=bind_states(model, states or {}, held),
     )
 
 

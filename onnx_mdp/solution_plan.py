@@ -45,6 +45,7 @@ def plan_from_solution(
     return replace(
         plan,
         rescale_attention=rescale_attention,
+        states=dict(structure.shadow.states),
         predicted_ms=solution.cost_ns * 1e-6 * state,
         importance_share=solution.value,
         status=solution.status,

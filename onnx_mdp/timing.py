@@ -150,7 +150,8 @@ def random_feeds(
 ) -> dict[str, NDArray[np.generic]]:
     """Fill every input in its own dtype: floats from N(0, 1), integers 0, booleans False.
 
-    An input that `shapes` does not name must have a static shape, else ``MeasurementError``.
+    What the model itself says of a size holds, as that of a pruned state; `shapes` fills in the others. An
+    input that it does not name must have a static shape, else ``MeasurementError``.
     """
     rng = np.random.default_rng(seed)
     arguments = inputs if isinstance(inputs, Sequence) else inputs.get_inputs()
@@ -160,7 +161,10 @@ def random_feeds(
 def _random_array(
     argument: NodeArg, shapes: Mapping[str, tuple[int, ...]], rng: np.random.Generator
 ) -> NDArray[np.generic]:
-    shape = shapes.get(argument.name, tuple(argument.shape))
+    declared = tuple(argument.shape)
+    shape = shapes.get(argument.name, declared)
+    if len(declared) == len(shape):
+        shape = tuple(d if isinstance(d, int) else s for d, s in zip(declared, shape, strict=True))
     sizes = tuple(size for size in shape if isinstance(size, int))
     if len(sizes) != len(shape):
         raise MeasurementError(

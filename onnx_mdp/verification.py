@@ -8,7 +8,8 @@ split graph stands for the original, and must give the original's outputs on eve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +19,16 @@ import onnx
 import onnx_ir as ir
 
 from onnx_mdp.binding import doubled_shapes, graph_inputs
+from onnx_mdp.comparison import Comparison, Trial, compare, distance, distances
 from onnx_mdp.computation import Computation, weightless
-from onnx_mdp.errors import MeasurementError, VerificationError
+from onnx_mdp.errors import VerificationError
 from onnx_mdp.integer_form import is_quantized, without_rounding
 from onnx_mdp.masking import masked_model
-from onnx_mdp.model_io import model_bytes
-from onnx_mdp.plan import PruningPlan
+from onnx_mdp.model_io import clone, model_bytes
+from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.precision import has_halves, widened
 from onnx_mdp.runtime import Runtime, one_line, open_session
+from onnx_mdp.states import kept_part, resize_states
 from onnx_mdp.structure import Structure
 from onnx_mdp.timing import random_feeds
 
@@ -35,6 +38,7 @@ TOLERANCE = 1e-5  # of the largest absolute output, in float32
 _SPLIT_TOLERANCE = 1e-6
 _NOISE_LIMIT = 1e-2  # of the scale; a runtime that is worse than this proves nothing
 _NOISE_FACTOR = 4.0
+_FRAMES = 3
 _CONSTANT = 1e-3  # of the scale; an output that varies by less over the inputs hides what was cut
 
 Feeds = Mapping[str, npt.NDArray[Any]]
@@ -58,7 +62,9 @@ class Evidence:
     masked model differs from *itself* when ONNX Runtime optimises it (measured only where needed; a
     sigmoid that saturates near zero has such noise, and no slicing error is that small). ``constant``
     names the outputs that stayed the same over all inputs tried: about those the law says little. ``judged``
-    says how a model was compared that is not in float32, and whether its file itself runs.
+    says how a model was compared that is not in float32, and whether its file itself runs. ``followed``
+    says that scores within rounding of each other were ordered otherwise, so that the pruned model was
+    compared following the choices of the masked one (see `onnx_mdp.ties`).
     """
 
     verified: bool
@@ -71,18 +77,7 @@ class Evidence:
     checker: str | None = None
     constant: tuple[str, ...] = ()
     judged: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Error:
-    """Largest absolute difference between two outputs, and the largest absolute reference."""
-
-    difference: float
-    scale: float
-
-    @property
-    def ratio(self) -> float:
-        return self.difference / max(self.scale, 1e-30)
+    followed: bool = False
 
 
 def verify(
@@ -98,80 +93,86 @@ def verify(
 
     Half precision is compared in float32, which holds every half number, and the file itself is run as well.
     Where activations are rounded to integers and the two differ by steps, they are compared without rounding.
-    Where the model has symbolic dimensions, one more random input has all of them doubled.
+    Where the model has symbolic dimensions, one more random input has all of them doubled. A model with
+    states is fed with what it returned: the pruned one with what is kept of it.
 
     Raises:
         VerificationError: the pruned model does not load or run, or its signature changed.
     """
-    _check_signature(original, pruned)
-    names, tried, before = _dense_outputs(original, structure, feeds, seeds)
+    removed = removed_classes(plan, structure)
+    _check_signature(original, pruned, structure, removed)
+    names, trials, before = _dense_outputs(original, structure, feeds, seeds)
+
+    def keep(name: str, value: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return kept_part(structure.graph, name, value, removed) if name in boundary else value
+
+    boundary = {*structure.shadow.states, *structure.shadow.states.values()}
     if structure.shadow.split:
-        _require_same(before, _outputs(structure.shadow.model, names, tried))
-    after = [_run_pruned(slim, names, feed) for slim in [_open_pruned(pruned)] for feed in tried]
-    expected = _outputs(masked_model(original, structure, plan), names, tried)
-    errors, worst = _worst(expected, after)
-    judged = _judged_in_float32(original, pruned, tried[0]) if has_halves(original) else None
-    if worst > TOLERANCE and is_quantized(structure.shadow.model):
+        _require_same(original, structure, names, trials)
+    masked = masked_model(original, structure, plan)
+    apart = functools.partial(
+        compare, names=names, trials=trials, tolerance=TOLERANCE, states=structure.shadow.states, keep=keep
+    )
+    found = apart(masked, pruned)
+    slim = found.actual[0][: len(names)]
+    first = {name: keep(name, value) for name, value in trials[0].feeds.items()}
+    halves = has_halves(original)
+    judged = _judged_in_float32(original, pruned, trials[0].feeds, first) if halves else None
+    if (worst := found.worst.ratio) > TOLERANCE and is_quantized(structure.shadow.model):
         ranks = {name: len(shape) for name, shape in structure.shadow.shapes.items()}
-        real = [without_rounding(m, ranks) for m in (masked_model(original, structure, plan), pruned)]
         judged = f"compared without rounding to integers, with which they differ by {worst:.0e} of the scale"
-        errors, worst = _worst(*(_outputs(m, names, tried) for m in real))
-    noise, holds = None, True
-    if worst > TOLERANCE:
-        reference = masked_model(original, structure, plan)
-        noise, holds = _within_noise(model_bytes(reference), names, tried, expected, errors)
-    top = max((e for found in errors for e in found), key=lambda e: e.ratio)
+        found = apart(*(without_rounding(model, ranks) for model in (masked, pruned)))
+    top, noise, holds = found.worst, None, True
+    if top.ratio > TOLERANCE:
+        noise, holds = _within_noise(found, keep)
     complaint = _checker_complaint(original, pruned)
     return Evidence(
         verified=holds and complaint is None,
         max_error=top.difference,
         scale=top.scale,
-        worst=worst,
-        inputs_tried=len(tried),
-        drift=_drifts(names, before[0], after[0]),
+        worst=top.ratio,
+        inputs_tried=len(trials),
+        drift=_drifts(names, list(map(keep, names, before)), slim),
         runtime_noise=noise,
         checker=complaint,
-        constant=_constant_outputs(names, expected),
+        constant=_constant_outputs(names, [outputs[: len(names)] for outputs in found.expected]),
         judged=judged,
+        followed=found.followed,
     )
-
-
-def _worst(
-    expected: Sequence[Sequence[Any]], after: Sequence[Sequence[Any]]
-) -> tuple[list[tuple[_Error, ...]], float]:
-    errors = [_errors(e, a) for e, a in zip(expected, after, strict=True)]
-    return errors, max(e.ratio for found in errors for e in found)
 
 
 def _dense_outputs(
     original: ir.Model, structure: Structure, feeds: Sequence[Feeds], seeds: Sequence[int]
-) -> tuple[list[str], list[Feeds], list[Sequence[Any]]]:
-    """Output names, the inputs to try, and what the original makes of them."""
+) -> tuple[list[str], list[Trial], list[Any]]:
+    """Output names, the inputs to try, and what the original makes of the first of them.
+
+    A model with states is run over at least three frames, each fed with the states of the one before.
+    """
     dense = Computation(original)
     shapes = dict(structure.shadow.inputs)
-    first = random_feeds(dense.inputs, shapes, seeds[0])
-    tried = [
-        first,
-        _unit_feeds(first),
-        *(random_feeds(dense.inputs, shapes, s) for s in seeds[1:]),
-        *map(dict, feeds),
+    drawn = list(seeds)
+    if structure.shadow.states:
+        drawn += range(max(drawn) + 1, max(drawn) + 1 + _FRAMES - len(drawn))
+    frames = [random_feeds(dense.inputs, shapes, seed) for seed in drawn]
+    trials = [
+        Trial(feed, place - 1 if place and structure.shadow.states else None)
+        for place, feed in enumerate(frames)
     ]
+    trials += [Trial(_unit_feeds(frames[0])), *map(Trial, feeds)]
     doubled = doubled_shapes(original, shapes)
     if doubled != shapes and _runs(dense, random_feeds(dense.inputs, doubled, 0)):
-        tried.append(random_feeds(dense.inputs, doubled, 0))
+        trials.append(Trial(random_feeds(dense.inputs, doubled, 0)))
     names = list(dense.outputs)
-    return names, list(tried), [dense.run(names, feed) for feed in tried]
+    return names, trials, dense.run(names, frames[0])
 
 
-def _outputs(model: ir.Model, names: Sequence[str], tried: Sequence[Feeds]) -> list[Sequence[Any]]:
-    computation = Computation(model)
-    return [computation.run(names, feed) for feed in tried]
-
-
-def _require_same(before: Sequence[Sequence[Any]], split: Sequence[Sequence[Any]]) -> None:
+def _require_same(
+    original: ir.Model, structure: Structure, names: Sequence[str], trials: Sequence[Trial]
+) -> None:
     """Refuse a split of projections that changes an output by more than rounding."""
-    errors = [error for pair in zip(before, split, strict=True) for error in _errors(*pair)]
-    if max(error.ratio for error in errors) > _SPLIT_TOLERANCE:
+    alone = [Trial(trial.feeds) for trial in trials]
+    found = compare(original, structure.shadow.model, names, alone, _SPLIT_TOLERANCE)
+    if found.worst.ratio > _SPLIT_TOLERANCE:
         raise VerificationError(
             "splitting the fused projections changed the outputs; this is a bug in onnx-mdp, "
             "nothing was written, please report it"
@@ -183,28 +184,23 @@ def _constant_outputs(names: Sequence[str], expected: Sequence[Sequence[Any]]) -
     return tuple(
         name
         for name, (first, *others) in zip(names, zip(*expected, strict=True), strict=True)
-        if all(_error(first, o).ratio < _CONSTANT for o in others if np.shape(o) == np.shape(first))
+        if all(distance(first, o).ratio < _CONSTANT for o in others if np.shape(o) == np.shape(first))
     )
 
 
-def _within_noise(
-    reference: bytes,
-    names: Sequence[str],
-    tried: Sequence[Feeds],
-    expected: Sequence[Sequence[Any]],
-    errors: Sequence[Sequence[_Error]],
-) -> tuple[float, bool]:
+def _within_noise(found: Comparison, keep: Callable[[str, Any], Any]) -> tuple[float, bool]:
     """Whether the runtime's own noise explains every error above the tolerance.
 
     Where it is larger than `_NOISE_LIMIT` an input decides nothing about an output; each output needs
     one input that does.
     """
-    optimised = open_session(reference, Runtime())
+    optimised = open_session(model_bytes(found.reference), Runtime())
     worst = 0.0
-    decided = [False] * len(names)
-    for feed, outputs, found in zip(tried, expected, errors, strict=True):
-        own = _errors(outputs, optimised.run(list(names), widened(feed)))
-        for place, (noise, error) in enumerate(zip(own, found, strict=True)):
+    decided = [False] * len(found.names)
+    for feed, outputs, errors in zip(found.fed, found.expected, found.distances, strict=True):
+        again = optimised.run(list(found.names), widened(feed))
+        own = distances(outputs, list(map(keep, found.names, again)))
+        for place, (noise, error) in enumerate(zip(own, errors, strict=True)):
             worst = max(worst, noise.ratio)
             if error.ratio <= TOLERANCE:
                 decided[place] = True
@@ -232,7 +228,11 @@ def _unit_feeds(feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
     return {name: array % 1 if array.dtype.kind == "f" else array for name, array in feeds.items()}
 
 
-def _check_signature(original: ir.Model, pruned: ir.Model) -> None:
+def _check_signature(
+    original: ir.Model, pruned: ir.Model, structure: Structure, removed: npt.NDArray[np.bool_]
+) -> None:
+    """Names, types and shapes of inputs and outputs stay, but for what is cut from states."""
+
     def signature(model: ir.Model) -> list[tuple[str, str, str]]:
         values = (*model.graph.inputs, *model.graph.outputs)
         return [
@@ -241,34 +241,21 @@ def _check_signature(original: ir.Model, pruned: ir.Model) -> None:
             if v.name not in model.graph.initializers
         ]
 
+    if structure.shadow.states:
+        original = clone(original)
+        resize_states(original, structure, removed)
     if signature(original) != signature(pruned):
         raise VerificationError("the pruned model has other inputs or outputs than the original")
 
 
-def _open_pruned(pruned: ir.Model) -> Computation:
-    try:
-        return Computation(pruned)
-    except MeasurementError as error:
-        raise VerificationError(f"the pruned model does not load: {error}") from error
-
-
-def _run_pruned(computation: Computation, names: Sequence[str], feed: Feeds) -> list[Any]:
-    try:
-        return computation.run(names, feed)
-    except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
-        raise VerificationError(
-            f"the pruned model does not run: {str(error).splitlines()[0][:200]}"
-        ) from error
-
-
-def _judged_in_float32(original: ir.Model, pruned: ir.Model, feed: Feeds) -> str:
+def _judged_in_float32(original: ir.Model, pruned: ir.Model, feed: Feeds, kept: Feeds) -> str:
     """How a model in half precision was compared; raises where the runtime runs the original alone."""
     try:
         before = _run_as_stored(original, feed)
     except Exception:  # ONNX Runtime's exceptions share no base but Exception
         return "compared in float32: this runtime has no kernels for the original as it is stored"
     try:
-        after = _run_as_stored(pruned, feed)
+        after = _run_as_stored(pruned, kept)
     except Exception as error:
         raise VerificationError(f"the pruned model does not run: {one_line(error)}") from error
     if _all_finite(before) and not _all_finite(after):
@@ -296,23 +283,6 @@ def _runs(computation: Computation, feed: Feeds) -> bool:
     except Exception:  # the file promises a symbolic size that it cannot run at
         return False
     return True
-
-
-def _errors(reference: Sequence[Any], result: Sequence[Any]) -> tuple[_Error, ...]:
-    return tuple(_error(np.asarray(a), np.asarray(b)) for a, b in zip(reference, result, strict=True))
-
-
-def _error(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> _Error:
-    """Largest absolute difference and scale; non-finite values must agree in place."""
-    if a.shape != b.shape:
-        return _Error(float("inf"), 1.0)
-    if a.dtype.kind != "f":
-        return _Error(float((a != b).sum()), 1.0)
-    finite = np.isfinite(a)
-    if not np.array_equal(finite, np.isfinite(b)):
-        return _Error(float("inf"), 1.0)
-    difference = np.abs(a - b, where=finite, out=np.zeros_like(a)).max(initial=0.0)
-    return _Error(float(difference), float(np.abs(a, where=finite, out=np.zeros_like(a)).max(initial=0.0)))
 
 
 def _drifts(names: Sequence[str], dense: Sequence[Any], slim: Sequence[Any]) -> dict[str, Drift]:

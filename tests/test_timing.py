@@ -155,9 +155,16 @@ def test_feeds_take_the_dtypes_and_shapes_of_the_inputs() -> None:
         random_feeds(session, {}, seed=1)
 
 
+def test_a_size_that_the_model_states_holds() -> None:
+    session = open_session(conv_model(4), runtime("cpu"))
+    full = random_feeds(session, {"flag": (3,)}, seed=0)
+    again = random_feeds(session, {"flag": (3,), "x": (1, 5, 48, 48)}, seed=0)
+    assert {n: v.shape for n, v in again.items()} == {n: v.shape for n, v in full.items()}
+
+
 def test_a_feed_that_does_not_fit_is_one_sentence() -> None:
     session = open_session(conv_model(4), runtime("cpu"))
-    feeds = random_feeds(session, {"flag": (3,), "x": (1, 5, 48, 48)}, seed=0)
+    feeds = random_feeds(session, {"flag": (3,)}, seed=0) | {"x": np.zeros((1, 5, 48, 48), np.float32)}
     with pytest.raises(MeasurementError, match="cannot run the model: Got invalid dimensions") as caught:
         measure([session], [feeds], threads=1)
     assert "\n" not in str(caught.value)

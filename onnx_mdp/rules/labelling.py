@@ -14,7 +14,7 @@ that picks or merges indices says which axis it treats as `whole`; what does not
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -134,8 +134,8 @@ def _distinct_pairs(a: Labels, b: Labels) -> Labels:
 class Labelling:
     """The labels of one model while the rules run over it, operation by operation."""
 
-    def __init__(self, shadow: Shadow) -> None:
-        """Start with unlabelled graph inputs and no atoms."""
+    def __init__(self, shadow: Shadow, states: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        """Start with unlabelled graph inputs, except for ``states``, whose labels have these shapes."""
         self.shadow = shadow
         self.tensors: dict[str, Labels] = {}
         self.atoms = 1
@@ -149,6 +149,8 @@ class Labelling:
         self.views: list[Labels] = []
         self.repeated: dict[str, tuple[int, ...]] = {}
         self.kinds: list[tuple[npt.NDArray[np.int32], str]] = []
+        for name, shape in (states or {}).items():
+            self.tensors[name] = self.fresh(math.prod(shape)).reshape(shape)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The concrete shape of a tensor."""
@@ -287,8 +289,22 @@ class Labelling:
                 RULES[key](self, operation)
             else:
                 self._refuse(operation, key, names)
+        carried = {target: source for source, target in self.shadow.states.items() if source in self.tensors}
         for name in self.shadow.outputs:
-            self.freeze(self.labels(name), f"graph output {name}")
+            if name in carried:
+                self._carry(carried[name], name)
+            else:
+                self.freeze(self.labels(name), f"graph output {name}")
+
+    def _carry(self, source: str, target: str) -> None:
+        """An input and an output that are one memory live and die together."""
+        before, after = self.labels(source), self.labels(target)
+        if before.shape != after.shape:
+            for labels in (before, after):
+                self.freeze(labels, f"state {source} varies along other axes than its output {target}")
+            return
+        self.union(before, after)
+        self.freeze(np.where(after == 0, before, 0), f"state output {target}, which cannot be pruned")
 
     def _refuse(self, operation: Operation, key: str, names: Sequence[str]) -> None:
         fused = " (a runtime fused it: prune the file from before that)" if _is_fused(operation) else ""
