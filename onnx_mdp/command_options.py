@@ -113,8 +113,8 @@ class PlanOptions:
 
     def rescales(self, structure: Structure) -> bool:
         """Whether scores are rescaled; refused where there are none, or none in float32."""
-        if self.rescale_attention and structure.shadow.types:
-            raise UsageError("--rescale-attention needs float32; leave it out for a model in half precision")
+        if self.rescale_attention and not structure.shadow.plain:
+            raise UsageError("--rescale-attention needs a model in float32; leave it out")
         if self.rescale_attention and not unit_products(structure):
             raise UsageError("--rescale-attention: the model has no product of query and key to rescale")
         return self.rescale_attention

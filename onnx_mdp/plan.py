@@ -179,8 +179,8 @@ def check_plan(plan: PruningPlan, structure: Structure) -> None:
     made_for = plan.provenance.get("model")
     if made_for is not None and made_for != structure.shadow.source:
         raise UsageError("the plan was made for another model: the content hash in its provenance differs")
-    if plan.rescale_attention and structure.shadow.types:
-        raise UsageError("attention scores in half precision cannot be rescaled; leave rescale_attention out")
+    if plan.rescale_attention and not structure.shadow.plain:
+        raise UsageError("attention scores can be rescaled in float32 only; leave rescale_attention out")
     if plan.states and dict(plan.states) != dict(structure.shadow.states):
         made = " ".join(f"--state {source}={target}" for source, target in plan.states.items())
         raise UsageError(f"the plan was made with {made}, the model was analysed with other states")

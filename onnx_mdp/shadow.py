@@ -23,6 +23,7 @@ from onnx_mdp.binding import bind_states, doubled_shapes
 from onnx_mdp.computation import Computation
 from onnx_mdp.errors import MdpError, MeasurementError
 from onnx_mdp.independence import independent_outputs, subgraphs
+from onnx_mdp.integer_form import is_quantized
 from onnx_mdp.model_io import clone, content_hash, model_proto
 from onnx_mdp.precision import as_stored, has_halves, in_float32, tensor_types
 from onnx_mdp.projections import FusedProjection, Known, split_projections
@@ -88,6 +89,11 @@ class Shadow:
     types: Mapping[str, ir.DataType] = field(default_factory=dict)
     chains: frozenset[str] = frozenset()
     states: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def plain(self) -> bool:
+        """Whether all is float32: nothing in half precision, nothing quantized."""
+        return not self.types and not self.chains and not is_quantized(self.model)
 
     def consumers(self) -> Mapping[str, tuple[tuple[int, int], ...]]:
         """For every tensor, the (operation, input slot) pairs that read it."""

@@ -119,9 +119,8 @@ def verify(
     halves = has_halves(original)
     judged = _judged_in_float32(original, pruned, trials[0].feeds, first) if halves else None
     if (worst := found.worst.ratio) > TOLERANCE and is_quantized(structure.shadow.model):
-        ranks = {name: len(shape) for name, shape in structure.shadow.shapes.items()}
         judged = f"compared without rounding to integers, with which they differ by {worst:.0e} of the scale"
-        found = apart(*(without_rounding(model, ranks) for model in (masked, pruned)))
+        found = apart(*(_real(structure, model) for model in (masked, pruned)))
     top, noise, holds = found.worst, None, True
     if top.ratio > TOLERANCE:
         noise, holds = _within_noise(found, keep)
@@ -169,14 +168,21 @@ def _dense_outputs(
 def _require_same(
     original: ir.Model, structure: Structure, names: Sequence[str], trials: Sequence[Trial]
 ) -> None:
-    """Refuse a split of projections that changes an output by more than rounding."""
+    """Refuse a split of projections that changes an output by more than the rounding of floats."""
+    whole, split = original, structure.shadow.model
+    if is_quantized(split):
+        whole, split = (_real(structure, form) for form in (structure.shadow.unsplit, split))
     alone = [Trial(trial.feeds) for trial in trials]
-    found = compare(original, structure.shadow.model, names, alone, _SPLIT_TOLERANCE)
+    found = compare(whole, split, names, alone, _SPLIT_TOLERANCE)
     if found.worst.ratio > _SPLIT_TOLERANCE:
         raise VerificationError(
             "splitting the fused projections changed the outputs; this is a bug in onnx-mdp, "
             "nothing was written, please report it"
         )
+
+
+def _real(structure: Structure, model: ir.Model) -> ir.Model:
+    return without_rounding(model, {name: len(shape) for name, shape in structure.shadow.shapes.items()})
 
 
 def _constant_outputs(names: Sequence[str], expected: Sequence[Sequence[Any]]) -> tuple[str, ...]:

@@ -181,16 +181,14 @@ def test_a_scale_from_the_width_stays_as_the_file_rounds_it(half: str) -> None:
     (root,) = (a for n, a in weights(pruned).items() if n.startswith("root"))
     assert root.dtype == TYPES[half]
     assert root.reshape(()) == TYPES[half].type(10**0.5)
-    with pytest.raises(UsageError, match="half precision"):
+    with pytest.raises(UsageError, match="float32 only"):
         rewrite(structure, PruningPlan(keep={}, rescale_attention=True))
 
 
 def test_the_twin_has_nothing_in_half_precision_left() -> None:
     for convert in CONVERSIONS.values():
-        proto = convert(
-            text_model("(float[2,3] x) => (float[2,4] y) <float[3,4] w> { y = MatMul(x, w) }"), "float16"
-        )
-        model = load_model(proto)
+        plain = text_model("(float[2,3] x) => (float[2,4] y) <float[3,4] w> { y = MatMul(x, w) }")
+        model = load_model(convert(plain, "float16"))
         twin = in_float32(model)
         assert has_halves(model)
         assert not has_halves(twin)
@@ -217,3 +215,40 @@ def test_bfloat16_is_applied_without_kernels_for_it_but_not_measured(run: Run, t
     assert outcome.code == 0, outcome.err
     assert "no kernels" in outcome.document["judged"]
     is_refused(run("prune", "model.onnx", "--target-ratio", 0.5), 1, "no kernels for bfloat16", "--ep")
+
+
+STORED = {
+    "half, read in float32": (
+        "float",
+        "w = Cast<to=1>(a) v = Transpose<perm=[1,0]>(w) b1 = Cast<to=1>(b) c1 = Cast<to=1>(c)",
+        np.float16,
+    ),
+    "float32, read in half": (
+        "float16",
+        "w = Cast<to=10>(a) v = Transpose<perm=[1,0]>(w) b1 = Cast<to=10>(b) c1 = Cast<to=10>(c)",
+        np.float32,
+    ),
+}
+
+
+@pytest.mark.parametrize("form", STORED)
+def test_weights_behind_casts_are_cut_where_they_are_stored(form: str) -> None:
+    kind, casts, stored = STORED[form]
+    text = f"""({kind}[2,6] x) => ({kind}[2,4] y) <float[8,6] a, float[8] b, float[8,4] c> {{
+        {casts}
+        t = MatMul(x, v)
+        r = Add(t, b1)
+        s = Relu(r)
+        y = MatMul(s, c1)
+    }}"""
+    proto = text_model(text)
+    if stored == np.float16:
+        for tensor in proto.graph.initializer:
+            narrow(tensor, "float16")
+    model, structure = analyse(proto)
+    pruned, _ = prune_checked(model, structure, PruningPlan(keep={structure.dimensions[0].name: (1, 6)}))
+    before, after = weights(model), weights(pruned)
+    assert {array.dtype for array in after.values()} == {np.dtype(stored)}
+    for name, cut in {"a": before["a"][[1, 6]], "b": before["b"][[1, 6]], "c": before["c"][[1, 6]]}.items():
+        assert np.array_equal(after[name], cut)
+    assert [n.op_type for n in pruned.graph] == [n.op_type for n in model.graph]

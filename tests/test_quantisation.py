@@ -17,9 +17,11 @@ from onnxruntime.quantization import (
     quantize_dynamic,
     quantize_static,
 )
+from test_precision import in_halves
 from zoo import analyse, cut_wrongly, informative, prune_checked, random_plan, run, text_model
 
 from onnx_mdp.computation import Computation
+from onnx_mdp.errors import UsageError
 from onnx_mdp.integer_form import is_quantized, without_rounding
 from onnx_mdp.model_io import load_model
 from onnx_mdp.plan import PruningPlan
@@ -76,12 +78,14 @@ def quantized(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
     return make
 
 
-def stored_model() -> onnx.ModelProto:
-    return text_model(STORED.replace("int8[8,3,1,1] qa,", f"int8[8,3,1,1] qa = {{{drawn(24)}}},"))
+def stored_model(opset: int = 17) -> onnx.ModelProto:
+    return text_model(STORED.replace("int8[8,3,1,1] qa,", f"int8[8,3,1,1] qa = {numbers('8,3,1,1')},"), opset)
 
 
-def drawn(count: int) -> str:
-    return ", ".join(map(str, np.random.default_rng(1).integers(-127, 127, count)))
+def numbers(shape: str, low: int = -127, high: int = 128) -> str:
+    """Integers of this shape, as ONNX text."""
+    drawn = np.random.default_rng(2).integers(low, high, int(np.prod([int(n) for n in shape.split(",")])))
+    return f"{{{', '.join(map(str, drawn))}}}"
 
 
 def weights(model: ir.Model) -> dict[str, np.ndarray]:
@@ -118,7 +122,7 @@ def test_a_wrong_cut_of_a_stored_tensor_is_noticed(slot: int, monkeypatch: pytes
 
 def test_layers_that_share_a_stored_weight_are_cut_apart() -> None:
     text = """(float[1,8] x) => (float[1,4] y) <
-        int8[8,8] q = {""" + drawn(64) + """}, float s = {0.02}, float[8,4] c, float[8,4] d> {
+        int8[8,8] q = """ + numbers("8,8") + """, float s = {0.02}, float[8,4] c, float[8,4] d> {
         w = DequantizeLinear(q, s)
         a = MatMul(x, w)
         b = MatMul(a, w)
@@ -132,6 +136,59 @@ def test_layers_that_share_a_stored_weight_are_cut_apart() -> None:
     assert cut == [(2, 1), (8, 2)]
 
 
+FORMS = {
+    "fake-quantized float weights": (
+        "float[6,8] q, int8[8] z = {0, 1, 2, 3, 4, 5, 6, 7}",
+        "p = QuantizeLinear<axis=1>(q, vars, z) w = DequantizeLinear<axis=1>(p, vars, z)",
+    ),
+    "int4": (
+        "int4[6,8] q, int4[8] z = {0, 1, 2, 3, 4, 5, 6, 7}",
+        "w = DequantizeLinear<axis=1>(q, vars, z)",
+    ),
+    "transposed": (
+        "uint8[8,6] q, uint8[8] z = {0, 1, 2, 3, 4, 5, 6, 7}",
+        "p = DequantizeLinear<axis=0>(q, vars, z) w = Transpose(p)",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_way_to_store_a_weight_is_cut_in_the_file(form: str) -> None:
+    constants, nodes = FORMS[form]
+    for kind, low, high in (("int4[6,8] q", -8, 8), ("uint8[8,6] q", 0, 256)):
+        constants = constants.replace(kind, f"{kind} = {numbers('6,8', low, high)}")
+    text = f"""(float[2,6] x) => (float[2,4] y) <{constants}, float[8] vars, float[8,4] c> {{
+        {nodes}
+        t = MatMul(x, w)
+        y = MatMul(t, c)
+    }}"""
+    model, structure = analyse(text_model(text, 21))
+    (name,) = (structure.dimensions[i].name for i in structure.prunable)
+    pruned, evidence = prune_checked(model, structure, PruningPlan(keep={name: (2, 3, 7)}))
+    assert evidence.worst <= 9e-7
+    before, after, axis = weights(model), weights(pruned), 0 if form == "transposed" else 1
+    assert np.array_equal(after["q"], np.take(before["q"], [2, 3, 7], axis))
+    assert np.array_equal(after["z"], before["z"][[2, 3, 7]])
+    assert np.array_equal(after["vars"], before["vars"][[2, 3, 7]])
+    assert after["q"].dtype == before["q"].dtype
+
+
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_scales_in_half_precision(half: str) -> None:
+    """Without their rounding the integers are real numbers, and half precision is float32."""
+    model, structure = analyse(in_halves(stored_model(opset=19), half))
+    pruned, evidence = prune_checked(model, structure, PruningPlan(keep={"conv_2": (1, 4, 6)}))
+    assert evidence.worst <= 9e-7
+    types = {n: str(v.dtype) for n, v in pruned.graph.initializers.items()}
+    assert (types["qa"], types["vars"], types["c"]) == ("INT8", half.upper(), half.upper())
+
+
+def test_rescaled_scores_need_float32() -> None:
+    structure = analyse(stored_model())[1]
+    with pytest.raises(UsageError, match="float32"):
+        rewrite(structure, PruningPlan(keep={}, rescale_attention=True))
+
+
 @pytest.mark.parametrize(
     ("axis", "prunable"), [(0, {"matmul_0": 8}), (1, {})], ids=["blocks of inputs", "blocks of outputs"]
 )
@@ -139,7 +196,7 @@ def test_a_scale_for_a_block_of_indices_freezes_the_axis_of_the_blocks(
     axis: int, prunable: dict[str, int]
 ) -> None:
     scales = "float[2,8] vars" if axis == 0 else "float[4,4] vars"
-    text = f"""(float[1,4] x) => (float[1,3] y) <int8[4,8] q = {{{drawn(32)}}}, {scales}, float[8,3] c> {{
+    text = f"""(float[1,4] x) => (float[1,3] y) <int8[4,8] q = {numbers("4,8")}, {scales}, float[8,3] c> {{
         w = DequantizeLinear<axis={axis}, block_size=2>(q, vars)
         t = MatMul(x, w)
         y = MatMul(t, c)
@@ -202,19 +259,13 @@ def test_without_rounding_a_model_computes_nearly_the_same() -> None:
     assert 0 < difference <= bound * 1.001
 
 
-def numbers(shape: str, low: int, high: int) -> str:
-    """Integers of this shape, as ONNX text."""
-    drawn = np.random.default_rng(2).integers(low, high, int(np.prod([int(n) for n in shape.split(",")])))
-    return f"{{{', '.join(map(str, drawn))}}}"
-
-
 POINTS = "uint8 k = {120}, uint8 l = {131}, uint8 m = {97}"
 FINE = f"float r = {{0.03}}, float s = {{0.05}}, float v = {{0.02}}, {POINTS}"
 COARSE = f"float r = {{0.03}}, float s = {{0.05}}, float v = {{0.3}}, {POINTS}"
 CHANNELS = "float[4] each = {0.05, 0.04, 0.03, 0.06}, int8[4] none = {0, 0, 0, 0}"
 BIAS = "int32[4] e = {9, -80, 7, 60}"
 CONV = f"uint8[4,4,1,1] w = {numbers('4,4,1,1', 0, 256)}"
-SIGNED = f"int8[4,4,1,1] w = {numbers('4,4,1,1', -127, 128)}"
+SIGNED = f"int8[4,4,1,1] w = {numbers('4,4,1,1')}"
 MATRIX = f"uint8[5,6] w = {numbers('5,6', 0, 256)}"
 WIDE = f"uint8[20,4] w = {numbers('20,4', 0, 256)}"
 # Operator, shape of the result, constants, and nodes.
