@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from onnx_mdp.errors import MissingBackendError, SolverError
 from onnx_mdp.problem import Block, Budget, Factor, PruningProblem, Variable, WidthSum
-from onnx_mdp.solvers import SolveLimits, cheapest, compiled, fastest, mindtpy, search, solve
+from onnx_mdp.solvers import SolveLimits, cheapest, compiled, fastest, mindtpy, network, search, solve
+from onnx_mdp.solvers.compiled import CompiledProblem
 from onnx_mdp.solvers.exact import Exact, price, upper_bound
 from onnx_mdp.solvers.fronts import solve_front
 
@@ -139,6 +140,7 @@ def eager() -> Iterator[None]:
     hub = {"_HUB_LEAST": 0, "_HUB_SHARE": 0.0}
     with (
         mock.patch.object(compiled, "_COARSE", 2),
+        mock.patch.multiple(network, _LARGE=0, _SPARSE=2.0),
         mock.patch.multiple(search, _FEW=1, _NEARLY=2.0, _CROWDED=1, _SMALL=0, _LARGE=0, **hub),
     ):
         yield
@@ -223,6 +225,19 @@ def test_the_cheapest_choice_of_a_value_is_that_of_brute_force(problem: PruningP
     if answer.choice is not None:
         assert answer.value >= least - 1e-9
         assert answer.fastest_ns == answer.cost_ns
+
+
+@LAWS
+@given(problems(budgets=True), st.floats(0.0, 2.0), st.integers(0, 2**32 - 1))
+def test_a_pass_of_some_depth_bounds_options_as_a_whole_one(problem: PruningProblem, depth: float, seed: int):
+    whole = CompiledProblem(problem).network
+    pool = np.random.default_rng(seed).exponential(1e-3, (3, whole.resources))
+    totals, bounds = whole.marginals(pool)
+    with mock.patch.multiple(network, _LARGE=0, _SPARSE=2.0):
+        same, shallow = whole.marginals(pool, depth)
+    np.testing.assert_array_equal(same, totals)
+    for one, other in zip(bounds, shallow, strict=True):
+        np.testing.assert_allclose(other, np.maximum(one, totals[:, None] - depth), rtol=1e-12, atol=1e-12)
 
 
 @LAWS

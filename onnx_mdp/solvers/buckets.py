@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ __all__ = [
     "Floats",
     "TooWideError",
     "View",
+    "at_states",
     "blocks",
     "build_buckets",
     "centre",
@@ -26,6 +28,7 @@ __all__ = [
     "gather",
     "kept_shape",
     "largest",
+    "scatter",
 ]
 
 Floats = NDArray[np.float64]
@@ -92,6 +95,33 @@ def gather(into: Floats, block: Floats, first: int, view: View) -> None:
         np.maximum(into, largest, out=into)
     else:
         into[:, first : first + block.shape[1]] = largest
+
+
+def at_states(parts: Sequence[Floats], states: tuple[NDArray[np.intp], ...]) -> Floats:
+    """The sum of the parts at some states of the axes behind axis 1, float64[rows, options, states]."""
+    total = np.zeros(())
+    for part in sorted(_merged(parts), key=np.size):
+        shared = (size == 1 for size in part.shape[2:])
+        places = (np.zeros_like(s) if one else s for s, one in zip(states, shared, strict=True))
+        at: tuple[Any, ...] = (slice(None), slice(None), *places)
+        total = total + part[at]
+    return total
+
+
+def scatter(into: Floats, block: Floats, states: tuple[NDArray[np.intp], ...], view: View) -> None:
+    """As `gather` of a block whose last axis are the ``states``."""
+    kept = [axis for axis in range(2, 2 + len(states)) if axis not in view.others]
+    if 1 in view.others:
+        block = block.max(axis=1)
+    if not kept:
+        np.maximum(into, block.max(axis=-1), out=into)
+        return
+    shape = into.shape[-len(kept) :]
+    flat = np.ravel_multi_index([states[axis - 2] for axis in kept], shape)
+    order = np.argsort(flat, kind="stable")
+    starts = np.flatnonzero(np.diff(flat[order], prepend=-1))
+    at: tuple[Any, ...] = (..., *np.unravel_index(flat[order[starts]], shape))
+    into[at] = np.maximum.reduceat(block[..., order], starts, axis=-1)
 
 
 def _total(parts: Sequence[Floats], shape: tuple[int, ...]) -> Floats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -12,10 +13,29 @@ from onnx_mdp.solvers.buckets import Floats
 from onnx_mdp.solvers.compilation import compile_network
 from onnx_mdp.solvers.network import Network
 
-__all__ = ["CompiledProblem"]
+__all__ = ["CompiledProblem", "OptionBounds"]
 
 _COARSE = 12  # options a variable on the first look
 _ROUNDING = 1e-12  # of the largest possible value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OptionBounds:
+    """Upper bounds of all choices, ``top``, and of those with each option, down to ``floor``."""
+
+    top: float
+    floor: float
+    options: list[Floats]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pass:
+    """What one vector of multipliers found: `Network.marginals`, of all variables in a row."""
+
+    multipliers: Floats
+    total: float
+    depth: float
+    marginals: Floats
 
 
 class CompiledProblem:
@@ -36,7 +56,7 @@ class CompiledProblem:
         least = constant + sum(float(v.min(initial=0.0)) for v in finite)
         self.lowest = least - 1e9 * self.rounding  # a bound so low proves that nothing fits
         self._in_sums = {v for law in problem.sums for v in (law.total, *(part for part, _ in law.parts))}
-        self._passes: list[tuple[Floats, float, list[Floats]]] = []
+        self._passes: list[_Pass] = []
 
     def allowance(self, budget_ns: int) -> Floats:
         """What the choices may cost of each resource, constants that no choice changes taken off."""
@@ -83,24 +103,30 @@ class CompiledProblem:
         return summed or self.network.sizes[v] <= _COARSE
 
     def bounds_near(
-        self, allowance: Floats, multipliers: Floats, near: float, as_good: float
-    ) -> tuple[float, list[Floats]]:
-        """The bound of all choices, and of those with each option, by all passes over the network so far.
+        self, allowance: Floats, multipliers: Floats, near: float, as_good: float, depth: float = np.inf
+    ) -> OptionBounds:
+        """The bounds by all passes over the network so far.
 
-        A pass at these multipliers is added, unless those before come within a share of ``near``.
+        A pass at these multipliers is added, unless those before come within a share of ``near`` and reach
+        half of ``depth`` below it. It looks no further than ``depth`` below its maximum.
         """
-        top, bounds = self._bounds(allowance)
-        if not np.isfinite(top) or top - near > as_good * abs(top):
-            totals, found = self.network.marginals(multipliers[None])
-            self._passes.append((multipliers, float(totals[0]), [rows[0] for rows in found]))
-            top, bounds = self._bounds(allowance)
-        return top, bounds
+        found = self._bounds(allowance)
+        again = any((one.multipliers == multipliers).all() and one.depth >= depth for one in self._passes)
+        if not again and not (
+            found.top - near <= as_good * abs(found.top) and found.floor <= near - depth / 2
+        ):
+            totals, marginals = self.network.marginals(multipliers[None], depth)
+            one = _Pass(multipliers, float(totals[0]), depth, np.concatenate(marginals, axis=1)[0])
+            self._passes.append(one)
+            found = self._bounds(allowance)
+        return found
 
-    def _bounds(self, allowance: Floats) -> tuple[float, list[Floats]]:
-        top = np.inf
-        options = [np.full(size, np.inf) for size in self.network.sizes]
-        for multipliers, total, found in self._passes:
-            extra = float(multipliers @ allowance)
-            top = min(top, total + extra)
-            options = [np.minimum(o, f + extra) for o, f in zip(options, found, strict=True)]
-        return top, options
+    def _bounds(self, allowance: Floats) -> OptionBounds:
+        if not self._passes:
+            return OptionBounds(np.inf, np.inf, [])
+        extra = np.array([float(one.multipliers @ allowance) for one in self._passes])
+        tops = extra + [one.total for one in self._passes]
+        floors = tops - [one.depth for one in self._passes]
+        options = (np.array([one.marginals for one in self._passes]) + extra[:, None]).min(axis=0)
+        ends = np.cumsum(self.network.sizes)[:-1]
+        return OptionBounds(float(tops.min()), float(floors.min()), np.split(options, ends))

@@ -19,6 +19,7 @@ from onnx_mdp.problem import Choice
 from onnx_mdp.solvers.buckets import (
     Bucket,
     Floats,
+    at_states,
     blocks,
     build_buckets,
     centre,
@@ -26,11 +27,15 @@ from onnx_mdp.solvers.buckets import (
     gather,
     kept_shape,
     largest,
+    scatter,
 )
 
 __all__ = ["Network", "Options", "Point", "Table"]
 
 Options = NDArray[np.intp]
+
+_LARGE = 1 << 14  # entries of a bucket whose tuples are worth a choice
+_SPARSE = 0.4  # of the states
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,12 +129,17 @@ class Network:
         return messages
 
     def descend(
-        self, theta: Sequence[Floats], messages: Sequence[Floats], take: Callable[[int, int, Floats], None]
+        self,
+        theta: Sequence[Floats],
+        messages: Sequence[Floats],
+        take: Callable[[int, int, Floats], None],
+        floors: Floats | None = None,
     ) -> None:
         """Visit what the best choice through every tuple reaches.
 
         ``take(bucket, first, block)`` gets float64[rows, k, ...], for the bucket's variable at k options
-        from ``first`` on, and must not keep it. Buckets come last to first.
+        from ``first`` on, and must not keep it. Buckets come last to first. Tuples that do not reach
+        ``floors``, float64[rows], may be left out; then the last axis stands for all but the variable.
         """
         rows = len(messages[0]) if messages else 0
         outside: dict[int, Floats] = {}
@@ -144,10 +154,17 @@ class Network:
                 others: np.full((rows, *kept_shape(bucket.shape, view)), -np.inf)
                 for others, view in views.items()
             }
-            for first, block in blocks(parts, rows, bucket.shape):
-                take(index, first, block)
+            states = _promising(bucket, messages[index], outside.get(index), floors)
+            if states is None:
+                for first, block in blocks(parts, rows, bucket.shape):
+                    take(index, first, block)
+                    for others, view in views.items():
+                        gather(inward[others], block, first, view)
+            elif len(states[0]):
+                block = at_states(parts, states)
+                take(index, 0, block)
                 for others, view in views.items():
-                    gather(inward[others], block, first, view)
+                    scatter(inward[others], block, states, view)
             for child, view in bucket.children:
                 arrived = view.back(inward[view.others])
                 dead = np.isneginf(messages[child])
@@ -165,10 +182,11 @@ class Network:
             totals = totals + messages[-1]
         return totals, self.points(self._trace(theta, messages, len(pool)))
 
-    def marginals(self, pool: Floats) -> tuple[Floats, list[Floats]]:
+    def marginals(self, pool: Floats, depth: float = np.inf) -> tuple[Floats, list[Floats]]:
         """The maxima of ``value − multipliers · cost`` and those of all choices with each option.
 
-        float64[rows], and float64[rows, options] of every variable.
+        float64[rows], and float64[rows, options] of every variable. Those that are further than ``depth``
+        below the maximum of their row are only bounded by that.
         """
         theta = self.theta(pool, np.ones(len(pool)))
         messages = self.ascend(theta, len(pool))
@@ -179,7 +197,12 @@ class Network:
             variable = self.buckets[index].scope[0]
             found[variable][:, first : first + count] = block.reshape(rows, count, -1).max(axis=2)
 
-        self.descend(theta, messages, take)
+        if messages and depth < np.inf:
+            floors = messages[-1] - depth
+            self.descend(theta, messages, take, floors)
+            found = [np.maximum(marginal, floors[:, None]) for marginal in found]
+        else:
+            self.descend(theta, messages, take)
         constant = self.value - pool @ self.cost
         totals = constant + messages[-1] if messages else constant
         return totals, [marginal + constant[:, None] for marginal in found]
@@ -210,6 +233,17 @@ class Network:
     def _parts(self, bucket: Bucket, theta: Sequence[Floats], messages: Sequence[Floats]) -> list[Floats]:
         parts = [view.of(theta[table]) for table, view in bucket.tables]
         return parts + [view.of(messages[child]) for child, view in bucket.children]
+
+
+def _promising(
+    bucket: Bucket, message: Floats, outside: Floats | None, floors: Floats | None
+) -> tuple[NDArray[np.intp], ...] | None:
+    """The states of a large bucket's separator that reach the floor of a row; None: visit all."""
+    if floors is None or outside is None or bucket.entries < _LARGE or len(bucket.shape) == 1:
+        return None
+    reach = message + outside > floors.reshape(-1, *[1] * len(bucket.shape[1:]))
+    states = np.nonzero(reach.any(axis=0))
+    return states if len(states[0]) < _SPARSE * reach[0].size else None
 
 
 def _weighed(table: Table, pool: Floats, weights: Floats) -> Floats:

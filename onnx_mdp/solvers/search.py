@@ -14,7 +14,7 @@ import numpy as np
 
 from onnx_mdp.solvers.beliefs import Budgets, Ints, find_beliefs
 from onnx_mdp.solvers.buckets import Floats
-from onnx_mdp.solvers.compiled import CompiledProblem
+from onnx_mdp.solvers.compiled import CompiledProblem, OptionBounds
 from onnx_mdp.solvers.deepening import FIRST_STEP, close
 from onnx_mdp.solvers.dual import Dual, solve_dual, solve_duals
 from onnx_mdp.solvers.incumbent import Incumbent
@@ -23,10 +23,11 @@ from onnx_mdp.solvers.pareto_labels import Limits, StoppedError
 
 __all__ = ["Search"]
 
-_TOGETHER, _LARGE_TOGETHER = 10, 5  # budgets; options and labels add up, while the number of steps does not
+_TOGETHER, _LARGE_TOGETHER = 10, 10  # budgets; options and labels add up, while the number of steps does not
 _SMALL, _LARGE = 1 << 15, 1 << 20  # entries of a pass
-_AS_GOOD, _LARGE_AS_GOOD = 1e-3, 2e-3  # of the bound: passes for other budgets that come so close are enough
-_CROWDED = 3000  # labels in one bucket: then fixing a variable that most buckets see is cheaper
+_AS_GOOD = 1e-3  # of the bound: passes for other budgets that come so close are enough
+_DEPTH, _DEEPEST = 3e-4, 2e-3  # of the bound: how far below it passes over a large network look
+_CROWDED = 12_000  # labels in one bucket: then fixing a variable that most buckets see is cheaper
 _HUB_LEAST, _HUB_SHARE = 4, 0.3  # buckets
 _MOST_LABELS = 300_000  # in one bucket; more are cut to the most promising, and the bound says so
 _FEW = 6  # options a variable in the first window below the bound
@@ -45,6 +46,7 @@ class Search:
     def __init__(self, compiled: CompiledProblem, stop: Callable[[], bool]) -> None:
         """Search nothing yet."""
         self.compiled, self.stop = compiled, stop
+        self.large = compiled.network.entries > _LARGE
 
     def run(self, known: _Known) -> None:
         """Close the gap of each budget, ascending, unless the time is up first."""
@@ -55,13 +57,12 @@ class Search:
             elif not compiled.possible:
                 one.infeasible = True
         self._look(_open(known))
-        together = _LARGE_TOGETHER if compiled.network.entries > _LARGE else _TOGETHER
+        together = _LARGE_TOGETHER if self.large else _TOGETHER
         together = together if compiled.network.resources == 1 else 1
-        for group in _groups(_open(known), together):
-            self._search(group)
-            for one in _open(group):
-                one.alone = False
-                self._search([one])
+        for most in (together, together, 1):  # the second time with better multipliers
+            some = [one for one in _open(known) if most == 1 or not one.alone]
+            for group in _groups(some, most):
+                self._search(group)
 
     def _look(self, known: _Known) -> None:
         """Find multipliers on few options of each variable, whose choices become incumbents."""
@@ -79,7 +80,10 @@ class Search:
 
     def _look_closer(self, known: _Known) -> None:
         """Better multipliers and incumbents, from the options around those of the first look."""
-        near = self.compiled.around([one.choice for one in known if one.choice is not None])
+        choices = [one.choice for one in known if one.choice is not None]
+        if not choices:
+            return
+        near = self.compiled.around(choices)
         for one, dual in self._duals(near, known):
             one.offer(near, dual.best)
             if dual.cheapest is None and dual.bound > one.near:
@@ -88,34 +92,43 @@ class Search:
     def _search(self, known: _Known) -> None:
         """Search the choices in a window below the bound of each budget, then in wider ones."""
         compiled = self.compiled
-        loose = len(known) > 1 and compiled.network.entries > _LARGE
-        as_good = _LARGE_AS_GOOD if loose else _AS_GOOD
-        if loose:
+        loose = self.large and len(known) > 1
+        if loose or (self.large and any(one.bound < np.inf for one in known)):
             self._look_closer(known)
         bounds, windows, tops = {}, {}, {}
         for one in known:
-            assert one.multipliers is not None
-            top, bounds[one] = compiled.bounds_near(one.allowance, one.multipliers, one.near, as_good)
-            one.lower(top)
-            tops[one] = one.near if loose else top
-            windows[one] = max(_window(bounds[one], top), 1e3 * one.rounding)
+            one.alone = False
+            found = bounds[one] = self._option_bounds(one, _DEPTH * abs(one.near))
+            one.lower(found.top)
+            tops[one] = found.top
+            windows[one] = max(_window(found.options, found.top), 1e3 * one.rounding)
             while tops[one] - windows[one] >= one.bound:
                 windows[one] *= _WIDER
         left = list(known)
         while left and not self.stop():
             for one in left:
                 one.least = tops[one] - windows[one]
-                kept = sum(int((bound > one.least).sum()) for bound in bounds[one])
-                nearly = kept > _NEARLY * sum(map(len, bounds[one]))
+                if one.least < bounds[one].floor - one.rounding:
+                    bounds[one] = self._option_bounds(one, 2 * windows[one])
+                options = bounds[one].options
+                kept = sum(int((bound > one.least).sum()) for bound in options)
+                nearly = kept > _NEARLY * sum(map(len, options))
                 if nearly or one.least < min(compiled.lowest, one.value):
                     one.least = -np.inf  # all that may beat the incumbent
                 windows[one] *= _WIDER
-            network = self._union(compiled.network, left, bounds)
+            network = self._union(compiled.network, left, {one: bounds[one].options for one in left})
             if network is not None:
                 self._explore(network, left)
             for one in left:
                 one.infeasible |= one.least == one.bound == -np.inf and one.choice is None
             left = [one for one in _open(left) if one.least > -np.inf and not (loose or one.alone)]
+
+    def _option_bounds(self, one: Incumbent, depth: float) -> OptionBounds:
+        """The bounds of the options of the whole network; if it is large, to a depth below their maximum."""
+        assert one.multipliers is not None
+        if self.large and depth < _DEEPEST * abs(one.near):
+            return self.compiled.bounds_near(one.allowance, one.multipliers, one.near, _DEPTH / 3, depth)
+        return self.compiled.bounds_near(one.allowance, one.multipliers, one.near, _AS_GOOD)
 
     def _explore(self, network: Network, known: _Known) -> None:
         """Lower the bound of each budget in this network to ``least`` or to the best choice."""
@@ -210,7 +223,8 @@ class Search:
             one.offer(network, dual.best)
             nothing = dual.cheapest is not None or dual.bound < self.compiled.lowest
             one.lower(-np.inf if nothing else dual.bound)
-            one.multipliers = dual.multipliers
+            if not nothing or one.multipliers is None:
+                one.multipliers, one.near = dual.multipliers, max(one.near, dual.bound)
             if nothing and network is self.compiled.network and one.choice is None:
                 one.infeasible = True
                 if dual.cheapest is not None and self.compiled.paying:
