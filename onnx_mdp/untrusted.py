@@ -41,12 +41,23 @@ def check_model(proto: onnx.ModelProto, path: Path) -> None:
         _check_dims(tensor.dims, _MOST_ELEMENTS, tensor.name, path)
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _check_external(tensor, path)
+        elif tensor.data_type == onnx.TensorProto.STRING:
+            if len(tensor.string_data) != math.prod(tensor.dims):
+                raise UnreadableModelError(
+                    f"{path} holds another number of strings in {tensor.name!r} than it declares"
+                )
         elif tensor.HasField("raw_data") and len(tensor.raw_data) != _declared_bytes(tensor):
             raise UnreadableModelError(
                 f"{path} declares {_declared_bytes(tensor)} bytes of tensor {tensor.name!r} and holds "
                 f"{len(tensor.raw_data)}: it is truncated or corrupt"
             )
     _check_size(proto, path)
+    if not any(opset.domain in ("", "ai.onnx") for opset in proto.opset_import):
+        raise UnreadableModelError(
+            f"{path} does not say which version of ONNX's operators it uses; export it again"
+        )
+    for holder in _holders(proto.graph, *proto.functions):
+        _check_attributes(holder, path)
     _check_values(proto.graph, path, [])
     for function in proto.functions:
         _check_values(function, path, [])
@@ -164,6 +175,16 @@ def _check_size(proto: onnx.ModelProto, path: Path) -> None:
 
 
 # -- values -------------------------------------------------------------------------------------------------
+
+
+def _check_attributes(holder: Any, path: Path) -> None:
+    for node in holder.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.UNDEFINED:
+                raise UnreadableModelError(
+                    f"{path} is not a valid model: attribute {attribute.name!r} of {node.op_type} "
+                    f"{node.name!r} has no type; export the model again"
+                )
 
 
 def _check_values(holder: Any, path: Path, outer: Sequence[set[str]]) -> None:

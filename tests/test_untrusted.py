@@ -120,6 +120,19 @@ def endless_loop() -> onnx.ModelProto:
     return model([CONV, node("Loop", "n t c", "y", body=body)], integers("n", 2**60), condition)
 
 
+def untyped() -> onnx.ModelProto:
+    found = model([node("Conv", "x w", "y", group=1)])
+    found.graph.node[0].attribute[0].type = onnx.AttributeProto.UNDEFINED
+    return found
+
+
+def opset(domain: str) -> onnx.ModelProto:
+    found = model([node("Conv", "x w", "y")])
+    del found.opset_import[:]
+    found.opset_import.append(helper.make_opsetid(domain, 1))
+    return found
+
+
 REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "negative dims": (lambda: with_weight([-8, 3, 1, 1]), "dimensions -8×3×1×1"),
     "two negative dims": (lambda: with_weight([-8, -3, 1, 1]), "which no weight has"),
@@ -137,7 +150,9 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "too little data": (lambda: with_weight([8, 3, 2, 1]), "declares 192 bytes .* holds 96"),
     "too much data": (lambda: with_weight([8, 2, 1, 1]), "declares 64 bytes .* holds 96"),
     "an unknown type": (lambda: with_weight([8, 3, 1, 1], kind=99), "is not a readable"),
-    "raw strings": (lambda: with_weight([8, 3, 1, 1], kind=TensorProto.STRING), "holds 96"),
+    "raw strings": (lambda: with_weight([8, 3, 1, 1], kind=TensorProto.STRING), "another number of strings"),
+    "an attribute without a type": (untyped, "attribute 'group' of Conv '' has no type"),
+    "no version": (lambda: opset("local"), "which version of ONNX's operators"),
     "a cycle": (
         lambda: model([node("Add", "x b", "a"), node("Relu", "a", "b"), node("Relu", "b", "y")]),
         "has a cycle",
