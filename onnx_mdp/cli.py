@@ -62,11 +62,17 @@ def _root(
 
 @app.command()
 @given(options=model_options)
-def analyze(model: Model, options: "Options") -> None:
+def analyze(
+    model: Model,
+    options: "Options",
+    table: Annotated[
+        Path | None, typer.Option(metavar="TABLE.json", help="Say in milliseconds what frozen parts hold.")
+    ] = None,
+) -> None:
     """Show what can be pruned, what is frozen and why."""
     from onnx_mdp.commands import run_analyze
 
-    raise typer.Exit(run_analyze(model, options))
+    raise typer.Exit(run_analyze(model, options, table))
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_mdp.blocks import Block
+from onnx_mdp.frozen_parts import FrozenPart, frozen_parts, held_macs, held_params
 from onnx_mdp.labels import keep_vector
 from onnx_mdp.latency import LatencyTable
 from onnx_mdp.model_io import parameter_count
@@ -66,17 +67,13 @@ class Totals:
 def shares(structure: Structure) -> Shares:
     """How much of the model each dimension, and all prunable ones together, can make smaller."""
     shadow = structure.shadow
-    sizes = _parameter_sizes(shadow)
-    costs = [operation_macs(operation, shadow.shapes) for operation in shadow.operations]
-    whole_params, whole_macs = parameter_count(shadow.model), sum(costs)
+    whole_params, whole_macs = parameter_count(shadow.model), macs(shadow)
 
-    def params_of(dimensions: Iterable[Dimension]) -> float:
-        tensors = {member.tensor for dimension in dimensions for member in dimension.members}
-        return _part(sum(sizes.get(name, 0) for name in tensors), whole_params)
+    def params_of(dimensions: Sequence[Dimension]) -> float:
+        return _part(held_params(shadow, dimensions), whole_params)
 
-    def macs_of(dimensions: Iterable[Dimension]) -> float:
-        operations = {member.operation for dimension in dimensions for member in dimension.members}
-        return _part(sum(costs[index] for index in operations), whole_macs)
+    def macs_of(dimensions: Sequence[Dimension]) -> float:
+        return _part(held_macs(shadow, dimensions), whole_macs)
 
     prunable = [structure.dimensions[index] for index in structure.prunable]
     return Shares(
@@ -87,11 +84,13 @@ def shares(structure: Structure) -> Shares:
     )
 
 
-def analyze_document(structure: Structure) -> dict[str, Any]:
+def analyze_document(structure: Structure, milliseconds: Mapping[int, float] | None = None) -> dict[str, Any]:
     """The analysis as plain JSON types, in graph order: what ``analyze --json`` prints.
 
     ``step`` is the number of channels that one unit spans, ``nodes`` the names of the operations that go
-    with a block; ``frozen_ops`` maps each operator without a rule to the dimensions that it freezes.
+    with a block; ``frozen`` lists what froze dimensions and what these hold, the most first, and
+    ``frozen_ops`` maps each operator without a rule to the dimensions that it freezes. ``milliseconds`` maps
+    indices of operations to their time in the unpruned model.
     """
     part = shares(structure)
     return {
@@ -101,10 +100,11 @@ def analyze_document(structure: Structure) -> dict[str, Any]:
         "params": parameter_count(structure.shadow.model),
         "macs": macs(structure.shadow),
         "dimensions": [
-            _dimension_entry(dimension, part.params[index], part.macs[index])
+            _dimension_entry(structure, dimension, part.params[index], part.macs[index])
             for index, dimension in enumerate(structure.dimensions)
         ],
         "blocks": [_block_entry(block, structure.shadow) for block in structure.blocks],
+        "frozen": [_frozen_entry(frozen) for frozen in frozen_parts(structure, milliseconds)],
         "frozen_ops": {key: list(names) for key, names in frozen_operators(structure).items()},
         "prunable_params_share": part.prunable_params,
         "prunable_macs_share": part.prunable_macs,
@@ -226,7 +226,14 @@ def _parameter_sizes(shadow: Shadow) -> dict[str, int]:
     }
 
 
-def _dimension_entry(dimension: Dimension, share_params: float, share_macs: float) -> dict[str, Any]:
+def _frozen_entry(part: FrozenPart) -> dict[str, Any]:
+    return {**asdict(part), "nodes": list(part.nodes), "dimensions": list(part.dimensions)}
+
+
+def _dimension_entry(
+    structure: Structure, dimension: Dimension, share_params: float, share_macs: float
+) -> dict[str, Any]:
+    by = None if dimension.frozen_by is None else structure.shadow.operations[dimension.frozen_by]
     return {
         "name": dimension.name,
         "kind": dimension.kind,
@@ -234,6 +241,7 @@ def _dimension_entry(dimension: Dimension, share_params: float, share_macs: floa
         "step": dimension.channels,
         "heads": dimension.rows,
         "frozen": dimension.frozen,
+        "frozen_by": by and {"operator": by.op_type, "node": by.name or by.outputs[0]},
         "members": [{"tensor": member.tensor, "axis": member.axis} for member in dimension.members],
         "share_params": share_params,
         "share_macs": share_macs,

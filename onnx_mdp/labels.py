@@ -23,8 +23,9 @@ class LabelledGraph:
     ``tensors`` maps activations to squashed ``int32`` class arrays (0: fixed); ``sites`` are the cut
     initializer axes, ``cuts`` the same where the file stores the weights; ``reductions`` the
     (operation, slot) pairs that sum over a labelled axis;
-    ``reasons`` says for each frozen class why; ``unsupported`` names operators without a rule that
-    touched something prunable. ``grids`` are the classes of heads and their widths, ``head`` the head that
+    ``reasons`` says for each frozen class why, ``frozen_by`` which operation froze it, where one did;
+    ``unsupported`` names operators without a rule that touched something prunable. ``grids`` are the classes
+    of heads and their widths, ``head`` the head that
     each class belongs to (``int32[classes]``, 0: none), ``kinds`` what the rules call a class.
     ``signatures`` (``uint64[classes]``) are equal for classes that occur equally often everywhere.
     """
@@ -35,6 +36,7 @@ class LabelledGraph:
     cuts: tuple[Site, ...]
     reductions: tuple[tuple[int, int], ...]
     reasons: Mapping[int, str]
+    frozen_by: Mapping[int, int]
     unsupported: Mapping[str, str]
     classes: int
     grids: tuple[Grid, ...]
@@ -83,13 +85,15 @@ def label_graph(shadow: Shadow) -> LabelledGraph:
         for number in np.unique(classes[atoms]):
             kinds.setdefault(int(number), kind)
     sites = tuple(replace(site, labels=classes[site.labels]) for site in state.sites)
+    reasons = _reasons(state.frozen, coupling)
     return LabelledGraph(
         shadow=shadow,
         tensors={name: squash(classes[labels]) for name, labels in state.tensors.items()},
         sites=sites,
         cuts=stored_sites(shadow, sites),
         reductions=tuple(state.reductions),
-        reasons=_reasons(state.frozen, coupling),
+        reasons={number: why for number, (why, _) in reasons.items()},
+        frozen_by={number: by for number, (_, by) in reasons.items() if by is not None},
         unsupported=dict(state.unsupported),
         classes=int(classes.max()) + 1,
         grids=coupling.grids,
@@ -123,12 +127,14 @@ def _is_fixed(shadow: Shadow, name: str, labels: tuple[int, ...]) -> bool:
     )
 
 
-def _reasons(frozen: Iterable[tuple[npt.NDArray[np.int32], str]], coupling: Coupling) -> dict[int, str]:
+def _reasons(
+    frozen: Iterable[tuple[npt.NDArray[np.int32], str, int | None]], coupling: Coupling
+) -> dict[int, tuple[str, int | None]]:
     """Why classes are frozen: a fixed entry fixes the whole part, for counts agree, and its heads."""
-    reasons: dict[int, str] = {}
-    for atoms, why in frozen:
+    reasons: dict[int, tuple[str, int | None]] = {}
+    for atoms, why, by in frozen:
         for number in np.unique(coupling.classes[atoms]):
-            reasons.setdefault(int(number), why)
+            reasons.setdefault(int(number), (why, by))
     for grid in coupling.grids:
         stuck = []
         for part in grid.parts:

@@ -18,16 +18,16 @@ from rich.table import Table
 from rich.text import Text
 
 from onnx_mdp.documents import Shares, frozen_operators, plan_totals, shares
+from onnx_mdp.frozen_parts import frozen_parts
 from onnx_mdp.model_io import parameter_count
 from onnx_mdp.plan import PruningPlan, kept_count
-from onnx_mdp.structure import Dimension, Structure, macs, operation_macs
+from onnx_mdp.structure import Structure, macs, operation_macs
 
 __all__ = ["analysis_table", "compact", "cost_table", "plan_table", "printable"]
 
 _BAR_CELLS = 8
 _NAMES_SHOWN = 3  # of the frozen dimensions that share a reason; --json lists all
 _BREAKS = re.compile(r"[^/;]*[/;]+|[^/;]+")
-_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 
 def printable(text: str) -> str:
@@ -51,8 +51,11 @@ def compact(number: float) -> str:
     return f"{number:.0f}"
 
 
-def analysis_table(structure: Structure) -> RenderableType:
-    """What of a model can be pruned, what can not and why, and the removable blocks."""
+def analysis_table(structure: Structure, milliseconds: Mapping[int, float] | None = None) -> RenderableType:
+    """What of a model can be pruned, what can not and why, and the removable blocks.
+
+    ``milliseconds`` maps indices of operations to their time in the unpruned model.
+    """
     part = shares(structure)
     parts: list[RenderableType] = []
     if structure.prunable:
@@ -60,7 +63,7 @@ def analysis_table(structure: Structure) -> RenderableType:
     if structure.blocks:
         parts.append(_block_table(structure))
     if len(structure.prunable) < len(structure.dimensions):
-        parts.append(_frozen_table(structure))
+        parts.append(_frozen_table(structure, milliseconds))
     parts += [_unsupported_line(key, names) for key, names in frozen_operators(structure).items()]
     return Group(*parts, _summary(structure, part))
 
@@ -188,21 +191,24 @@ def _block_table(structure: Structure) -> Table:
     return table
 
 
-def _frozen_table(structure: Structure) -> Table:
-    """Reasons that differ only in the names they quote share a row, which shows the first of them."""
-    groups: dict[str, list[tuple[str, Dimension]]] = {}
-    for index in sorted(set(range(len(structure.dimensions))) - set(structure.prunable)):
-        dimension = structure.dimensions[index]
-        reason = dimension.frozen or "its channels all live and die together"
-        groups.setdefault(_QUOTED.sub("''", reason), []).append((reason, dimension))
+def _frozen_table(structure: Structure, milliseconds: Mapping[int, float] | None) -> Table:
+    """What froze dimensions and what these hold, the most first; reasons that differ in names share a row."""
+    params, whole = parameter_count(structure.shadow.model) or 1, macs(structure.shadow) or 1
     table = _table("frozen dimensions")
     _numbers(table, "count")
     table.add_column("reason", overflow="fold", ratio=3)
     table.add_column("dimensions", overflow="fold", ratio=2)
-    for members in sorted(groups.values(), key=len, reverse=True):
-        reason = printable(members[0][0]) + (" (and the like)" if len({r for r, _ in members}) > 1 else "")
-        names = _some([dimension.name for _, dimension in members])
-        table.add_row(str(len(members)), Text(reason), Text(names))
+    _numbers(table, "params", "MACs", *["ms"] * (milliseconds is not None))
+    for part in frozen_parts(structure, milliseconds):
+        more = f" (and {len(part.nodes) - 1} more nodes)" if len(part.nodes) > 1 else ""
+        table.add_row(
+            str(len(part.dimensions)),
+            Text(printable(part.reason) + more),
+            Text(_some(part.dimensions)),
+            _percent(part.params / params),
+            _percent(part.macs / whole),
+            *[] if part.ms is None else [f"{part.ms:.3f}"],
+        )
     return table
 
 

@@ -55,9 +55,10 @@ _EXTRAS = {
     "TensorrtExecutionProvider": "gpu",
 }
 
-_ERROR_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+_ERROR_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (?:Fatal error: )?")
 _SOURCE_LOCATION = re.compile(r"\S+\.(?:cc|cpp|cu|cuh|h):\d+\s*")
 _SIGNATURE = re.compile(r"^[^()]*\bonnxruntime::[^()]*\([^()]*\)(?: const)?\s*")
+_NO_KERNEL = re.compile(r"is not a registered function/op|Could not find an implementation for")
 _FATAL = 4
 _MOST_SECONDS = 3600.0  # compilers of engines may take minutes
 
@@ -169,6 +170,11 @@ def open_session(
         if not _starts(ort, runtime):
             raise _missing(runtime.provider, f"does not start ({reason.rstrip('.')})") from error
         name = "the model" if isinstance(model, bytes) else f"'{Path(model).name}'"
+        if _NO_KERNEL.search(reason):
+            reason += (
+                " What is pruned is measured and verified by running it: cut the graph before this operator, "
+                "and prune what is left."
+            )
         if "bfloat16" in reason:
             reason += " It has no kernels for bfloat16: measure with --ep where there are."
         raise MeasurementError(f"ONNX Runtime cannot load {name} on {runtime.provider}: {reason}") from error

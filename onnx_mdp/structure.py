@@ -54,8 +54,9 @@ class Dimension:
     ``kind`` is ``channel``, ``embedding`` (a residual stream with layer norms), ``mlp`` (the inside of a
     branch of linear layers), ``heads``, ``qk`` or ``value`` (widths of query and key, and of value).
     ``channels`` is how many channels one unit spans where it is made (1 unless groups couple them);
-    ``frozen`` is None or the reason why no unit may go; ``block`` names the residual block that holds
-    every member of the dimension; ``producer`` is the operation that makes the units.
+    ``frozen`` is None or the reason why no unit may go, ``frozen_by`` the operation that froze
+    it, if one did; ``block`` names the residual block that holds every member of the dimension; ``producer``
+    is the operation that makes the units.
 
     A width lists its units head by head: ``rows`` heads of equally many units, those of head ``h`` from
     ``h * count`` on. Which ones stay may differ from head to head, how many may not. ``heads`` is the
@@ -72,6 +73,7 @@ class Dimension:
     block: str | None = None
     rows: int = 1
     heads: int | None = None
+    frozen_by: int | None = None
 
     @property
     def count(self) -> int:
@@ -221,6 +223,7 @@ class _Builder:
                 block=None if frozen or block is None else block.name,
                 rows=rows,
                 heads=heads,
+                frozen_by=graph.frozen_by.get(units[0]),
             )
         )
 

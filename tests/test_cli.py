@@ -197,6 +197,14 @@ def test_wrong_input_shape(run: Run, shape: str) -> None:
     assert files() == {"model.onnx"}
 
 
+def test_an_operator_without_a_kernel_is_named(run: Run) -> None:
+    text = TINY.replace("h = Relu (g)", "h = acme.Magic (g)")
+    save(text_model(text, domains={"acme": 1}))
+    for command in (("analyze", "model.onnx"), ("prune", "model.onnx", "--target-ratio", 0.5)):
+        is_refused(run(*command), 1, "acme:Magic", "cut the graph before this operator")
+    assert files() == {"model.onnx"}
+
+
 def test_an_unknown_operator_is_named_and_the_rest_is_prunable(run: Run) -> None:
     text = TINY.replace(
         "h = Relu (g)", "q = SequenceConstruct (g) k = Constant<value_int = 0>() h = SequenceAt (q, k)"

@@ -102,6 +102,7 @@ ORDER = (
     "closed_loop",
     "pipeline",
     "",
+    "frozen_parts",
     "documents",
     "report",
     "figures",

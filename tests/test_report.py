@@ -15,11 +15,12 @@ import onnx
 import pytest
 from onnx import numpy_helper
 from rich.console import Console
-from zoo import analyse, random_plan, zoo_structure
+from zoo import analyse, random_plan, text_model, zoo_structure
 
 from onnx_mdp.binding import bind_shapes
 from onnx_mdp.documents import analyze_document, frozen_operators, plan_totals, shares
 from onnx_mdp.figures import structure_svg
+from onnx_mdp.frozen_parts import frozen_parts
 from onnx_mdp.model_io import parameter_count
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.report import analysis_table, plan_table, printable
@@ -97,9 +98,10 @@ def test_the_analysis_has_exactly_the_keys_of_the_contract():
     document = analyze_document(residual())
     assert set(document) == {
         *("schema_version", "inputs", "params", "macs", "dimensions", "blocks"),
-        *("frozen_ops", "prunable_params_share", "prunable_macs_share"),
+        *("frozen", "frozen_ops", "states", "prunable_params_share", "prunable_macs_share"),
     }
-    keys = {"name", "kind", "size", "step", "heads", "frozen", "members", "share_params", "share_macs"}
+    keys = {"name", "kind", "size", "step", "heads", "frozen", "frozen_by", "members"}
+    keys |= {"share_params", "share_macs"}
     assert all(set(entry) == keys for entry in document["dimensions"])
     assert all(set(m) == {"tensor", "axis"} for entry in document["dimensions"] for m in entry["members"])
     assert [set(block) for block in document["blocks"]] == [{"name", "kind", "nodes", "removable"}]
@@ -141,6 +143,36 @@ def test_an_operator_without_a_rule_names_the_dimensions_that_it_freezes(monkeyp
     assert frozen_operators(structure) == {"GlobalAveragePool": ("Conv_0",)}
     assert analyze_document(structure)["frozen_ops"] == {"GlobalAveragePool": ["Conv_0"]}
     assert "No rule for operator GlobalAveragePool; it freezes Conv_0." in shown(analysis_table(structure))
+
+
+FROZEN = """(float[1,3,6,6] x) => (float[1,4,6,6] y) <
+        float[8,3,1,1] a, float[4,8,1,1] b, float[6,8,1,1] c, float[4,10,1,1] e> {
+    t = Conv(x, a)
+    s = Conv(t, b)
+    v = Softmax<axis=1>(s)
+    w = Conv(t, c)
+    n = LRN<size=3>(w)
+    j = Concat<axis=1>(v, n)
+    y = Conv(j, e)
+}"""
+
+
+def test_frozen_parts_name_the_operator_and_what_they_hold_the_most_first():
+    structure = analyse(text_model(FROZEN))[1]
+    parts = frozen_parts(structure)
+    assert [(p.operator, p.nodes, p.dimensions, p.params, p.macs) for p in parts] == [
+        ("LRN", ("lrn_4",), ("conv_3",), 6 * 8, 36 * 6 * 8),
+        (None, (), ("conv_6",), 4 * 10, 36 * 4 * 10),
+        ("Softmax", ("softmax_2",), ("conv_1",), 4 * 8, 36 * 4 * 8),
+    ]
+    times = {1: 7.0, 3: 2.0}
+    first = frozen_parts(structure, times)[0]
+    assert (first.operator, first.ms) == ("Softmax", 7.0)
+    table = shown(analysis_table(structure, times))
+    assert table.index("softmax_2") < table.index("lrn_4")
+    assert "7.000" in table
+    entry = next(d for d in analyze_document(structure)["dimensions"] if d["name"] == "conv_1")
+    assert entry["frozen_by"] == {"operator": "Softmax", "node": "softmax_2"}
 
 
 def assert_totals_are_those_of_the_rewritten_model(structure: Structure, plan: PruningPlan):

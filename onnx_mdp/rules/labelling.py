@@ -140,7 +140,8 @@ class Labelling:
         self.tensors: dict[str, Labels] = {}
         self.atoms = 1
         self.edges: list[npt.NDArray[np.int32]] = []
-        self.frozen: list[tuple[npt.NDArray[np.int32], str]] = []
+        self.frozen: list[tuple[npt.NDArray[np.int32], str, int | None]] = []
+        self.at: int | None = None
         self.sites: list[Site] = []
         self.reductions: list[tuple[int, int]] = []
         self.unsupported: dict[str, str] = {}
@@ -209,7 +210,7 @@ class Labelling:
         """These labels never die; ``why`` is shown to the user."""
         atoms = np.unique(labels[labels > 0])
         if len(atoms):
-            self.frozen.append((atoms, why))
+            self.frozen.append((atoms, why, self.at))
 
     def freeze_inputs(self, operation: Operation, why: str) -> None:
         """Freeze whatever the operation reads and leave its outputs unlabelled."""
@@ -281,15 +282,17 @@ class Labelling:
     def run(self) -> None:
         """Apply the rule of every operation; those without one freeze what they touch."""
         for operation in self.shadow.operations:
+            self.at = operation.index
             names = [n for n in (*operation.inputs, *operation.captured) if n]
             key = f"{operation.domain}::{operation.op_type}" if operation.domain else operation.op_type
             if operation.op_type != "Size" and all(self.is_constant(o) or not o for o in operation.outputs):
                 continue
-            if operation.version >= SINCE.get(key, math.inf):
+            if key in RULES and operation.version >= SINCE[key]:
                 RULES[key](self, operation)
             else:
                 self._refuse(operation, key, names)
         carried = {target: source for source, target in self.shadow.states.items() if source in self.tensors}
+        self.at = None
         for name in self.shadow.outputs:
             if name in carried:
                 self._carry(carried[name], name)
