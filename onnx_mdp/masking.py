@@ -40,7 +40,7 @@ _NEUTRAL = {"ReduceMax": -math.inf, "ReduceMin": math.inf, "ReduceLogSumExp": -m
 
 def masked_model(original: ir.Model, structure: Structure, plan: PruningPlan) -> ir.Model:
     """The original graph (projections split, in float32) with masks, nothing sliced; it shares weights."""
-    whole = structure.shadow.model if structure.shadow.split else in_qdq_form(original)
+    whole = structure.shadow.model if structure.shadow.rearranged else in_qdq_form(original)
     proto, weights = weightless(in_float32(whole))
     removed = removed_classes(plan, structure)
     masks = _Masks(proto, {n.output[0]: n for n in proto.graph.node if n.output})

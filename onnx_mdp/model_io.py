@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from onnx_mdp.errors import UnreadableModelError, UnsupportedModelError, UsageError
 from onnx_mdp.files import Content, check_output, write_files
+from onnx_mdp.protobuf_forms import fill_sparse_tensors, refuse_double_names
 from onnx_mdp.untrusted import check_model
 
 if TYPE_CHECKING:
@@ -54,15 +55,20 @@ def load_model(source: ModelLike) -> ir.Model:
     if isinstance(source, ir.Model):
         return clone(source)
     if isinstance(source, onnx.ModelProto):
-        return _in_arrays(ir.from_proto(source))
+        return _from_proto(source)
     surgeon = sys.modules.get("onnx_graphsurgeon")
     if surgeon is not None and isinstance(source, surgeon.Graph):
         exported: onnx.ModelProto = surgeon.export_onnx(source)
-        return _in_arrays(ir.from_proto(exported))
+        return _from_proto(exported)
     raise UsageError(
         "a model must be a path, a ModelProto, an onnx_ir.Model or a graphsurgeon Graph, "
         f"not {type(source).__name__}"
     )
+
+
+def _from_proto(proto: onnx.ModelProto) -> ir.Model:
+    refuse_double_names(proto)
+    return _in_arrays(ir.from_proto(fill_sparse_tensors(proto)))
 
 
 def _load_file(path: Path) -> ir.Model:
@@ -72,7 +78,8 @@ def _load_file(path: Path) -> ir.Model:
     try:
         proto = onnx.load_model(path, load_external_data=False)
         check_model(proto, path)
-        model = ir.from_proto(proto)
+        refuse_double_names(proto)
+        model = ir.from_proto(fill_sparse_tensors(proto))
         ir.external_data.set_base_dir(model.graph, path.parent)
         _sort(model, path)
         model = _in_arrays(ir.external_data.load_to_model(model))
@@ -202,18 +209,46 @@ def _description(model: ir.Model) -> Iterator[str]:
         tensor = model.graph.initializers[name].const_value
         if tensor is not None:
             yield f"weight {name} {tensor.dtype} {tuple(tensor.shape)}"
-    for node in model.graph:
-        attributes = [f"{k}={_attribute_text(a)}" for k, a in sorted(node.attributes.items())]
-        inputs = [v.name if v is not None else "" for v in node.inputs]
-        yield f"{node.domain}.{node.op_type} {inputs} {[v.name for v in node.outputs]} {attributes}"
+    yield from map(_node_text, model.graph)
+    for key, function in sorted(model.functions.items()):
+        yield f"function {key} {sorted(function.opset_imports.items())}"
+        defaults = [f"{name}={_attribute_text(a)}" for name, a in sorted(function.attributes.items())]
+        yield f"{[v.name for v in function.inputs]} {[v.name for v in function.outputs]} {defaults}"
+        yield from map(_node_text, function)
+
+
+def _node_text(node: ir.Node) -> str:
+    attributes = [f"{k}={_attribute_text(a)}" for k, a in sorted(node.attributes.items())]
+    inputs = [v.name if v is not None else "" for v in node.inputs]
+    return f"{node.domain}.{node.op_type} {inputs} {[v.name for v in node.outputs]} {attributes}"
 
 
 def _attribute_text(attribute: Any) -> str:
+    if attribute.is_ref():
+        return f"@{attribute.ref_attr_name}"
     if attribute.type == ir.AttributeType.TENSOR:
-        tensor = attribute.as_tensor()
-        digest = hashlib.sha256(_tensor_bytes(tensor)).hexdigest()[:16]
-        return f"{tensor.dtype}{tuple(tensor.shape)}{digest}"
+        return _tensor_text(attribute.as_tensor())
+    if attribute.type == ir.AttributeType.GRAPH:
+        return _body_text(attribute.as_graph())
+    if attribute.type == ir.AttributeType.GRAPHS:
+        return str([_body_text(graph) for graph in attribute.as_graphs()])
     return str(attribute.value)
+
+
+def _body_text(graph: ir.Graph) -> str:
+    """A subgraph with the values of its weights, which its own text abbreviates."""
+    weights = [
+        f"{name}={_tensor_text(value.const_value)}"
+        for name, value in sorted(graph.initializers.items())
+        if value.const_value is not None
+    ]
+    ends = [v.name for v in graph.inputs], [v.name for v in graph.outputs]
+    return f"{ends} {weights} {[_node_text(node) for node in graph]}"
+
+
+def _tensor_text(tensor: ir.TensorProtocol) -> str:
+    digest = hashlib.sha256(_tensor_bytes(tensor)).hexdigest()[:16]
+    return f"{tensor.dtype}{tuple(tensor.shape)}{digest}"
 
 
 def model_files(model: ir.Model, path: Path) -> dict[Path, Content]:

@@ -25,6 +25,7 @@ from onnx_mdp.errors import MdpError, MeasurementError
 from onnx_mdp.independence import independent_outputs, subgraphs
 from onnx_mdp.integer_form import is_quantized
 from onnx_mdp.model_io import clone, content_hash, model_proto
+from onnx_mdp.normal_form import inline_functions, refuse_unknown_form, unfold
 from onnx_mdp.precision import as_stored, has_halves, in_float32, tensor_types
 from onnx_mdp.projections import FusedProjection, Known, split_projections
 from onnx_mdp.qdq_form import in_qdq_form
@@ -72,7 +73,8 @@ class Shadow:
     projections that became several, and ``unsplit`` the normalised model in which they are one; ``types`` are
     the element types of the tensors of a model in half precision (of another model, nothing); ``chains`` are
     the tensors between a stored weight and its reader; ``states`` maps inputs to the outputs that become them
-    in the next frame.
+    in the next frame; ``unfolded`` says whether functions, branches or fused operators gave way to plain
+    nodes.
     """
 
     model: ir.Model
@@ -89,11 +91,17 @@ class Shadow:
     types: Mapping[str, ir.DataType] = field(default_factory=dict)
     chains: frozenset[str] = frozenset()
     states: Mapping[str, str] = field(default_factory=dict)
+    unfolded: bool = False
 
     @property
     def plain(self) -> bool:
         """Whether all is float32: nothing in half precision, nothing quantized."""
         return not self.types and not self.chains and not is_quantized(self.model)
+
+    @property
+    def rearranged(self) -> bool:
+        """Whether the analysed nodes are others than those of the file, beside what was folded."""
+        return self.unfolded or bool(self.split)
 
     def consumers(self) -> Mapping[str, tuple[tuple[int, int], ...]]:
         """For every tensor, the (operation, input slot) pairs that read it."""
@@ -113,19 +121,28 @@ def prepare(
 
     Raises:
         UsageError: a state that the model does not have.
+        UnsupportedModelError: the model draws random numbers, or is of an opset that nothing runs.
         MeasurementError: ONNX Runtime cannot run the model.
     """
+    refuse_unknown_form(model)
     source = content_hash(model)
-    model = in_qdq_form(clone(model))
+    model = clone(model)
     _hide_weights_from_inputs(model)
-    pure = independent_outputs(model)
-    types = tensor_types(model) if has_halves(model) else {}
-    observed, values = _observe(model, shapes, pure)
-    values = as_stored(values, types)
-    stored = stored_outputs(model, pure, types)
-    folded = _foldable(model, {name: value for name, value in values.items() if name not in stored})
-    dynamic = _dynamic(model, shapes, folded, types)
-    _fold(model, {name: value for name, value in folded.items() if name not in dynamic})
+    unfolded = inline_functions(model)
+    model = in_qdq_form(model)
+    while True:
+        pure = independent_outputs(model)
+        types = tensor_types(model) if has_halves(model) else {}
+        observed, values = _observe(model, shapes, pure)
+        values = as_stored(values, types)
+        stored = stored_outputs(model, pure, types)
+        folded = _foldable(model, {name: value for name, value in values.items() if name not in stored})
+        dynamic = _dynamic(model, shapes, folded, types)
+        _fold(model, {name: value for name, value in folded.items() if name not in dynamic})
+        sizes = {name: tuple(tensor.shape.numpy()) for name, tensor in _weights(model).items()}
+        if not unfold(model, {**observed, **sizes, **shapes}):
+            break
+        unfolded = True
     initial = {name: _initial_value(v) for name, v in model.graph.initializers.items()}
     constants = {**folded, **{name: value for name, value in initial.items() if value is not None}}
     constants |= {name: values[name] for name in stored if name in values}
@@ -149,6 +166,7 @@ def prepare(
         unsplit=unsplit,
         split=split,
         independent=frozenset(pure),
+        unfolded=unfolded,
         types=types,
         chains=frozenset(chains),
         states=bind_states(model, states or {}, held),
@@ -359,7 +377,11 @@ def _plain(attribute: ir.Attr) -> Any:
 
 
 def _captured(node: ir.Node) -> set[str]:
-    """Outer tensors that the subgraphs of a node read."""
-    inner = [n for g in subgraphs(node) for n in g.all_nodes()]
-    made = {v.name for n in inner for v in n.outputs}
-    return {str(v.name) for n in inner for v in n.inputs if v is not None and v.name not in made}
+    """Outer tensors that the subgraphs of a node read, or return as they are."""
+    graphs = subgraphs(node)
+    inner = [n for g in graphs for n in g.all_nodes()]
+    bodies = [*graphs, *(g for n in inner for g in subgraphs(n))]
+    made = {id(v) for n in inner for v in n.outputs}
+    made |= {id(v) for g in bodies for v in (*g.inputs, *g.initializers.values())}
+    read = [v for n in inner for v in n.inputs] + [v for g in bodies for v in g.outputs]
+    return {str(v.name) for v in read if v is not None and id(v) not in made}

@@ -2,8 +2,8 @@
 
 ``run(pruned, x) = run(original, every consumer that sums over a pruned axis restricted to kept units, x)``
 
-The masked original is built by `masked_model`, which never slices. Where fused projections were split, the
-split graph stands for the original, and must give the original's outputs on every input tried.
+The masked original is built by `masked_model`, which never slices. Where fused projections were split, or
+functions and branches inlined, that graph stands for the original, whose outputs it must give on every input.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def verify(
         return kept_part(structure.graph, name, value, removed) if name in boundary else value
 
     boundary = {*structure.shadow.states, *structure.shadow.states.values()}
-    if structure.shadow.split:
+    if structure.shadow.rearranged:
         _require_same(original, structure, names, trials)
     masked = masked_model(original, structure, plan)
     apart = functools.partial(
@@ -168,7 +168,7 @@ def _dense_outputs(
 def _require_same(
     original: ir.Model, structure: Structure, names: Sequence[str], trials: Sequence[Trial]
 ) -> None:
-    """Refuse a split of projections that changes an output by more than the rounding of floats."""
+    """Refuse a form of the graph that changes an output by more than the rounding of floats."""
     whole, split = original, structure.shadow.model
     if is_quantized(split):
         whole, split = (_real(structure, form) for form in (structure.shadow.unsplit, split))
@@ -176,7 +176,7 @@ def _require_same(
     found = compare(whole, split, names, alone, _SPLIT_TOLERANCE)
     if found.worst.ratio > _SPLIT_TOLERANCE:
         raise VerificationError(
-            "splitting the fused projections changed the outputs; this is a bug in onnx-mdp, "
+            "splitting fused layers, or inlining, changed the outputs; this is a bug in onnx-mdp, "
             "nothing was written, please report it"
         )
 
