@@ -2,7 +2,8 @@
 
 Claim: under 20 random constrained plans each, and with every detected block removed singly, every model below
 runs and equals the masked original (the branch zeroed) within 1e-5 of the scale; analysis, rewrite and
-verification take at most 15 s and 3 GB for DeiT-Base, 20 s for Swin-T, 15 s for ConvNeXt-T, 6 GB for ViT-L.
+verification take at most 15 s and 3 GB for DeiT-Base, 20 s for Swin-T, 15 s for ConvNeXt-T, 6 GB for ViT-L;
+analysis alone at most 20 s and 3 GB for SSD512.
 
 A plan keeps a random number of random units of every dimension, other units in each head but as many; every
 second one removes blocks (with probability 0.4), and half of them keep query, key and value of an attention
@@ -23,6 +24,7 @@ import onnx_ir as ir
 from benchmarks.harness import Verdict, arguments, combined, note, print_table, publish, run_main
 from benchmarks.metered import run_metered
 from benchmarks.model_files import model_path
+from benchmarks.plans import random_plan
 from onnx_mdp.blocks import Block
 from onnx_mdp.computation import Computation
 from onnx_mdp.model_io import clone, load_model
@@ -33,12 +35,14 @@ from onnx_mdp.structure import Structure
 from onnx_mdp.timing import random_feeds
 from onnx_mdp.verification import TOLERANCE, require, verify
 
-__all__ = ["Row", "block_errors", "main", "plan_errors", "random_plan", "zeroed"]
+__all__ = ["Row", "block_errors", "main", "plan_errors", "zeroed"]
 
 _MODELS = "deit_tiny deit_small deit_base vit_base swin_tiny convnext_tiny pvt_v2_b0 detr vit_large".split()
+_MODELS += "ssd512 yolov8n retinanet unet".split()
 _EXPORTERS = ("torchscript", "dynamo")
 _QUICK = ("deit_tiny_torchscript", "pvt_v2_b0_dynamo")
 _PLANS = 20
+_ANALYSIS: Mapping[str, tuple[float, float]] = {"ssd512": (20.0, 3000.0)}
 _SECONDS: Mapping[str, float] = {"deit_base": 15.0, "swin_tiny": 20.0, "convnext_tiny": 15.0}
 _MEGABYTES: Mapping[str, float] = {"deit_base": 3000.0, "vit_large": 6000.0}
 
@@ -50,6 +54,7 @@ class Row:
     model: str
     seconds: float
     peak_mb: float
+    analysis_s: float
     plans: int
     plan_error: float
     blocks: int
@@ -60,23 +65,6 @@ class Row:
     def verdict(self) -> Verdict:
         """Nothing may be wrong."""
         return "fail" if self.flaws else "pass"
-
-
-def random_plan(structure: Structure, seed: int) -> PruningPlan:
-    """Random units, at least a fifth; one seed in two removes blocks, two in four fuse projections again."""
-    rng = np.random.default_rng(seed)
-    keep: dict[str, tuple[int, ...]] = {}
-    alike: dict[tuple[int, int], int] = {}
-    for dimension in (structure.dimensions[index] for index in structure.prunable):
-        size = dimension.count
-        count = int(rng.integers(max(1, round(0.2 * size)), size + 1))
-        if dimension.heads is not None and seed // 2 % 2:
-            count = alike.setdefault((dimension.heads, size), count)
-        if count < size:
-            drawn = [rng.choice(size, count, replace=False) + row * size for row in range(dimension.rows)]
-            keep[dimension.name] = tuple(sorted(np.concatenate(drawn).tolist()))
-    removed = tuple(b.name for b in structure.blocks if seed % 2 and rng.random() < 0.4)
-    return PruningPlan(keep=keep, removed_blocks=removed)
 
 
 def plan_errors(model: ir.Model, structure: Structure, count: int, seed: int) -> list[float]:
@@ -132,10 +120,12 @@ def _distance(expected: Sequence[np.ndarray], actual: Sequence[np.ndarray]) -> f
     return max(share if np.isfinite(share) else np.inf for share in shares)
 
 
-def _once(name: str) -> int:
-    """What a prune does beside measuring, for the process that is metered."""
+def _once(name: str, stage: str) -> int:
+    """What a prune does beside measuring, or the analysis alone, for the process that is metered."""
     model = load_model(model_path(name))
     structure = analyze(model, {})
+    if stage == "analysis":
+        return 0
     plan = random_plan(structure, 0)
     require(verify(model, structure, rewrite(structure, plan), plan))
     return 0
@@ -144,15 +134,19 @@ def _once(name: str) -> int:
 def _row(name: str, plans: int, seed: int) -> Row:
     model_path(name)  # an export must not count as a cost
     note(f"{name} …")
-    used = run_metered(sys.executable, "-m", "benchmarks.full_size", "--once", name)
-    flaws = [] if used.code == 0 else [used.complaint]
+    command = (sys.executable, "-m", "benchmarks.full_size", "--once", name)
+    first, used = (run_metered(*command, stage) for stage in ("analysis", "all"))
+    flaws = [run.complaint for run in (first, used) if run.code]
     model = load_model(model_path(name))
     structure = analyze(model, {})
     drawn = plan_errors(model, structure, plans, seed)
     removed, idle = block_errors(model, structure, seed)
     architecture = name.rpartition("_")[0]
-    cost, worst = (used.seconds, used.peak_mb), (max(drawn), max(removed, default=np.inf))
+    cost, worst = (used.seconds, used.peak_mb), (max(drawn), max(removed, default=0.0))
+    most_s, most_mb = _ANALYSIS.get(architecture, (np.inf, np.inf))
     wrong = {
+        f"analysis: {first.seconds:.0f} s": first.seconds > most_s,
+        f"analysis: {first.peak_mb:.0f} MB": first.peak_mb > most_mb,
         f"{cost[0]:.0f} s": cost[0] > _SECONDS.get(architecture, np.inf),
         f"{cost[1]:.0f} MB": cost[1] > _MEGABYTES.get(architecture, np.inf),
         f"plans: {worst[0]:.0e}": not worst[0] <= TOLERANCE,
@@ -161,7 +155,7 @@ def _row(name: str, plans: int, seed: int) -> Row:
     }
     flaws += [flaw for flaw, holds in wrong.items() if holds]
     note(f"{name}: {cost[0]:.1f} s, {cost[1]:.0f} MB, {worst[0]:.1e}, {worst[1]:.1e}, {flaws or 'pass'}")
-    return Row(name, *cost, len(drawn), worst[0], len(removed), worst[1], tuple(flaws))
+    return Row(name, *cost, first.seconds, len(drawn), worst[0], len(removed), worst[1], tuple(flaws))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,15 +164,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__, names)
     parser.add_argument("--plans", type=int, default=_PLANS, help=f"of each model (default: {_PLANS})")
     parser.add_argument("--quick", action="store_true", help=f"two plans of {' and '.join(_QUICK)}")
-    parser.add_argument("--once", metavar="NAME", help=argparse.SUPPRESS)
+    parser.add_argument("--once", nargs=2, metavar=("NAME", "STAGE"), help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     if given.once:
-        return _once(given.once)
+        return _once(*given.once)
     chosen, plans = (_QUICK, 2) if given.quick else (given.models, given.plans)
     rows = [_row(name, plans, given.seed) for name in chosen]
     columns = {
         "model": lambda r: r.model,
         "seconds": lambda r: f"{r.seconds:.1f}",
+        "of analysis": lambda r: f"{r.analysis_s:.1f}",
         "peak MB": lambda r: f"{r.peak_mb:.0f}",
         "plans": lambda r: str(r.plans),
         "worst": lambda r: f"{r.plan_error:.1e}",

@@ -22,9 +22,9 @@ import numpy as np
 import onnx_ir as ir
 
 from benchmarks.double import run_in_double
-from benchmarks.full_size import random_plan
 from benchmarks.harness import Verdict, arguments, combined, note, print_table, publish, run_main
 from benchmarks.model_files import zoo_file, zoo_files
+from benchmarks.plans import random_plan
 from onnx_mdp.computation import Computation
 from onnx_mdp.documents import shares
 from onnx_mdp.errors import MdpError
