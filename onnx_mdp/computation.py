@@ -46,9 +46,9 @@ class Computation:
         *,
         alone: bool = False,
     ) -> None:
-        """Open a model; ``outputs`` names inner tensors that shall be outputs as well, or ``alone``.
+        """Open a model; ``outputs`` names inner tensors that shall be outputs as well.
 
-        Those of ``measured`` may be asked for their shapes.
+        Those of ``measured`` may be asked for their shapes. ``alone``: nothing else is an output or computed.
         With ``shapes``, those of the inputs, it is known before the first run how large most tensors are.
 
         Raises:
@@ -57,7 +57,7 @@ class Computation:
         """
         proto, weights = weightless(in_float32(model))
         if alone:
-            _keep_only(proto, outputs)
+            _keep_only(proto, (*outputs, *measured))
         known = {output.name for output in proto.graph.output}
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in known)
         self._extents = {name: f"mdp_shape_{index}" for index, name in enumerate(measured)}

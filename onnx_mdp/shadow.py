@@ -208,7 +208,7 @@ def _observe(
     tensors = set(computation.tensors)
     measured = [name for name in wanted if name in tensors]
     try:
-        seen = Computation(model, shapes=shapes, measured=measured).shapes(feeds)
+        seen = Computation(model, (), shapes, measured, alone=True).shapes(feeds)
         kept = list(_fitting(model, seen, pure))
         values = Computation(model, kept, shapes, alone=True).run(kept, feeds) if kept else []
     except MdpError:
