@@ -15,6 +15,7 @@ from onnx_mdp.solvers.network import Network
 
 __all__ = ["CompiledProblem", "OptionBounds"]
 
+_ROWS, _ENTRIES = 5, 1 << 20  # of a pass for several allowances: what a cache holds
 _COARSE = 12  # options a variable on the first look
 _ROUNDING = 1e-12  # of the largest possible value
 
@@ -103,23 +104,38 @@ class CompiledProblem:
         return summed or self.network.sizes[v] <= _COARSE
 
     def bounds_near(
-        self, allowance: Floats, multipliers: Floats, near: float, as_good: float, depth: float = np.inf
-    ) -> OptionBounds:
-        """The bounds by all passes over the network so far.
+        self,
+        allowances: Sequence[Floats],
+        multipliers: Sequence[Floats],
+        nears: Sequence[float],
+        as_good: float,
+        depth: float = np.inf,
+    ) -> list[OptionBounds]:
+        """The bounds for several allowances by all passes over the network so far.
 
-        A pass at these multipliers is added, unless those before come within a share of ``near`` and reach
-        half of ``depth`` below it. It looks no further than ``depth`` below its maximum.
+        Passes at their ``multipliers`` are added, some at a time, unless those before come within a share of
+        ``nears`` and reach half of ``depth`` below that. They look no further than ``depth`` below their
+        maximum.
         """
+        rows = max(_ROWS, _ENTRIES // max(1, self.network.entries))
+        asked = list(zip(allowances, multipliers, nears, strict=True))
+        for first in range(0, len(asked), rows):
+            missing = [
+                m for a, m, n in asked[first : first + rows] if not self._suffice(a, m, n, as_good, depth)
+            ]
+            if missing:
+                totals, marginals = self.network.marginals(np.array(missing), depth)
+                every = np.concatenate(marginals, axis=1)
+                self._passes += map(_Pass, missing, totals.tolist(), [depth] * len(missing), every)
+        return [self._bounds(allowance) for allowance in allowances]
+
+    def _suffice(
+        self, allowance: Floats, multipliers: Floats, near: float, as_good: float, depth: float
+    ) -> bool:
+        if any((one.multipliers == multipliers).all() and one.depth >= depth for one in self._passes):
+            return True
         found = self._bounds(allowance)
-        again = any((one.multipliers == multipliers).all() and one.depth >= depth for one in self._passes)
-        if not again and not (
-            found.top - near <= as_good * abs(found.top) and found.floor <= near - depth / 2
-        ):
-            totals, marginals = self.network.marginals(multipliers[None], depth)
-            one = _Pass(multipliers, float(totals[0]), depth, np.concatenate(marginals, axis=1)[0])
-            self._passes.append(one)
-            found = self._bounds(allowance)
-        return found
+        return found.top - near <= as_good * abs(found.top) and found.floor <= near - depth / 2
 
     def _bounds(self, allowance: Floats) -> OptionBounds:
         if not self._passes:

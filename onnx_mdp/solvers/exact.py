@@ -83,7 +83,7 @@ class Exact:
         Search(self.compiled, lambda: time.perf_counter() > end).run(known)
         self._multipliers = known[-1].multipliers
         for smaller, larger in itertools.pairwise(known):
-            if smaller.choice is not None:
+            if smaller.choice is not None and smaller.value > larger.value:
                 larger.offer_choice(smaller.choice)
         seconds = (time.perf_counter() - started) / len(known)
         if any(one.choice is None and not one.infeasible for one in known):

@@ -23,8 +23,10 @@ from onnx_mdp.solvers.pareto_labels import Limits, StoppedError
 
 __all__ = ["Search"]
 
-_TOGETHER, _LARGE_TOGETHER = 10, 10  # budgets; options and labels add up, while the number of steps does not
+_TOGETHER, _LARGE_TOGETHER = 20, 10  # budgets; options and labels add up, while the number of steps does not
 _SMALL, _LARGE = 1 << 15, 1 << 20  # entries of a pass
+# Bounds on tuples take the multipliers of all budgets for each: so many budgets, or entries of all of them.
+_CLOSED, _CLOSED_ENTRIES = 10, 1 << 18
 _AS_GOOD = 1e-3  # of the bound: passes for other budgets that come so close are enough
 _DEPTH, _DEEPEST = 3e-4, 2e-3  # of the bound: how far below it passes over a large network look
 _CROWDED = 12_000  # labels in one bucket: then fixing a variable that most buckets see is cheaper
@@ -95,10 +97,11 @@ class Search:
         loose = self.large and len(known) > 1
         if loose or (self.large and any(one.bound < np.inf for one in known)):
             self._look_closer(known)
-        bounds, windows, tops = {}, {}, {}
-        for one in known:
+        windows, tops = {}, {}
+        depth = _DEPTH * min(abs(one.near) for one in known)
+        bounds = dict(zip(known, self._option_bounds(known, depth), strict=True))
+        for one, found in bounds.items():
             one.alone = False
-            found = bounds[one] = self._option_bounds(one, _DEPTH * abs(one.near))
             one.lower(found.top)
             tops[one] = found.top
             windows[one] = max(_window(found.options, found.top), 1e3 * one.rounding)
@@ -109,7 +112,7 @@ class Search:
             for one in left:
                 one.least = tops[one] - windows[one]
                 if one.least < bounds[one].floor - one.rounding:
-                    bounds[one] = self._option_bounds(one, 2 * windows[one])
+                    (bounds[one],) = self._option_bounds([one], 2 * windows[one])
                 options = bounds[one].options
                 kept = sum(int((bound > one.least).sum()) for bound in options)
                 nearly = kept > _NEARLY * sum(map(len, options))
@@ -123,12 +126,13 @@ class Search:
                 one.infeasible |= one.least == one.bound == -np.inf and one.choice is None
             left = [one for one in _open(left) if one.least > -np.inf and not (loose or one.alone)]
 
-    def _option_bounds(self, one: Incumbent, depth: float) -> OptionBounds:
+    def _option_bounds(self, known: _Known, depth: float) -> list[OptionBounds]:
         """The bounds of the options of the whole network; if it is large, to a depth below their maximum."""
-        assert one.multipliers is not None
-        if self.large and depth < _DEEPEST * abs(one.near):
-            return self.compiled.bounds_near(one.allowance, one.multipliers, one.near, _DEPTH / 3, depth)
-        return self.compiled.bounds_near(one.allowance, one.multipliers, one.near, _AS_GOOD)
+        allowances, nears = [one.allowance for one in known], [one.near for one in known]
+        multipliers = [one.multipliers for one in known if one.multipliers is not None]
+        if self.large and depth < _DEEPEST * abs(nears[0]):
+            return self.compiled.bounds_near(allowances, multipliers, nears, _DEPTH / 3, depth)
+        return self.compiled.bounds_near(allowances, multipliers, nears, _AS_GOOD)
 
     def _explore(self, network: Network, known: _Known) -> None:
         """Lower the bound of each budget in this network to ``least`` or to the best choice."""
@@ -147,9 +151,10 @@ class Search:
                 hopeless = least < min(self.compiled.lowest, one.value)
                 one.least = floors[one] if hopeless else max(floors[one], least)
                 windows[one] *= _WIDER
-            fixed = self._union(network, left, bounds, centred=True)
-            if fixed is not None:
-                self._close(fixed, _unsearched(left))
+            for some in _groups(left, max(_CLOSED, _CLOSED_ENTRIES // max(1, network.entries))):
+                fixed = self._union(network, some, bounds, centred=True)
+                if fixed is not None:
+                    self._close(fixed, _unsearched(some))
             left = [one for one in _open(left) if one.least > floors[one] and not one.alone]
 
     def _close(self, network: Network, known: _Known) -> None:
