@@ -3,7 +3,7 @@
 Claim: under 20 random constrained plans each, and with every detected block removed singly, every model below
 runs and equals the masked original (the branch zeroed) within 1e-5 of the scale; analysis, rewrite and
 verification take at most 15 s and 3 GB for DeiT-Base, 20 s for Swin-T, 15 s for ConvNeXt-T, 6 GB for ViT-L;
-analysis alone at most 20 s and 3 GB for SSD512.
+analysis alone at most 20 s and 3 GB for SSD512 and the StreamPETR-style detector, whose queue is pruned too.
 
 A plan keeps a random number of random units of every dimension, other units in each head but as many; every
 second one removes blocks (with probability 0.4), and half of them keep query, key and value of an attention
@@ -26,6 +26,7 @@ from benchmarks.metered import run_metered
 from benchmarks.model_files import model_path
 from benchmarks.plans import random_plan
 from onnx_mdp.blocks import Block
+from onnx_mdp.comparison import Trial, compare, distances
 from onnx_mdp.computation import Computation
 from onnx_mdp.model_io import clone, load_model
 from onnx_mdp.pipeline import analyze
@@ -38,11 +39,14 @@ from onnx_mdp.verification import TOLERANCE, require, verify
 __all__ = ["Row", "block_errors", "main", "plan_errors", "zeroed"]
 
 _MODELS = "deit_tiny deit_small deit_base vit_base swin_tiny convnext_tiny pvt_v2_b0 detr vit_large".split()
-_MODELS += "ssd512 yolov8n retinanet unet".split()
+_MODELS += "ssd512 yolov8n retinanet unet streampetr".split()
 _EXPORTERS = ("torchscript", "dynamo")
 _QUICK = ("deit_tiny_torchscript", "pvt_v2_b0_dynamo")
 _PLANS = 20
-_ANALYSIS: Mapping[str, tuple[float, float]] = {"ssd512": (20.0, 3000.0)}
+_ANALYSIS: Mapping[str, tuple[float, float]] = {"ssd512": (20.0, 3000.0), "streampetr": (20.0, 3000.0)}
+_STATES: Mapping[str, Mapping[str, str]] = {
+    "streampetr": {"memory": "memory_out", "points": "points_out", "speed": "speed_out"}
+}
 _SECONDS: Mapping[str, float] = {"deit_base": 15.0, "swin_tiny": 20.0, "convnext_tiny": 15.0}
 _MEGABYTES: Mapping[str, float] = {"deit_base": 3000.0, "vit_large": 6000.0}
 
@@ -90,10 +94,9 @@ def block_errors(model: ir.Model, structure: Structure, seed: int) -> tuple[list
     errors, idle = [], []
     for block in structure.blocks:
         pruned = rewrite(structure, PruningPlan(keep={}, removed_blocks=(block.name,)))
-        models = zeroed(model, structure, block), pruned
-        expected, actual = (Computation(m).run(dense.outputs, feeds) for m in models)
-        errors.append(_distance(expected, actual))
-        if _distance(expected, before) == 0:
+        found = compare(zeroed(model, structure, block), pruned, dense.outputs, [Trial(feeds)], TOLERANCE)
+        errors.append(found.worst.ratio)
+        if max(d.ratio for d in distances(found.expected[0][: len(before)], before)) == 0:
             idle.append(block.name)
     return errors, idle
 
@@ -113,17 +116,14 @@ def zeroed(model: ir.Model, structure: Structure, block: Block) -> ir.Model:
     return copy
 
 
-def _distance(expected: Sequence[np.ndarray], actual: Sequence[np.ndarray]) -> float:
-    """The largest difference as a share of the largest value, over all outputs; a NaN is infinitely far."""
-    pairs = zip(expected, actual, strict=True)
-    shares = [float(np.abs(a - e).max() / np.abs(e).max()) for e, a in pairs]
-    return max(share if np.isfinite(share) else np.inf for share in shares)
+def _analysed(name: str) -> tuple[ir.Model, Structure]:
+    model = load_model(model_path(name))
+    return model, analyze(model, {}, states=_STATES.get(name.rpartition("_")[0]))
 
 
 def _once(name: str, stage: str) -> int:
     """What a prune does beside measuring, or the analysis alone, for the process that is metered."""
-    model = load_model(model_path(name))
-    structure = analyze(model, {})
+    model, structure = _analysed(name)
     if stage == "analysis":
         return 0
     plan = random_plan(structure, 0)
@@ -137,8 +137,7 @@ def _row(name: str, plans: int, seed: int) -> Row:
     command = (sys.executable, "-m", "benchmarks.full_size", "--once", name)
     first, used = (run_metered(*command, stage) for stage in ("analysis", "all"))
     flaws = [run.complaint for run in (first, used) if run.code]
-    model = load_model(model_path(name))
-    structure = analyze(model, {})
+    model, structure = _analysed(name)
     drawn = plan_errors(model, structure, plans, seed)
     removed, idle = block_errors(model, structure, seed)
     architecture = name.rpartition("_")[0]
