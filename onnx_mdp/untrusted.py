@@ -37,6 +37,7 @@ def check_model(proto: onnx.ModelProto, path: Path) -> None:
     """
     for sparse in _sparse_tensors(proto):
         _check_dims(sparse.dims, _MOST_FILLED, sparse.values.name, path)
+    _check_text(proto, path)
     for tensor in _tensors(proto):
         _check_dims(tensor.dims, _MOST_ELEMENTS, tensor.name, path)
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
@@ -72,6 +73,20 @@ def available_bytes() -> int | None:
         return None
     sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
     return sizes["MemAvailable"] + sizes.get("SwapFree", 0) if "MemAvailable" in sizes else None
+
+
+def _check_text(proto: onnx.ModelProto, path: Path) -> None:
+    """Protobuf hands over as bytes what is not UTF-8."""
+    stack: list[Any] = [proto]
+    while stack:
+        for descriptor, held in stack.pop().ListFields():
+            items = [held] if isinstance(held, (str, bytes)) or hasattr(held, "ListFields") else held
+            if descriptor.type == descriptor.TYPE_MESSAGE:
+                stack.extend(items)
+            elif descriptor.type == descriptor.TYPE_STRING and any(isinstance(i, bytes) for i in items):
+                raise UnreadableModelError(
+                    f"{path} is not a valid model: a {descriptor.name} in it is not UTF-8; export it again"
+                )
 
 
 # -- tensors ------------------------------------------------------------------------------------------------
@@ -206,7 +221,7 @@ def _check_values(holder: Any, path: Path, outer: Sequence[set[str]]) -> None:
         for graph in _subgraphs(node):
             _check_values(graph, path, scopes)
     for name in holder.output if is_function else [value.name for value in holder.output]:
-        if not any(name in scope for scope in scopes):
+        if name not in made:  # a subgraph may not hand out what it has from outside
             raise UnreadableModelError(
                 f"{path} is not a valid model: nothing makes its output {name!r}; export the model again"
             )

@@ -120,6 +120,12 @@ def endless_loop() -> onnx.ModelProto:
     return model([CONV, node("Loop", "n t c", "y", body=body)], integers("n", 2**60), condition)
 
 
+def handed_out() -> onnx.ModelProto:
+    empty = helper.make_graph([], "empty", [], [value("c")])
+    condition = numpy_helper.from_array(np.array(True), "t")
+    return model([CONV, node("If", "t", "y", then_branch=empty, else_branch=otherwise("e"))], condition)
+
+
 def untyped() -> onnx.ModelProto:
     found = model([node("Conv", "x w", "y", group=1)])
     found.graph.node[0].attribute[0].type = onnx.AttributeProto.UNDEFINED
@@ -163,6 +169,7 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
         "reads 'nope', which nothing makes",
     ),
     "an output that nothing makes": (lambda: model([CONV]), "nothing makes its output 'y'"),
+    "a subgraph that hands out what it is given": (handed_out, "nothing makes its output 'c'"),
     "a function that calls itself": (lambda: calling("f", function("f", "f")), "'f' calls itself"),
     "functions that call each other": (
         lambda: calling("f", function("f", "g"), function("g", "f")),
@@ -233,6 +240,13 @@ def test_what_cannot_be_is_refused_in_a_sentence(name: str, tmp_path: Path) -> N
         analyze(load_model(saved(make(), tmp_path)), {})
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2 or "cannot" in str(caught.value)
+
+
+def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    path = saved(model([node("Conv", "x w", "y", name="caf\u00e9")]), tmp_path)
+    path.write_bytes(path.read_bytes().replace("\u00e9".encode(), b"\xff\xff"))
+    with pytest.raises(UnreadableModelError, match="a name in it is not UTF-8"):
+        load_model(path)
 
 
 def test_nodes_out_of_order_are_sorted(tmp_path: Path) -> None:
