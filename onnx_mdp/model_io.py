@@ -236,14 +236,15 @@ def _attribute_text(attribute: Any) -> str:
 
 
 def _body_text(graph: ir.Graph) -> str:
-    """A subgraph with the values of its weights, which its own text abbreviates."""
+    """A digest of a subgraph and its weights: texts in texts in texts would double at every level."""
     weights = [
         f"{name}={_tensor_text(value.const_value)}"
         for name, value in sorted(graph.initializers.items())
         if value.const_value is not None
     ]
     ends = [v.name for v in graph.inputs], [v.name for v in graph.outputs]
-    return f"{ends} {weights} {[_node_text(node) for node in graph]}"
+    text = "\n".join((str(ends), *weights, *map(_node_text, graph)))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _tensor_text(tensor: ir.TensorProtocol) -> str:
