@@ -131,13 +131,17 @@ class _Masks:
         neutral = _NEUTRAL.get(node.op_type, 0.0)
         node.input[slot] = self._where(operation.outputs[0], kept.mask, name, neutral)
         if node.op_type == "ReduceMean":
-            ratio = np.asarray(kept.full / kept.count, np.float32)
+            # Apart, for their quotient would be rounded.
+            full, count = (self._constant(np.asarray(n, np.float32)) for n in (kept.full, kept.count))
             output = operation.outputs[0]
-            inner = f"{output}__mean_over_all"
-            self.after.setdefault(output, []).append(
-                helper.make_node("Mul", [inner, self._constant(ratio)], [output])
+            mean, total = f"{output}__mean_over_all", f"{output}__total"
+            self.after.setdefault(output, []).extend(
+                [
+                    helper.make_node("Mul", [mean, full], [total]),
+                    helper.make_node("Div", [total, count], [output]),
+                ]
             )
-            node.output[0] = inner
+            node.output[0] = mean
 
     def _restrict_norm(self, operation: Operation, kept: _Kept) -> None:
         """Write the normalisation out, with mean and variance over the kept units alone.

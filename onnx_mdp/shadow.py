@@ -20,7 +20,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnx_mdp.binding import bind_states, doubled_shapes
-from onnx_mdp.computation import Computation
+from onnx_mdp.computation import Computation, weightless
 from onnx_mdp.errors import MdpError, MeasurementError
 from onnx_mdp.independence import independent_outputs, subgraphs
 from onnx_mdp.integer_form import is_quantized
@@ -30,7 +30,7 @@ from onnx_mdp.precision import as_stored, has_halves, in_float32, tensor_types
 from onnx_mdp.projections import FusedProjection, Known, split_projections
 from onnx_mdp.qdq_form import in_qdq_form
 from onnx_mdp.runtime import has_onnxruntime, one_line
-from onnx_mdp.static_shapes import infer_statically
+from onnx_mdp.static_shapes import doubled_sizes, infer_statically
 from onnx_mdp.stored_weights import separate_readers, stored_outputs
 from onnx_mdp.timing import random_feeds
 
@@ -137,7 +137,7 @@ def prepare(
         values = as_stored(values, types)
         stored = stored_outputs(model, pure, types)
         folded = _foldable(model, {name: value for name, value in values.items() if name not in stored})
-        dynamic = _dynamic(model, shapes, folded, types)
+        dynamic = _dynamic(model, shapes, folded, types, observed)
         _fold(model, {name: value for name, value in folded.items() if name not in dynamic})
         sizes = {name: tuple(tensor.shape.numpy()) for name, tensor in _weights(model).items()}
         if not unfold(model, {**observed, **sizes, **shapes}):
@@ -253,6 +253,7 @@ def _dynamic(
     shapes: Mapping[str, tuple[int, ...]],
     folded: Mapping[str, Array],
     types: Mapping[str, ir.DataType],
+    observed: Mapping[str, tuple[int, ...]],
 ) -> dict[str, npt.NDArray[np.bool_]]:
     """Which entries of which folded values change when every symbolic dimension is doubled."""
     doubled = doubled_shapes(model, shapes)
@@ -262,8 +263,8 @@ def _dynamic(
     try:
         values = as_stored(_observe(model, doubled, tuple(computed), all_shapes=False)[1], types)
     except MeasurementError:
-        # The file promises a symbolic size that it cannot run at: keep every run-time computation.
-        return {name: np.ones(folded[name].shape, np.bool_) for name in computed}
+        # The file promises a symbolic size that it cannot run at: only the arithmetic is evaluated there.
+        values = doubled_sizes(weightless(model)[0], observed, folded, tuple(computed))
     changed = {name: _changed(folded[name], values.get(name)) for name in computed}
     return {name: mask for name, mask in changed.items() if mask.any()}
 

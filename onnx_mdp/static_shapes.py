@@ -1,7 +1,8 @@
-"""Shapes and constants without ONNX Runtime: ONNX's own inference, and its reference evaluator.
+"""Shapes and constants without running a model: ONNX's own inference, and its reference evaluator.
 
 Planning from a table needs no runtime. Inference does not know every shape that a run would show; then the
-model needs ONNX Runtime after all.
+model needs ONNX Runtime after all. A model that does not run at other sizes still says by its arithmetic
+what follows the size.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from onnx_mdp.errors import MissingBackendError
 
-__all__ = ["infer_statically"]
+__all__ = ["doubled_sizes", "infer_statically"]
 
 
 def infer_statically(
@@ -53,6 +55,43 @@ def infer_statically(
     if unknown:
         raise _needs_runtime(f"the shape of {unknown[0]!r} is not static")
     return {name: seen[name] for name in wanted}, values
+
+
+def doubled_sizes(
+    proto: onnx.ModelProto,
+    seen: Mapping[str, tuple[int, ...]],
+    constants: Mapping[str, npt.NDArray[Any]],
+    names: Sequence[str],
+) -> dict[str, npt.NDArray[Any]]:
+    """What size arithmetic makes of tensors of the shapes ``seen`` with every symbolic extent doubled.
+
+    An extent is symbolic where inference finds no number for it, the inputs being as the file has them: the
+    channels of a convolution are none, whatever the image. Nothing but the nodes that make ``names`` is
+    evaluated; ``constants`` holds what else these read. The result is empty where that fails.
+    """
+    bare = onnx.ModelProto.FromString(proto.SerializeToString())
+    del bare.graph.value_info[:]
+    try:
+        inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True)
+    except onnx.shape_inference.InferenceError:
+        inferred = bare
+    fixed = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*inferred.graph.value_info, *inferred.graph.input)
+    }
+    doubled = {}
+    for name, shape in seen.items():
+        sizes = fixed.get(name, [])
+        known = sizes if len(sizes) == len(shape) else [0] * len(shape)
+        doubled[name] = tuple(size if size == n else 2 * size for size, n in zip(shape, known, strict=True))
+    read = {v for node in bare.graph.node if set(names) & set(node.output) for v in node.input} - set(names)
+    inferred.graph.initializer.extend(
+        numpy_helper.from_array(constants[name], name) for name in sorted(read & constants.keys())
+    )
+    try:
+        return _values(inferred, doubled, names)
+    except MissingBackendError:
+        return {}
 
 
 def _values(

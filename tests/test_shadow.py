@@ -74,6 +74,25 @@ def test_a_chain_that_follows_a_symbolic_size_stays() -> None:
     assert run(shadow.model, {"x": batch})[0].shape == (5, 108)
 
 
+ONE_HEIGHT = """(float[N,3,H,W] x) => (float[N,c,d] y) <
+    float[8,3,1,1] k, float[1,1,6,1] rows, int64[1] first = {0}, int64[1] second = {2}, int64[1] rest = {-1}
+> {
+    t = Conv(x, k)
+    u = Add(t, rows)
+    p = ReduceMean<axes=[2], keepdims=0>(u)
+    s = Shape(t)
+    front = Slice(s, first, second)
+    target = Concat<axis=0>(front, rest)
+    y = Reshape(p, target)
+}"""
+
+
+def test_a_file_that_runs_at_one_height_says_by_its_arithmetic_what_follows_the_size() -> None:
+    shadow = shadow_of(text_model(ONE_HEIGHT), x=(1, 3, 6, 6))
+    assert shadow.dynamic["s"].tolist() == [True, False, True, True]
+    assert shadow.dynamic["target"].tolist() == [True, False, False]
+
+
 def test_a_static_part_of_a_symbolic_shape_is_folded() -> None:
     text = """(float[N,3,6,6] x) => (float[N,3,6,6] y) <int64 one = {1}> {
         s = Shape(x) c = Gather(s, one) f = Cast<to=1>(c) q = Sqrt(f) y = Div(x, q)
