@@ -17,12 +17,16 @@ from torch import Tensor, nn
 
 from models.convnext import convnext
 from models.convolutions import BareConv
+from models.deeplab import deeplab
+from models.densenet import densenet121
 from models.detr import detr
 from models.efficientnet import efficientnet_b0
 from models.mobilenet import mobilenet_v1, mobilenet_v2
 from models.pvt import pvt
+from models.regnet import regnet_y
 from models.resnet import cifar_resnet, resnet18, resnet50, resnet101, shapes_resnet
 from models.retinanet import retinanet
+from models.shufflenet import shufflenet_v2
 from models.ssd import ssd512
 from models.streampetr import streampetr
 from models.swin import swin
@@ -75,6 +79,10 @@ CATALOG: dict[str, Architecture] = {
     "mobilenet_v1": Architecture(mobilenet_v1, _IMAGENET),
     "mobilenet_v2": Architecture(mobilenet_v2, _IMAGENET),
     "efficientnet_b0": Architecture(efficientnet_b0, _IMAGENET),
+    "regnet_y": Architecture(regnet_y, _IMAGENET),
+    "densenet121": Architecture(densenet121, _IMAGENET),
+    "shufflenet_v2": Architecture(shufflenet_v2, _IMAGENET),
+    "deeplab": Architecture(deeplab, (3, 512, 512)),
     "cifar_resnet20": Architecture(partial(cifar_resnet, 20), (3, 32, 32)),
     "cifar_resnet56": Architecture(partial(cifar_resnet, 56), (3, 32, 32)),
     "shapes_resnet": Architecture(shapes_resnet, (3, 64, 64)),
@@ -100,6 +108,14 @@ CATALOG: dict[str, Architecture] = {
     "mobilenet_v1_small": Architecture(partial(mobilenet_v1, 0.125, 10), (3, 64, 64)),
     "mobilenet_v2_small": Architecture(partial(mobilenet_v2, 0.25, 160, 10), (3, 64, 64)),
     "efficientnet_b0_small": Architecture(partial(efficientnet_b0, 0.125, 10), (3, 64, 64)),
+    "regnet_y_small": Architecture(partial(regnet_y, (8, 16, 16, 24), (1, 1, 2, 2), 4, 8, 10), (3, 64, 64)),
+    "densenet121_small": Architecture(partial(densenet121, 8, (2, 2, 3, 2), 10), (3, 64, 64)),
+    "shufflenet_v2_small": Architecture(
+        partial(shufflenet_v2, (8, 16, 24, 32, 48), (2, 2, 2), 10), (3, 64, 64)
+    ),
+    "deeplab_small": Architecture(
+        partial(deeplab, (4, 8, 8, 8), (1, 2, 2, 1), 16, (2, 3, 4), 5), (3, 64, 64)
+    ),
     "cifar_resnet8_small": Architecture(partial(cifar_resnet, 8, "projection"), (3, 32, 32)),
     "cifar_resnet8_pad_small": Architecture(partial(cifar_resnet, 8, "pad"), (3, 32, 32)),
     "deit_micro": Architecture(partial(deit, 24, 3, layers=2, image=32, patch=8, classes=10), (3, 32, 32)),

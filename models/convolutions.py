@@ -1,12 +1,12 @@
-"""The layers of every network here: a convolution with BatchNorm and activation, or a bare one."""
+"""What several networks here are made of: convolution, BatchNorm and activation, gates, and heads."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["BareConv", "chain", "conv_bn", "divisible", "head"]
+__all__ = ["BareConv", "SqueezeExcitation", "chain", "conv_bn", "divisible", "head"]
 
 
 class BareConv(nn.Conv2d):
@@ -25,11 +25,32 @@ def conv_bn(
     stride: int = 1,
     groups: int = 1,
     activation: type[nn.Module] | None = nn.ReLU,
+    dilation: int = 1,
 ) -> nn.Sequential:
-    """Return a convolution without bias, padded by half its kernel, then BatchNorm, then ``activation``."""
-    conv = nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False)
+    """Return a convolution without bias, padded by half its extent, then BatchNorm, then ``activation``."""
+    padding = dilation * (kernel // 2)
+    conv = nn.Conv2d(cin, cout, kernel, stride, padding, dilation, groups, bias=False)
     tail = {} if activation is None else {"act": activation()}
     return chain(conv=conv, bn=nn.BatchNorm2d(cout), **tail)
+
+
+class SqueezeExcitation(nn.Module):
+    """``x * sigmoid(expand(activation(squeeze(mean(x)))))``, one gate a channel (arXiv 1709.01507)."""
+
+    def __init__(self, channels: int, squeezed: int, activation: type[nn.Module] = nn.SiLU) -> None:
+        super().__init__()
+        self.gate = chain(
+            pool=nn.AdaptiveAvgPool2d(1),
+            squeeze=nn.Conv2d(channels, squeezed, 1),
+            act=activation(),
+            expand=nn.Conv2d(squeezed, channels, 1),
+            sigmoid=nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``float[N, channels, H, W]`` to the same shape."""
+        gate: Tensor = self.gate(x)
+        return x * gate
 
 
 def head(features: int, classes: int) -> nn.Sequential:

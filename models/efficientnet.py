@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from models.convolutions import chain, conv_bn, divisible, head
+from models.convolutions import SqueezeExcitation, chain, conv_bn, divisible, head
 
 __all__ = ["efficientnet_b0"]
 
@@ -23,25 +23,6 @@ _B0_STAGES = (
     (6, 192, 4, 2, 5),
     (6, 320, 1, 1, 3),
 )
-
-
-class SqueezeExcitation(nn.Module):
-    """``x * sigmoid(expand(silu(squeeze(mean(x)))))``, one gate a channel."""
-
-    def __init__(self, channels: int, squeezed: int) -> None:
-        super().__init__()
-        self.gate = chain(
-            pool=nn.AdaptiveAvgPool2d(1),
-            squeeze=nn.Conv2d(channels, squeezed, 1),
-            act=nn.SiLU(),
-            expand=nn.Conv2d(squeezed, channels, 1),
-            sigmoid=nn.Sigmoid(),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``float[N, channels, H, W]`` to the same shape."""
-        gate: Tensor = self.gate(x)
-        return x * gate
 
 
 class MBConv(nn.Module):

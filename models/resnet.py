@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from models.convolutions import chain, conv_bn, head
 
-__all__ = ["cifar_resnet", "resnet18", "resnet50", "resnet101", "shapes_resnet"]
+__all__ = ["Residual", "cifar_resnet", "resnet18", "resnet50", "resnet101", "shapes_resnet"]
 
 Shortcut = Literal["projection", "pad"]
 _IMAGENET_WIDTHS = (64, 128, 256, 512)
