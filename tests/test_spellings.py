@@ -21,6 +21,8 @@ NORMS = {
     + "s = Mul(d, d) v = {mean:s} e = Add(tiny, v) r = Sqrt(e) i = Reciprocal(r) n = Mul(d, i) g = Mul(n, gain) u = Add(g, shift)",
     "layer norm by the mean of squares": "m = {mean:t} q = Mul(t, t) a = {mean:q} b = Mul(m, m) v = Sub(a, b) e = Add(v, tiny) r = Sqrt(e) "
     "c = Sub(t, m) n = Div(c, r) u = Mul(gain, n)",
+    "layer norm by a scale and a shift for each token": CENTRE
+    + "s = Mul(d, d) v = {mean:s} e = Add(v, tiny) r = Sqrt(e) i = Reciprocal(r) k = Mul(i, gain) a = Mul(t, k) b = Mul(m, k) c = Sub(shift, b) u = Add(a, c)",
     "RMS norm by Pow": "s = Pow(t, two) v = {mean:s} e = Add(v, tiny) r = Sqrt(e) n = Div(t, r) u = Mul(n, gain)",
     "RMS norm by a product": "s = Mul(t, t) v = {mean:s} e = Add(v, tiny) r = Sqrt(e) i = Reciprocal(r) n = Mul(t, i) u = Mul(gain, n)",
     "RMS norm by a negative power": "s = Mul(t, t) v = {mean:s} e = Add(v, tiny) i = Pow(e, minus) n = Mul(i, t) u = Mul(n, gain)",

@@ -59,7 +59,8 @@ def meets(state: Labelling, operation: Operation) -> None:
     Frozen: units that meet a fixed index, or a single one that is broadcast over them; two axes that cross.
     """
     operands = {slot: name for slot, name in enumerate(operation.inputs) if name}
-    state.emit(operation, meet(state, operation, state.shape(operation.outputs[0]), operands))
+    joint = meet(state, operation, state.shape(operation.outputs[0]), operands)
+    state.emit(operation, joint if varying(joint) else _spread(state, operation, operands, joint))
 
 
 def meet(
@@ -104,6 +105,24 @@ def meet(
         elif slot not in aligned:
             _cut_constant(state, operation, slot, extents[slot], joint)
     return joint
+
+
+def _spread(state: Labelling, operation: Operation, operands: Mapping[int, str], joint: Labels) -> Labels:
+    """A constant with one axis gives an activation of extent 1 its units: a statistic times a gain."""
+    extents = {slot: align_shape(state.shape(name), joint.ndim) for slot, name in operands.items()}
+    constants = [slot for slot, name in operands.items() if state.is_constant(name)]
+    axes = {axis for slot in constants for axis, extent in enumerate(extents[slot]) if extent > 1}
+    floats = all(state.shadow.constants[operands[slot]].dtype.kind == "f" for slot in constants)
+    if len(axes) != 1 or not floats or len(constants) == len(operands):
+        return joint
+    (axis,) = axes
+    if any(extents[slot][axis] > 1 for slot in operands if slot not in constants):
+        return joint
+    count = max(extents[slot][axis] for slot in constants)
+    made = state.fresh(count).reshape([count if a == axis else 1 for a in range(joint.ndim)])
+    for slot in constants:
+        _cut_constant(state, operation, slot, extents[slot], made)
+    return made
 
 
 def _leave_computed(
