@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
+from wild import WILD
 
 from onnx_mdp import rewriting
 from onnx_mdp.binding import bind_shapes
@@ -31,6 +33,8 @@ from onnx_mdp.verification import Evidence, verify
 
 __all__ = [
     "CNNS",
+    "SMALL_MODELS",
+    "SmallModel",
     "analyse",
     "cut_wrongly",
     "informative",
@@ -38,6 +42,7 @@ __all__ = [
     "prune_checked",
     "random_plan",
     "run",
+    "small_model",
     "text_model",
     "zoo_path",
     "zoo_structure",
@@ -62,6 +67,105 @@ CNNS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "seg/agllnet_256_tf2onnx.onnx": {},
     "seg/deeplab_v3_mnv2_tf2onnx.onnx": {},
 }
+
+
+# Which opsets torch's exporter by tracing writes each small network at, and its successor.
+_TORCHSCRIPT: Mapping[str, tuple[int, ...]] = {
+    "resnet18_small": (9, 11, 13, 17),
+    "resnet50_small": (10, 16),
+    "mobilenet_v1_small": (9, 13, 20),
+    "mobilenet_v2_small": (9, 12, 17),
+    "efficientnet_b0_small": (9, 11, 17),
+    "cifar_resnet8_small": (9, 15),
+    "cifar_resnet8_pad_small": (10, 11, 13, 18),
+    "regnet_y_small": (9, 14, 20),
+    "densenet121_small": (9, 12, 17),
+    "shufflenet_v2_small": (9, 11, 13, 17),
+    "deeplab_small": (11, 13, 18),
+    "ssd512_small": (11, 17),
+    "yolov8n_small": (12, 17),
+    "retinanet_small": (11, 16),
+    "unet_small": (10, 17),
+    "convnext_micro": (9, 11, 17, 20),
+    "deit_micro": (14, 16, 20),
+    "deit_distilled_micro": (15,),
+    "vit_micro": (14, 18),
+    "swin_micro": (11, 14, 17),
+    "pvt_micro": (11, 14, 17),
+    "detr_micro": (14, 17),
+    "streampetr_micro": (17,),
+}
+_DYNAMO: Mapping[str, tuple[int, ...]] = {
+    "resnet18_small": (18,),
+    "mobilenet_v2_small": (20,),
+    "efficientnet_b0_small": (21,),
+    "cifar_resnet8_pad_small": (24,),
+    "regnet_y_small": (19,),
+    "densenet121_small": (22,),
+    "shufflenet_v2_small": (23,),
+    "deeplab_small": (19,),
+    "yolov8n_small": (21,),
+    "unet_small": (22,),
+    "convnext_micro": (18,),
+    "deit_micro": (23,),
+    "vit_micro": (24,),
+    "swin_micro": (21,),
+    "pvt_micro": (22,),
+    "detr_micro": (20,),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SmallModel:
+    """A small network as an exporter writes it at an opset."""
+
+    architecture: str
+    exporter: str
+    opset: int
+
+    def __str__(self) -> str:
+        """The name of its test."""
+        return f"{self.architecture}-{self.exporter}-{self.opset}"
+
+
+SMALL_MODELS: tuple[SmallModel, ...] = (
+    *(SmallModel(name, "imitation", opset) for name, (_, _, opsets) in WILD.items() for opset in opsets),
+    *(SmallModel(name, "torchscript", opset) for name, opsets in _TORCHSCRIPT.items() for opset in opsets),
+    *(SmallModel(name, "dynamo", opset) for name, opsets in _DYNAMO.items() for opset in opsets),
+)
+
+
+@functools.cache
+def _network(name: str) -> Any:
+    from models.catalog import build
+
+    return build(name)
+
+
+def small_model(made: SmallModel, folder: Path) -> ModelLike:
+    """The model itself; exports of torch are written to ``folder``, every second one for any batch.
+
+    A test that needs torch skips where it is absent.
+    """
+    if made.exporter == "imitation":
+        text, finish, _ = WILD[made.architecture]
+        return finish(text_model(text(made.opset), made.opset))
+    pytest.importorskip("torch")
+    from models.catalog import CATALOG
+    from models.export import export_module
+
+    entry, exporter = CATALOG[made.architecture], "dynamo" if made.exporter == "dynamo" else "torchscript"
+    return export_module(
+        _network(made.architecture),
+        entry.input_shape,
+        folder / f"{made}.onnx",
+        exporter,
+        made.opset % 2 == 1,
+        True,
+        made.opset,
+        entry.outputs,
+        entry.others,
+    )
 
 
 def zoo_path(name: str) -> Path:
@@ -94,17 +198,19 @@ def random_plan(
     blocks: bool = True,
     least: float = 0.0,
     fewest: int = 1,
+    multiple: int = 1,
 ) -> PruningPlan:
     """Keep a random number of random units of every dimension, and remove blocks with probability 0.4.
 
-    At least the share ``least`` and the number ``fewest`` of a dimension's units stay. In each head other
-    units stay, but as many.
+    At least the share ``least`` and the number ``fewest`` of a dimension's units stay, a ``multiple`` where
+    there are so many. In each head other units stay, but as many.
     """
     keep: dict[str, tuple[int, ...]] = {}
     for index in structure.prunable:
         dimension = structure.dimensions[index]
         size = dimension.count
         count = int(rng.integers(min(size, max(fewest, round(least * size))), size + 1))
+        count = min(size, -(-count // multiple) * multiple)
         if count < size:
             drawn = [rng.choice(size, count, replace=False) + row * size for row in range(dimension.rows)]
             keep[dimension.name] = tuple(sorted(np.concatenate(drawn).tolist()))
