@@ -83,7 +83,7 @@ def _replace(model: ir.Model, node: ir.Node, ranks: Mapping[str, int]) -> None:
 
 def _carry(model: ir.Model, node: ir.Node) -> None:
     """Let an operator that moved integers move real numbers: its constants are cast, a Cast is nothing."""
-    if node.op_type == "Cast":
+    if node.op_type == "Cast" and node.attributes["to"].as_int() in [int(kind) for kind in _INTEGERS]:
         node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT))
     for slot, value in enumerate(node.inputs):
         if value is not None and value.const_value is not None and value.const_value.dtype in _RANGES:
