@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from onnx_mdp.formulation import Caps, Formulation, to_ns
+from onnx_mdp.large_models import LargeModel, for_session
 from onnx_mdp.latency import LatencyTable, full_variant, measure_models, predict_ms
-from onnx_mdp.model_io import model_bytes
 from onnx_mdp.plan import PruningPlan, plan_identity
 from onnx_mdp.problem import Solution, SolveLimits
 from onnx_mdp.rewriting import rewrite
@@ -83,7 +83,7 @@ class Loop:
     importance: Importance
     table: LatencyTable
     formulation: Formulation
-    base: bytes
+    base: bytes | LargeModel
     clock: Clock
 
 
@@ -169,7 +169,7 @@ def _measure_plan(
     model = rewrite(loop.structure, plan)
     loop.clock.lap("rewrite")
     timing = measure_models(
-        [loop.base, model_bytes(model)],
+        [loop.base, for_session(model)],
         loop.structure.shadow.inputs,
         loop.request.runtime,
         seed=loop.request.seed + step,

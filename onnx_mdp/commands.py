@@ -21,10 +21,11 @@ from onnx_mdp.cost_terms import width
 from onnx_mdp.documents import analyze_document, profile_document, prune_document, verify_document
 from onnx_mdp.errors import UsageError
 from onnx_mdp.figures import structure_svg
-from onnx_mdp.files import check_output, write_files, write_text
+from onnx_mdp.files import Content, check_output, write_text
+from onnx_mdp.large_models import for_session, save_model
 from onnx_mdp.latency import LatencyTable, build_table, full_variant, measure_models, term_ms
 from onnx_mdp.lut_store import open_store
-from onnx_mdp.model_io import load_model, model_bytes, model_files, save_model
+from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import PruneResult, apply_plan, prune
 from onnx_mdp.plan import PruningPlan, check_plan, load_plan, plan_json
 from onnx_mdp.report import analysis_table, cost_table, plan_table, printable
@@ -181,10 +182,11 @@ def _write(
     if result.status != "met" or result.model is None or result.plan is None or wanted.dry_run:
         return None, None, None
     model, plan, figure = outputs
-    for output in outputs:
-        check_output(output, overwrite=wanted.overwrite)
-    drawn = structure_svg(result.structure, result.plan).encode()
-    write_files({figure: drawn, plan: plan_json(result.plan).encode()} | model_files(result.model, model))
+    beside: dict[Path, Content] = {
+        figure: structure_svg(result.structure, result.plan).encode(),
+        plan: plan_json(result.plan).encode(),
+    }
+    save_model(result.model, model, overwrite=wanted.overwrite, beside=beside)
     return outputs
 
 
@@ -254,7 +256,7 @@ def run_verify(
     _tell_of(evidence, options)
     measured = None
     if max_ms is not None:
-        timing = measure_models([model_bytes(slim)], structure.shadow.inputs, options.runtime(), budget_s=5.0)
+        timing = measure_models([for_session(slim)], structure.shadow.inputs, options.runtime(), budget_s=5.0)
         measured, limit = timing.ms[0], max_ms * (1 + tolerance(timing.noise))
     fast = measured is None or measured <= limit
     options.screen.result(_verdict(evidence, measured, fast), verify_document(evidence, measured))

@@ -24,8 +24,9 @@ from scipy.optimize import lsq_linear, nnls
 
 from onnx_mdp.cost_terms import HEADS, SUMMED_HEADS, CostTerm, cost_terms, width
 from onnx_mdp.granularity import granularity, unit_choices
+from onnx_mdp.large_models import LargeModel, for_session
 from onnx_mdp.lut_store import LutStore, Run
-from onnx_mdp.model_io import model_bytes, topology_hash
+from onnx_mdp.model_io import topology_hash
 from onnx_mdp.plan import PruningPlan, kept_count
 from onnx_mdp.profiling import profile_variant
 from onnx_mdp.rewriting import rewrite
@@ -223,7 +224,7 @@ def _profile(
     else:
         variant = random_variant(structure, choices, rng)
     model = rewrite(structure, plan_of_variant(structure, variant), split=True)
-    probe = open_session(model_bytes(model), runtime)
+    probe = open_session(for_session(model), runtime)
     feeds = random_feeds(probe, structure.shadow.inputs, seed)
     first = measure([probe], [feeds], rounds=4, threads=runtime.threads).ms[0]
     runs = 6 if first > 25 else 12 if first > 8 else 24
@@ -332,7 +333,7 @@ def predict_ms(table: LatencyTable, structure: Structure, variant: Variant) -> f
 
 
 def measure_models(
-    models: Sequence[bytes],
+    models: Sequence[bytes | LargeModel],
     shapes: Mapping[str, tuple[int, ...]],
     runtime: Runtime,
     *,
@@ -357,7 +358,7 @@ def _calibrate(
     pool.sort(key=lambda variant: predict_ms(draft, structure, variant))
     chosen = [full_variant(structure), *(pool[int(q * (len(pool) - 1))] for q in _QUANTILES)]
     plans = [plan_of_variant(structure, variant) for variant in chosen]
-    models = [model_bytes(rewrite(structure, plan, split=True)) for plan in plans]
+    models = [for_session(rewrite(structure, plan, split=True)) for plan in plans]
     timing = measure_models(
         models,
         structure.shadow.inputs,

@@ -13,7 +13,6 @@ import onnx
 import onnx_ir as ir
 
 from onnx_mdp.errors import UnreadableModelError, UnsupportedModelError, UsageError
-from onnx_mdp.files import Content, check_output, write_files
 from onnx_mdp.protobuf_forms import fill_sparse_tensors, refuse_double_names
 from onnx_mdp.untrusted import check_model
 
@@ -25,12 +24,11 @@ __all__ = [
     "ModelLike",
     "clone",
     "content_hash",
+    "is_large",
     "load_model",
     "model_bytes",
-    "model_files",
     "model_proto",
     "parameter_count",
-    "save_model",
     "topology_hash",
 ]
 
@@ -40,7 +38,7 @@ ModelLike: TypeAlias = "str | Path | onnx.ModelProto | ir.Model | SurgeonGraph"
 PARAMETER_TYPES = frozenset(
     ir.DataType[name] for name in "FLOAT FLOAT16 BFLOAT16 DOUBLE INT8 UINT8 INT4 UINT4".split()
 )
-_PROTOBUF_LIMIT = 2**31 - 1
+_MOST_BYTES = 2**31 - 2**20  # protobuf's limit, and some room for the graph
 
 
 def load_model(source: ModelLike) -> ir.Model:
@@ -155,13 +153,15 @@ def model_proto(model: ir.Model) -> onnx.ModelProto:
     Raises:
         UnsupportedModelError: the weights exceed protobuf's limit of 2 GB.
     """
-    if _weight_bytes(model) > _PROTOBUF_LIMIT - 2**20:
-        raise UnsupportedModelError("the model holds more than 2 GB of weights, which is not supported yet")
+    if is_large(model):
+        raise UnsupportedModelError("the model holds more than 2 GB of weights, too much for one file")
     return ir.to_proto(model)
 
 
-def _weight_bytes(model: ir.Model) -> int:
-    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+def is_large(model: ir.Model) -> bool:
+    """Whether the weights exceed what one protobuf holds."""
+    stored = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in stored if tensor is not None) > _MOST_BYTES
 
 
 def parameter_count(model: ir.Model) -> int:
@@ -250,14 +250,3 @@ def _body_text(graph: ir.Graph) -> str:
 def _tensor_text(tensor: ir.TensorProtocol) -> str:
     digest = hashlib.sha256(_tensor_bytes(tensor)).hexdigest()[:16]
     return f"{tensor.dtype}{tuple(tensor.shape)}{digest}"
-
-
-def model_files(model: ir.Model, path: Path) -> dict[Path, Content]:
-    """What ``write_files`` needs to write a model to ``path``."""
-    return {path: model_bytes(model)}
-
-
-def save_model(model: ir.Model, path: Path, *, overwrite: bool = False) -> None:
-    """Write the model to ``path`` in one step: a reader never sees half a file."""
-    check_output(path, overwrite=overwrite)
-    write_files(model_files(model, path))

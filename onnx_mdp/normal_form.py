@@ -89,6 +89,9 @@ def inline_functions(model: ir.Model) -> bool:
             )
         for domain, version in function.opset_imports.items():
             model.opset_imports.setdefault(domain, version)
+    inner = (node for function in model.functions.values() for node in function.all_nodes())
+    for node in (*model.graph.all_nodes(), *inner):
+        _fit_call(node, model.functions.get(node.op_identifier()))
     try:
         InlinePass()(model)
     except ir.passes.PreconditionError as error:
@@ -97,6 +100,18 @@ def inline_functions(model: ir.Model) -> bool:
         ) from error
     model.functions.clear()
     return True
+
+
+def _fit_call(node: ir.Node, function: ir.Function | None) -> None:
+    """A call may leave out the last outputs; it may not have more of anything than its function."""
+    if function is None:
+        return
+    if len(node.inputs) > len(function.inputs) or len(node.outputs) > len(function.outputs):
+        raise UnsupportedModelError(
+            f"{node.name!r} calls the local function {function.name!r} with more inputs or outputs "
+            "than it has; export the model again"
+        )
+    node.resize_outputs(len(function.outputs))
 
 
 def unfold(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> bool:

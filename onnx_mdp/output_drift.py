@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_mdp.model_io import model_bytes
+from onnx_mdp.large_models import for_session
 from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.precision import in_float32, widened
 from onnx_mdp.rewriting import rewrite
@@ -121,7 +121,7 @@ class _Drift:
 
     def _run(self, model: ir.Model, feeds: Feeds) -> list[Sequence[Array]]:
         """Each output for each input."""
-        session = open_session(model_bytes(in_float32(model)), Runtime())
+        session = open_session(for_session(in_float32(model)), Runtime())
         return list(zip(*(session.run(None, widened(feed)) for feed in feeds), strict=True))
 
 

@@ -23,9 +23,10 @@ from onnx_mdp.binding import bind_shapes
 from onnx_mdp.closed_loop import Clock, Loop, Request, close_loop, tolerance
 from onnx_mdp.errors import UnsupportedModelError
 from onnx_mdp.formulation import formulate
+from onnx_mdp.large_models import for_session
 from onnx_mdp.latency import LatencyTable, build_table, measure_models
 from onnx_mdp.lut_store import LutStore
-from onnx_mdp.model_io import model_bytes, parameter_count
+from onnx_mdp.model_io import parameter_count
 from onnx_mdp.plan import PruningPlan, plan_identity, removed_classes
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.scoring import score
@@ -105,7 +106,7 @@ def prune(
     if not structure.prunable and not structure.blocks:
         raise UnsupportedModelError(f"the model has no prunable dimension: {_why_frozen(structure)}")
     clock = Clock()
-    data = model_bytes(original)
+    data = for_session(original)
     base = measure_models([data], structure.shadow.inputs, request.runtime, seed=request.seed, budget_s=2.0)
     base_ms, target = base.ms[0], request.goal_ms(base.ms[0])
     clock.lap("measure")

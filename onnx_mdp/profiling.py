@@ -22,8 +22,8 @@ import onnx_ir as ir
 from onnx_mdp.cost_terms import CONTRACTIONS, CostTerm, anchors, width
 from onnx_mdp.errors import MeasurementError
 from onnx_mdp.files import scratch_folder
+from onnx_mdp.large_models import for_session
 from onnx_mdp.lut_store import Run, Sample
-from onnx_mdp.model_io import model_bytes
 from onnx_mdp.runtime import Runtime, open_session
 from onnx_mdp.structure import Structure
 from onnx_mdp.timing import random_feeds, run_times, undisturbed
@@ -67,7 +67,7 @@ def profile_variant(
     """
     started = time.perf_counter()
     _tag(structure, model)
-    data = model_bytes(model)
+    data = for_session(model)
     with scratch_folder() as folder:
         profiled = open_session(data, runtime, profile_prefix=str(folder / "profile"))
         plain = open_session(data, runtime)

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import onnx
 
 from onnx_mdp.errors import MeasurementError, MissingBackendError, UsageError
+from onnx_mdp.large_models import LargeModel
 from onnx_mdp.supervision import deadline
 
 __all__ = [
@@ -143,7 +145,7 @@ def import_onnxruntime() -> Any:
 
 
 def open_session(
-    model: bytes | str | Path,
+    model: bytes | LargeModel | str | Path,
     runtime: Runtime,
     *,
     optimize: bool = True,
@@ -169,7 +171,7 @@ def open_session(
         reason = one_line(error, model)
         if not _starts(ort, runtime):
             raise _missing(runtime.provider, f"does not start ({reason.rstrip('.')})") from error
-        name = "the model" if isinstance(model, bytes) else f"'{Path(model).name}'"
+        name = "the model" if isinstance(model, (bytes, LargeModel)) else f"'{Path(model).name}'"
         if _NO_KERNEL.search(reason):
             reason += (
                 " What is pruned is measured and verified by running it: cut the graph before this operator, "
@@ -183,7 +185,14 @@ def open_session(
     return session
 
 
-def _create(ort: Any, model: bytes | str | Path, runtime: Runtime, options: Any) -> InferenceSession:
+def _create(
+    ort: Any, model: bytes | LargeModel | str | Path, runtime: Runtime, options: Any
+) -> InferenceSession:
+    if isinstance(model, LargeModel):
+        arrays = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in model.weights.items()}
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+        options.add_external_initializers(list(arrays), values)
+        model = model.data
     with deadline(_MOST_SECONDS):
         session: InferenceSession = ort.InferenceSession(
             model if isinstance(model, bytes) else str(model),
@@ -238,11 +247,11 @@ def _missing(provider: str, fact: str) -> MissingBackendError:
     return MissingBackendError(f"{provider} {fact}: {remedy}, or choose another provider.")
 
 
-def one_line(error: BaseException, model: bytes | str | Path = b"") -> str:
+def one_line(error: BaseException, model: bytes | LargeModel | str | Path = b"") -> str:
     """Return the reason in ONNX Runtime's message: its first line without codes and paths."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     reason = _SIGNATURE.sub("", _SOURCE_LOCATION.sub("", _ERROR_PREFIX.sub("", lines[0])))
-    if not isinstance(model, bytes):
+    if isinstance(model, (str, Path)):
         reason = reason.replace(str(model), Path(model).name)
     return reason.rstrip(" .") + "."
 

@@ -20,11 +20,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 
 from onnx_mdp.attention_scale import unit_products
 from onnx_mdp.errors import UsageError
-from onnx_mdp.model_io import model_proto
+from onnx_mdp.large_models import for_session
 from onnx_mdp.output_drift import block_drifts, unit_steps
 from onnx_mdp.precision import in_float32, widened
 from onnx_mdp.rules import Labels, Site, varying
@@ -268,10 +267,7 @@ def _by_index(energy: Vector, count: int) -> Vector:
 
 def _mean_squares(structure: Structure, names: Sequence[str], feeds: Feeds) -> dict[str, Vector]:
     """``E[x²]`` of tensors over all feeds, by index of their labelled axes; the others have extent 1."""
-    proto = model_proto(in_float32(structure.shadow.model))
-    outputs = {o.name for o in proto.graph.output}
-    proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in outputs)
-    session = open_session(proto.SerializeToString(), Runtime())
+    session = open_session(for_session(in_float32(structure.shadow.model), names), Runtime())
     sums = {name: np.zeros(1) for name in names}
     for feed in feeds:
         for name, value in zip(names, session.run(list(names), widened(feed)), strict=True):

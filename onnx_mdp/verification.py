@@ -23,8 +23,9 @@ from onnx_mdp.comparison import Comparison, Trial, compare, distance, distances
 from onnx_mdp.computation import Computation, weightless
 from onnx_mdp.errors import VerificationError
 from onnx_mdp.integer_form import is_quantized, without_rounding
+from onnx_mdp.large_models import for_session
 from onnx_mdp.masking import masked_model
-from onnx_mdp.model_io import clone, model_bytes
+from onnx_mdp.model_io import clone
 from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.precision import has_halves, widened
 from onnx_mdp.runtime import Runtime, one_line, open_session
@@ -205,7 +206,7 @@ def _within_noise(found: Comparison, keep: Callable[[str, Any], Any]) -> tuple[f
     Where it is larger than `_NOISE_LIMIT` an input decides nothing about an output; each output needs
     one input that does.
     """
-    optimised = open_session(model_bytes(found.reference), Runtime())
+    optimised = open_session(for_session(found.reference), Runtime())
     worst = 0.0
     decided = [False] * len(found.names)
     for feed, outputs, errors in zip(found.fed, found.expected, found.distances, strict=True):
@@ -284,7 +285,7 @@ def _run_as_stored(model: ir.Model, feed: Feeds) -> list[npt.NDArray[Any]]:
         name: array if (kind := types[name]) is None else array.astype(kind.numpy())
         for name, array in feed.items()
     }
-    session = open_session(model_bytes(model), Runtime(), optimize=False)
+    session = open_session(for_session(model), Runtime(), optimize=False)
     return [np.asarray(output) for output in session.run(None, stored)]
 
 

@@ -26,8 +26,9 @@ from onnx_mdp.cost_terms import cost_terms
 from onnx_mdp.errors import MdpError
 from onnx_mdp.formulation import formulate, to_ns
 from onnx_mdp.granularity import unit_choices
+from onnx_mdp.large_models import save_model
 from onnx_mdp.latency import Calibration, LatencyTable, table_key
-from onnx_mdp.model_io import load_model, save_model
+from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import analyze, apply_plan
 from onnx_mdp.plan import check_plan, load_plan, plan_json
 from onnx_mdp.scoring import score

@@ -26,6 +26,7 @@ ORDER = (
     "json_input",
     "protobuf_forms",
     "model_io",
+    "large_models",
     "independence",
     "integer_form",
     "qdq_form",

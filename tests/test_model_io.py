@@ -15,12 +15,12 @@ from onnx import external_data_helper, helper, numpy_helper
 from zoo import CNNS, run, text_model, zoo_path
 
 from onnx_mdp.errors import UnreadableModelError, UsageError
+from onnx_mdp.large_models import save_model
 from onnx_mdp.model_io import (
     content_hash,
     load_model,
     model_bytes,
     parameter_count,
-    save_model,
     topology_hash,
 )
 

@@ -12,6 +12,7 @@ from zoo import analyse, informative, prune_checked, random_plan, text_model
 
 from onnx_mdp.errors import UnreadableModelError, UnsupportedModelError
 from onnx_mdp.model_io import content_hash, load_model
+from onnx_mdp.pipeline import analyze
 
 HEADER = '<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1, "local": 1]>'
 
@@ -264,3 +265,21 @@ def test_the_hash_sees_functions_and_bodies() -> None:
     hashes = [content_hash(load_model(model)) for model in models + weighed]
     assert len(set(hashes)) == len(hashes)
     assert content_hash(load_model(models[0])) == hashes[0]
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [("x", "y"), ("x", "y z"), ("x x", "y"), ("x", "y z u")])
+def test_a_call_may_leave_out_the_last_outputs_and_have_no_more_than_there_are(
+    inputs: str, outputs: str
+) -> None:
+    nodes = [helper.make_node("Relu", ["a"], ["b"]), helper.make_node("Neg", ["a"], ["c"])]
+    two = helper.make_function("local", "two", ["a"], ["b", "c"], nodes, [helper.make_opsetid("", 17)])
+    call = helper.make_node("two", inputs.split(), outputs.split(), domain="local")
+    ends = [helper.make_tensor_value_info(name, 1, [1, 3]) for name in "xy"]
+    graph = helper.make_graph([call], "g", ends[:1], ends[1:])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)]
+    proto = helper.make_model(graph, functions=[two], opset_imports=opsets, ir_version=8)
+    if inputs == "x" and len(outputs.split()) <= 2:
+        assert analyze(load_model(proto), {}).shadow.operations[0].op_type == "Relu"
+    else:
+        with pytest.raises(UnsupportedModelError, match="more inputs or outputs than it has"):
+            analyze(load_model(proto), {})
