@@ -65,6 +65,9 @@ def settle(state: Labelling) -> Coupling:
         signatures = _signatures(state, classes)
         members = _members(head)
         _couple_uneven(state, classes, head, members, signatures)
+        if len(state.edges) > before:
+            continue
+        _couple_narrow_rows(state, classes, members, signatures)
         if len(state.edges) == before:
             return Coupling(classes, head, tuple(_grids(members, signatures)), signatures)
 
@@ -187,6 +190,26 @@ def _couple_uneven(
         keys = {_row_key(line, int(head[line[0]]), members, signatures) for line in lines}
         if len(keys) > 1 or None in keys:
             couple(state, labels, rows, "a tensor is no grid of heads and widths")
+
+
+def _couple_narrow_rows(
+    state: Labelling, classes: Classes, members: Mapping[int, Classes], signatures: npt.NDArray[np.uint64]
+) -> None:
+    """A row that holds not all widths of its head could lose what it holds, and stay: it is one with that."""
+    pairs = np.concatenate([np.zeros((2, 0), np.int32), *state.held], axis=1)
+    inside = np.unique(np.stack([pairs[0], classes[pairs[1]]]), axis=1)
+    inside = inside[:, classes[inside[0]] != inside[1]]
+    order = np.lexsort((signatures[inside[1]], inside[0]))
+    rows, marks = inside[0][order], signatures[inside[1]][order]
+    first = np.flatnonzero(np.r_[True, (rows[1:] != rows[:-1]) | (marks[1:] != marks[:-1])][: len(rows)])
+    counts = np.diff(np.r_[first, len(rows)])
+    whole = [
+        int((signatures[members[int(classes[row])]] == mark).sum())
+        for row, mark in zip(rows[first], marks[first], strict=True)
+    ]
+    narrow = rows[first][counts < np.asarray(whole, np.int64)]
+    if len(narrow):
+        state.edges.append(pairs[:, np.isin(pairs[0], narrow)])
 
 
 def _row_key(

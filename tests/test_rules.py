@@ -583,6 +583,12 @@ TRAPS: dict[str, Case] = {
         weights=", int64[3] s = {0, 2, -1}, int64[4] back = {1, 8, 6, 6}, float[2] ones, float[2] zeros, "
         "float[8,1,1] g, float[8,1,1] h",
     ),
+    "statistics over groups, and over what is alike in them": tail(
+        "r = Reshape(t, s)\ni = InstanceNormalization(r, g, h)\nu = ReduceMean<axes=[1], keepdims=0>(i)",
+        (),
+        4,
+        w=", int64[5] s = {0, 2, 4, 6, 6}, float[2] g, float[2] h",
+    ),
     "layer norm over groups and their widths": between(
         "m0 = Reshape(t, s)\nm1 = InstanceNormalization(m0, ones, zeros)\nm2 = Reshape(m1, back)\n"
         + NHWC.replace("(t)", "(m2)").format(body="m = LayerNormalization(n, g, h)"),
