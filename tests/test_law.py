@@ -35,7 +35,7 @@ from onnx_mdp.model_io import model_bytes
 from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import Runtime, open_session
-from onnx_mdp.structure import Structure
+from onnx_mdp.structure import Dimension, Structure
 from onnx_mdp.timing import random_feeds
 from onnx_mdp.verification import Evidence, require, verify
 
@@ -204,8 +204,18 @@ def test_an_empty_plan_keeps_every_weight_bit_for_bit(name: str) -> None:
 # -- (c) the pruned model has the same structure, with smaller sizes ----------------------------------------
 
 
+def kept_heads(structure: Structure, plan: PruningPlan, dimension: Dimension) -> tuple[int, ...]:
+    """Which heads of a width stay; a dimension that is no width has one row."""
+    if dimension.heads is None:
+        return (0,)
+    return plan.keep.get(structure.dimensions[dimension.heads].name, tuple(range(dimension.rows)))
+
+
 def sizes(structure: Structure, plan: PruningPlan) -> dict[str, int]:
-    return {d.name: len(plan.keep.get(d.name, d.units)) for d in structure.dimensions}
+    return {
+        d.name: len(plan.keep.get(d.name, d.units)) // d.rows * len(kept_heads(structure, plan, d))
+        for d in structure.dimensions
+    }
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -230,7 +240,13 @@ def composed(structure: Structure, first: PruningPlan, second: PruningPlan) -> P
     for dimension in structure.dimensions:
         if dimension.name in second.keep:
             units = first.keep.get(dimension.name, tuple(range(len(dimension.units))))
-            keep[dimension.name] = tuple(units[i] for i in second.keep[dimension.name])
+            heads, size = kept_heads(structure, first, dimension), dimension.count
+            alive = [unit for unit in units if unit // size in heads]
+            chosen = [alive[i] for i in second.keep[dimension.name]]
+            # A head that is gone has as many units as the others, whichever they are.
+            gone = (h for h in range(dimension.rows) if h not in heads)
+            chosen += [h * size + i for h in gone for i in range(len(chosen) // len(heads))]
+            keep[dimension.name] = tuple(sorted(chosen))
     return PruningPlan(keep=keep, removed_blocks=(*first.removed_blocks, *second.removed_blocks))
 
 
