@@ -53,7 +53,7 @@ def check_model(proto: onnx.ModelProto, path: Path) -> None:
                 f"{len(tensor.raw_data)}: it is truncated or corrupt"
             )
     _check_size(proto, path)
-    if not any(opset.domain in ("", "ai.onnx") for opset in proto.opset_import):
+    if proto.HasField("graph") and not any(opset.domain in ("", "ai.onnx") for opset in proto.opset_import):
         raise UnreadableModelError(
             f"{path} does not say which version of ONNX's operators it uses; export it again"
         )

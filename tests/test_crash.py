@@ -196,6 +196,7 @@ def test_a_prune_that_is_killed_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_hundred_kills(tmp_path: Path) -> None:
     started = time.monotonic()
     tally = run_stories(tmp_path, seed=1, kills=100)

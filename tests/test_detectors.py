@@ -34,9 +34,9 @@ EXPORTS = [
     )
     for name, quick in {
         "ssd512_small": [("torchscript", False)],
-        "yolov8n_small": [("torchscript", True)],
+        "yolov8n_small": [("torchscript", False)],
         "retinanet_small": [("torchscript", False)],
-        "unet_small": [("torchscript", True), ("dynamo", False)],
+        "unet_small": [("torchscript", True)],
     }.items()
     for exporter in ("torchscript", "dynamo")
     for dynamic in (False, True)

@@ -111,6 +111,7 @@ def test_units_are_scored_alike_above_the_limit(monkeypatch: pytest.MonkeyPatch)
     assert all(np.allclose(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("low_limit")
 def test_a_large_model_is_pruned_applied_and_verified(run: Run, tmp_path: Path) -> None:
     save_model(load_model(text_model(TINY)), tmp_path / "model.onnx")
@@ -169,6 +170,7 @@ def write_large(path: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_model_above_two_gigabytes(tmp_path: Path) -> None:
     size = write_large(tmp_path / "model.onnx")
     assert size > 2**31

@@ -47,8 +47,9 @@ SMALL = (
 )
 # Of thousands of outputs, some lie at the edge of a map, or are a fine box beside coarse ones.
 DENSE = {"yolov8n_small", "retinanet_small", "unet_small"}
-# The exporter on torch.export takes seconds a model, and so does the deepest model.
-FAST = {("torchscript", name) for name in SMALL if "101" not in name} | {
+# The exporter on torch.export takes seconds a model, and so do the deepest models.
+DEEP = {"resnet101_small", "resnet50_small", "efficientnet_b0_small"}
+FAST = {("torchscript", name) for name in SMALL if name not in DEEP} | {
     ("dynamo", "cifar_resnet8_pad_small"),
     ("dynamo", "deit_micro"),
 }

@@ -150,6 +150,7 @@ def _worker(number: int) -> dict[str, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_twenty_thousand_random_graphs() -> None:
     with multiprocessing.get_context("spawn").Pool(WORKERS) as pool:

@@ -205,7 +205,7 @@ def test_drift_is_measured_on_what_is_kept_of_a_state() -> None:
     assert steps[index].sum() > 0
 
 
-@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
+@pytest.mark.parametrize("exporter", ["torchscript", pytest.param("dynamo", marks=pytest.mark.slow)])
 def test_a_detector_with_its_queue(exporter: str, exported: Callable[..., Path]) -> None:
     model = load_model(exported("streampetr_micro", exporter))
     structure = analyze(model, {}, states=QUEUE)

@@ -29,10 +29,7 @@ MULTIPLES = (1, 4, 2, 8, 1)  # of the units that stay, for each plan
 CPU_SECONDS = 720  # two cores for six minutes
 QUICK = {"paddle_mobilenet-imitation-11", "torch_one_detector-imitation-9", "tf_attention-imitation-13"}
 QUICK |= {"keras_cnn-imitation-9", "shufflenet_v2_small-torchscript-9", "deit_micro-torchscript-14"}
-MODELS = [
-    pytest.param(model, id=str(model), marks=() if str(model) in QUICK else pytest.mark.slow)
-    for model in SMALL_MODELS
-]
+MODELS = [pytest.param(model, id=str(model)) for model in SMALL_MODELS if str(model) in QUICK]
 
 
 @dataclass(frozen=True)
@@ -88,6 +85,7 @@ def test_a_small_network_is_pruned_and_equals_its_masked_original(made: SmallMod
 @pytest.mark.slow
 def test_figures_of_all_small_networks() -> None:
     found = {made: examine(made) for made in SMALL_MODELS}
+    assert [str(made) for made, f in found.items() if not all(f.verified)] == []
     smaller = sum(f.pruned for f in found.values())
     plans = [held for f in found.values() for held in f.verified]
     seconds = sum(f.seconds for f in found.values())
@@ -99,5 +97,4 @@ def test_figures_of_all_small_networks() -> None:
     )
     assert len(found) >= 60
     assert smaller >= 0.95 * len(found)
-    assert all(plans)
     assert seconds <= CPU_SECONDS
