@@ -127,6 +127,17 @@ def _head_axis(labels: Labels, head: Classes) -> int | None:
     return axes[0] if len(axes) == 1 and bool((heads > 0).all()) else None
 
 
+def _join(state: Labelling, classes: Classes, labels: Labels, axes: tuple[int, ...], why: str) -> bool:
+    """Couple along axes, and say whether that joins classes; if not, only fixed indices differ."""
+    before = len(state.edges)
+    for axis in axes:
+        labels = couple(state, labels, axis, why)
+    joins = any(bool((classes[a] != classes[b]).any()) for a, b in state.edges[before:])
+    if not joins:
+        del state.edges[before:]
+    return joins
+
+
 def _couple_improper(state: Labelling, classes: Classes, head: Classes) -> None:
     """Tensors that are no grid lose the smallest of the axes that are not the heads'."""
     for labels, found in _rectangles(state, classes):
@@ -134,8 +145,10 @@ def _couple_improper(state: Labelling, classes: Classes, head: Classes) -> None:
         if rows is not None and len(varying(found)) == 2:
             continue
         others = [axis for axis in varying(found) if axis != rows]
-        axis = min(others, key=lambda a: found.shape[a])
-        couple(state, labels, axis, "a tensor mixes fixed and prunable indices along two axes")
+        for axis in sorted(others, key=lambda a: found.shape[a]):
+            why = "a tensor mixes fixed and prunable indices along two axes"
+            if _join(state, classes, labels, (axis,), why):
+                break
 
 
 def _couple_split_rows(state: Labelling, classes: Classes, head: Classes) -> None:
@@ -144,10 +157,8 @@ def _couple_split_rows(state: Labelling, classes: Classes, head: Classes) -> Non
         found = squash(classes[labels])
         if axis not in varying(found) or len(varying(found)) == 1 or _head_axis(found, head) == axis:
             continue
-        joint = labels
-        for other in varying(found):
-            if other != axis:
-                joint = couple(state, joint, other, "an operator picks fixed and prunable indices")
+        others = tuple(other for other in varying(found) if other != axis)
+        _join(state, classes, labels, others, "an operator picks fixed and prunable indices")
 
 
 def _members(head: Classes) -> Mapping[int, Classes]:
@@ -185,11 +196,12 @@ def _couple_uneven(
     """Every row of a grid holds one part of its head, whole, and all heads have the same parts."""
     for labels, found in _rectangles(state, classes):
         rows = _head_axis(found, head)
-        assert rows is not None
+        if rows is None:  # it holds fixed indices, and the rest is frozen
+            continue
         lines = np.moveaxis(found, rows, 0).reshape(found.shape[rows], -1)
         keys = {_row_key(line, int(head[line[0]]), members, signatures) for line in lines}
         if len(keys) > 1 or None in keys:
-            couple(state, labels, rows, "a tensor is no grid of heads and widths")
+            _join(state, classes, labels, (rows,), "a tensor is no grid of heads and widths")
 
 
 def _couple_narrow_rows(

@@ -541,12 +541,18 @@ def repeat(g: Graph, x: str) -> str:
 
 
 def unknown(g: Graph, x: str) -> str:
-    """An operator that has no rule, of ONNX or of another domain."""
-    form = g.pick(3)
-    if form == 0:
-        return g.op("LRN", x, size=3) if len(g.shape(x)) == 4 else g.op("Softmax", x, axis=-1)
+    """An operator that has no rule (a sequence of one tensor), or is seldom seen, or of another domain."""
+    form = g.pick(4)
+    if form == 0 and g.opset >= 11:
+        y, sequence = f"t{len(g.types)}_0", f"t{len(g.types)}_sequence"
+        g.nodes.append(helper.make_node("SequenceConstruct", [x], [sequence], name=sequence))
+        g.types[y] = g.types[x]
+        g.nodes.append(helper.make_node("SequenceAt", [sequence, g.constant(0, np.int64)], [y], name=y))
+        return y
     if form == 1 and g.opset >= 11:
         return g.op("CumSum", x, g.constant(g.choose(1, len(g.shape(x)) - 1), np.int64))
+    if form == 2 and len(g.shape(x)) == 4:
+        return g.op("LRN", x, size=3)
     return g.op("QuickGelu", x, domain="com.microsoft")
 
 

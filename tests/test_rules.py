@@ -583,6 +583,12 @@ TRAPS: dict[str, Case] = {
         weights=", int64[3] s = {0, 2, -1}, int64[4] back = {1, 8, 6, 6}, float[2] ones, float[2] zeros, "
         "float[8,1,1] g, float[8,1,1] h",
     ),
+    "groups that hold a constant at other places": tail(
+        "j = Concat<axis=1>(t, e, t)\nr = Reshape(j, s)\ni = InstanceNormalization(r, g, h)\nu = Reshape(i, z)",
+        (),
+        18,
+        w=", float[1,2,6,6] e, int64[3] s = {1, 2, 324}, int64[4] z = {1, 18, 6, 6}, float[2] g, float[2] h",
+    ),
     "statistics over groups, and over what is alike in them": tail(
         "r = Reshape(t, s)\ni = InstanceNormalization(r, g, h)\nu = ReduceMean<axes=[1], keepdims=0>(i)",
         (),
