@@ -124,7 +124,9 @@ class _Writer:
 
     def along(self, value: ir.Value, slot: int, axis: int) -> ir.Value:
         """A scale or zero point (of input ``slot``) for each index, laid along ``axis`` of that input."""
-        name = str(self.node.inputs[slot].name)  # type: ignore[union-attr]
+        operand = self.node.inputs[slot]
+        assert operand is not None
+        name = str(operand.name)
         rank = self.ranks.get(name, 1)
         return self.add("Reshape", value, self.number([-1, *[1] * (rank - 1 - axis % rank)]))
 
@@ -196,7 +198,9 @@ def _product(op_type: str, weight_axis: int | None) -> Callable[[_Writer], None]
         wide = value is not None and value.shape is not None and tuple(value.shape) not in ((), (1,))
         weight = writer.centred(1, 3, weight_axis if wide else None)
         made = writer.add(op_type, writer.centred(0, 2), weight)
-        made.producer().attributes.update(writer.node.attributes)  # type: ignore[union-attr]
+        maker = made.producer()
+        assert maker is not None
+        maker.attributes.update(writer.node.attributes)
         writer.results[0] = made
 
     return write
