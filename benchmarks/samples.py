@@ -17,8 +17,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.model_files import zoo_file
-from onnx_mdp.calibration import PREPROCESSINGS
 from onnx_mdp.errors import UsageError
+from onnx_mdp.images import PREPROCESSINGS
 from onnx_mdp.runtime import Runtime, open_session
 
 __all__ = ["Samples", "samples_for", "top1"]

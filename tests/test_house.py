@@ -68,6 +68,7 @@ ORDER = (
     "verification",
     "output_drift",
     "scoring",
+    "images",
     "calibration",
     "lut_records",
     "lut_store",
