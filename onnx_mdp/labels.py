@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from onnx_mdp.coupling import Coupling, Grid, settle
 from onnx_mdp.rules import Labelling, Labels, Site, squash, varying
-from onnx_mdp.shadow import Shadow
+from onnx_mdp.shadow import Operation, Shadow
 from onnx_mdp.stored_axes import blocked_sites, stored_sites
 
 __all__ = ["LabelledGraph", "keep_vector", "label_graph"]
@@ -63,6 +63,15 @@ class LabelledGraph:
         if self.head_axis(name) == axis:
             return np.asarray(lines.any(1))
         return np.asarray(lines[:, lines.sum(0).argmax()])
+
+    def read(self, operation: Operation, slot: int) -> Labels | None:
+        """The classes of an input as an operation reads it; those of learned queries are a site."""
+        name = operation.inputs[slot]
+        for site in self.sites:
+            if (site.operation, site.slot) == (operation.index, slot):
+                rank = len(self.shadow.shapes[name])
+                return site.labels.reshape([-1 if axis == site.axis else 1 for axis in range(rank)])
+        return self.tensors.get(name)
 
     def head_axis(self, name: str) -> int | None:
         """Which of two labelled axes counts heads; None where at most one axis is labelled."""

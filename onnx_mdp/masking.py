@@ -46,7 +46,7 @@ def masked_model(original: ir.Model, structure: Structure, plan: PruningPlan) ->
     masks = _Masks(proto, {n.output[0]: n for n in proto.graph.node if n.output})
     for index, slot in structure.graph.reductions:
         operation = structure.shadow.operations[index]
-        labels = _labels_read(structure, operation, slot)
+        labels = structure.graph.read(operation, slot)
         if labels is not None and removed[labels].any():
             masks.restrict(operation, slot, _Kept.of(structure, operation, slot, labels, removed))
     if plan.rescale_attention:
@@ -58,16 +58,6 @@ def masked_model(original: ir.Model, structure: Structure, plan: PruningPlan) ->
             masks.silence(joint.outputs[0], list(joint.inputs).index(block.branch))
     masks.install()
     return with_weights(proto, weights)
-
-
-def _labels_read(structure: Structure, operation: Operation, slot: int) -> Labels | None:
-    """The classes of an input; those of a constant (learned queries) are known as a site."""
-    name = operation.inputs[slot]
-    for site in structure.graph.sites:
-        if (site.operation, site.slot) == (operation.index, slot):
-            rank = len(structure.shadow.shapes[name])
-            return site.labels.reshape([-1 if axis == site.axis else 1 for axis in range(rank)])
-    return structure.graph.tensors.get(name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,7 @@ ORDER = (
     "operand_patches",
     "rewriting",
     "masking",
+    "gating",
     "ties",
     "comparison",
     "verification",
