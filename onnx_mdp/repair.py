@@ -1,0 +1,85 @@
+"""Repair what is left of a model with unlabelled inputs, before any training: new weights in the same graph.
+
+The layers are taken in order, and each is compared with the layer of the original that it is what is left of,
+on inputs that come from the layers repaired before it. Methods, applied in the order in which they are named:
+
+``bias``
+    The mean of each output is made that of the original. What the removed units gave on average,
+    ``W[:, removed] · mean(x[removed])``, is absorbed, together with what else moved the mean. The mean is
+    over inputs and positions; where a Conv pads, its borders see less of it than its inside.
+
+Nothing but weights and biases changes: a Conv or Gemm without a bias may get one, names and shapes stay.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnx_mdp.errors import UnsupportedModelError, UsageError
+from onnx_mdp.linear_layers import Layer, LayerRepair, linear_layers
+from onnx_mdp.model_io import clone
+from onnx_mdp.output_moments import match_means
+from onnx_mdp.plan import PruningPlan, removed_classes
+from onnx_mdp.states import kept_feeds
+from onnx_mdp.stepwise import Walk
+from onnx_mdp.structure import Structure
+
+__all__ = ["METHODS", "Repaired", "repair"]
+
+Array = npt.NDArray[Any]
+Feeds = Sequence[Mapping[str, Array]]
+Progress = Callable[[str, int, int], None]
+Method = Callable[[ir.Model, Layer, Walk, Walk], LayerRepair]
+METHODS: dict[str, Method] = {"bias": match_means}
+
+
+@dataclass(frozen=True, slots=True)
+class Repaired:
+    """A model with other weights, and what became of each layer."""
+
+    model: ir.Model
+    layers: tuple[LayerRepair, ...]
+
+
+def repair(
+    structure: Structure,
+    plan: PruningPlan,
+    model: ir.Model,
+    feeds: Feeds,
+    methods: Sequence[str],
+    progress: Progress = lambda stage, done, total: None,
+) -> Repaired:
+    """Repair ``model``, which the plan left of the structure's model, on inputs of the unpruned model.
+
+    Raises:
+        UsageError: an unknown method, or no inputs.
+        UnsupportedModelError: the model is not in float32.
+    """
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
+        raise UsageError(f"unknown repair {unknown[0]!r}; choose of {', '.join(METHODS)}")
+    if not feeds:
+        raise UsageError("a repair needs calibration inputs; pass --data")
+    if not structure.shadow.plain:
+        raise UnsupportedModelError("only models in float32 can be repaired; leave --repair out")
+    model, removed = clone(model), removed_classes(plan, structure)
+    layers, others = linear_layers(structure, model, removed)
+    slim_feeds = [kept_feeds(structure, feed, removed) for feed in feeds]
+    reports: list[LayerRepair] = []
+    for method in methods:
+        reports += [LayerRepair(method, name, kept=why) for name, why in others.items()]
+        with tempfile.TemporaryDirectory(prefix="onnx-mdp-") as folder:
+            dense = Walk(structure.shadow.model, feeds, Path(folder) / "dense")
+            slim = Walk(model, slim_feeds, Path(folder) / "slim")
+            for done, layer in enumerate(layers):
+                progress("repair", done, len(layers))
+                reports.append(METHODS[method](model, layer, dense, slim))
+        progress("repair", len(layers), len(layers))
+    return Repaired(model, tuple(reports))

@@ -1,0 +1,193 @@
+"""Repair before training: laws of the methods, on small networks with random and with trained weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import pytest
+from zoo import analyse, text_model
+
+from onnx_mdp.errors import UnsupportedModelError, UsageError
+from onnx_mdp.large_models import for_session
+from onnx_mdp.linear_layers import linear_layers
+from onnx_mdp.model_io import content_hash
+from onnx_mdp.plan import PruningPlan, removed_classes
+from onnx_mdp.repair import METHODS, repair
+from onnx_mdp.rewriting import rewrite
+from onnx_mdp.runtime import Runtime, open_session
+from onnx_mdp.structure import Structure
+
+# A normalisation in the file, grouped and depthwise layers, a sum, layers without a bias, Gemm and MatMul.
+NET = """
+(float[2,3,8,8] x) => (float[2,4] y, float[2,5] z)
+<float[16,3,3,3] w0, float[16] b0, float[12,16,3,3] w1, float[12] s1, float[12] h1, float[12] m1,
+ float[12] var1, float[12,1,3,3] w2, float[16,12,1,1] w3, float[16] b3, float[20,8,1,1] w4,
+ float[8,20,1,1] w5, float[6,8] w6, float[6] b6, float[6,4] w7, float[4] b7, float[5,6] w8>
+{
+  a0 = Conv <pads: ints = [1,1,1,1]> (x, w0, b0)
+  a = Relu (a0)
+  b0_ = Conv <pads: ints = [1,1,1,1]> (a, w1)
+  b1 = BatchNormalization (b0_, s1, h1, m1, var1)
+  b = Relu (b1)
+  c0 = Conv <pads: ints = [1,1,1,1], group: int = 12> (b, w2)
+  c1 = Sigmoid (c0)
+  c = Conv (c1, w3, b3)
+  d = Add (a, c)
+  e0 = Conv <group: int = 2> (d, w4)
+  e = Relu (e0)
+  f0 = Conv (e, w5)
+  f = GlobalAveragePool (f0)
+  g = Flatten (f)
+  h0 = Gemm <transB: int = 1> (g, w6, b6)
+  h = Relu (h0)
+  y0 = MatMul (h, w7)
+  y = Add (b7, y0)
+  z = Gemm <transB: int = 1> (h, w8)
+}
+"""
+# Nothing pads, so that a shift is as good at each place.
+PLAIN = """
+(float[1,3,6,6] x) => (float[1,4,2,2] y)
+<float[16,3,3,3] w0, float[16] b0, float[12,16,1,1] w1, float[4,12,3,3] w2, float[4] b2>
+{
+  a0 = Conv (x, w0, b0)
+  a = Relu (a0)
+  c = Conv (a, w1)
+  y = Conv (c, w2, b2)
+}
+"""
+SUMS = """
+(float[1,8,4,4] x) => (float[1,8,4,4] y)
+<float[12,8,1,1] w0, float[12] b0, float[8,12,1,1] w1, float[8] b1>
+{
+  a0 = Conv (x, w0, b0)
+  a = Relu (a0)
+  c = Conv (a, w1, b1)
+  y = Add (x, c)
+}
+"""
+TEXTS = {"net": NET, "plain": PLAIN, "sums": SUMS}
+Feeds = list[dict[str, npt.NDArray[np.float32]]]
+
+
+def case(text: str, share: float = 0.6) -> tuple[Structure, PruningPlan, ir.Model, Feeds]:
+    """A structure, a plan that keeps a share of each dimension, what it leaves, and inputs."""
+    _, structure = analyse(text_model(text, seed=3))
+    rng = np.random.default_rng(5)
+    keep: dict[str, tuple[int, ...]] = {}
+    for dimension in (structure.dimensions[index] for index in structure.prunable):
+        size = max(1, round(share * len(dimension.units)))
+        if size < len(dimension.units):
+            keep[dimension.name] = tuple(sorted(rng.choice(len(dimension.units), size, False).tolist()))
+    shape = structure.shadow.inputs["x"]
+    feeds = [{"x": rng.standard_normal(shape).astype(np.float32)} for _ in range(8)]
+    plan = PruningPlan(keep=keep)
+    return structure, plan, rewrite(structure, plan), feeds
+
+
+def values(model: ir.Model, feeds: Feeds, names: list[str]) -> dict[str, npt.NDArray[Any]]:
+    """Inner tensors over all inputs."""
+    session = open_session(for_session(model, names), Runtime(), optimize=False)
+    found = zip(*(session.run(names, feed) for feed in feeds), strict=True)
+    return {name: np.concatenate(arrays) for name, arrays in zip(names, found, strict=True)}
+
+
+def weights_of(model: ir.Model) -> dict[str, npt.NDArray[Any]]:
+    return {name: v.const_value.numpy() for name, v in model.graph.initializers.items() if v.const_value}
+
+
+def signature(model: ir.Model) -> Any:
+    """All of a model but the numbers in its weights."""
+    weights = {name: (v.dtype, tuple(v.shape or ())) for name, v in model.graph.initializers.items()}
+    nodes = [
+        (n.name, n.op_type, [v.name for v in n.inputs if v], [v.name for v in n.outputs]) for n in model.graph
+    ]
+    ends = [(v.name, v.dtype, str(v.shape)) for v in (*model.graph.inputs, *model.graph.outputs)]
+    return weights, nodes, ends, dict(model.opset_imports), model.ir_version
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_absorbing_makes_the_means_those_of_the_original(text: str) -> None:
+    structure, plan, slim, feeds = case(TEXTS[text])
+    repaired = repair(structure, plan, slim, feeds, ["bias"])
+    layers, others = linear_layers(structure, repaired.model, removed_classes(plan, structure))
+    assert not others
+    names = [layer.target for layer in layers]
+    wanted, found = values(structure.shadow.model, feeds, names), values(repaired.model, feeds, names)
+    before = values(slim, feeds, names)
+    moved = 0.0
+    for layer in layers:
+        axes = tuple(a for a in range(wanted[layer.target].ndim) if a != layer.axis)
+        mean = wanted[layer.target].mean(axes)[layer.kept]
+        scale = float(np.abs(wanted[layer.target]).max())
+        assert np.abs(found[layer.target].mean(axes) - mean).max() < 1e-5 * scale, layer.name
+        moved = max(moved, float(np.abs(before[layer.target].mean(axes) - mean).max()) / scale)
+    assert moved > 1e-2
+
+
+def test_what_is_absorbed_first_is_the_mean_of_the_removed_units() -> None:
+    structure, plan, slim, feeds = case(PLAIN)
+    repaired = repair(structure, plan, slim, feeds, ["bias"])
+    layers, _ = linear_layers(structure, slim, removed_classes(plan, structure))
+    weight = weights_of(structure.shadow.model)["w1"][:, :, 0, 0]
+    a = values(structure.shadow.model, feeds, ["a"])["a"].mean((0, 2, 3))
+    gone = ~layers[0].kept
+    expected = (weight[:, gone] @ a[gone])[layers[1].kept]
+    assert np.allclose(weights_of(repaired.model)["w1__bias"], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("text", TEXTS)
+def test_nothing_but_numbers_changes(text: str, method: str) -> None:
+    structure, plan, slim, feeds = case(TEXTS[text])
+    repaired = repair(structure, plan, slim, feeds, [method])
+    assert content_hash(repaired.model) != content_hash(slim)
+    made = {name for name in repaired.model.graph.initializers if name not in slim.graph.initializers}
+    assert all(name.endswith("__bias") for name in made)
+    before, after = signature(slim), signature(repaired.model)
+    for name in made:
+        del after[0][name]
+        for node in after[1]:
+            node[2][:] = [value for value in node[2] if value != name]
+    assert before == after
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("text", TEXTS)
+def test_where_nothing_is_removed_nothing_changes(text: str, method: str) -> None:
+    structure, _, _, feeds = case(TEXTS[text])
+    whole = rewrite(structure, PruningPlan(keep={}))
+    repaired = repair(structure, PruningPlan(keep={}), whole, feeds, [method])
+    before = weights_of(whole)
+    for name, array in weights_of(repaired.model).items():
+        assert np.allclose(array, before[name], atol=1e-6 * np.abs(before[name]).max(initial=0.0)), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_repair_is_deterministic(method: str) -> None:
+    structure, plan, slim, feeds = case(NET)
+    first, second = (repair(structure, plan, slim, feeds, [method]) for _ in range(2))
+    assert content_hash(first.model) == content_hash(second.model)
+    assert first.layers == second.layers
+
+
+def test_the_model_that_is_repaired_stays_as_it_was() -> None:
+    structure, plan, slim, feeds = case(NET)
+    before = content_hash(slim)
+    repair(structure, plan, slim, feeds, list(METHODS))
+    assert content_hash(slim) == before
+
+
+def test_refusals_say_what_to_do() -> None:
+    structure, plan, slim, feeds = case(SUMS)
+    with pytest.raises(UsageError, match="unknown repair 'glue'; choose of bias"):
+        repair(structure, plan, slim, feeds, ["glue"])
+    with pytest.raises(UsageError, match="pass --data"):
+        repair(structure, plan, slim, [], ["bias"])
+    casts = "h = Cast <to: int = 10> (x)\n  i = Cast <to: int = 1> (h)\n  a0 = Conv (i, w0, b0)"
+    _, structure = analyse(text_model(SUMS.replace("a0 = Conv (x, w0, b0)", casts), seed=3))
+    with pytest.raises(UnsupportedModelError, match="only models in float32"):
+        repair(structure, plan, slim, feeds, ["bias"])
