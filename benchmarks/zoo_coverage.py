@@ -6,7 +6,7 @@ within 1e-9 in float64.
 
 Most files were written by others: TorchScript of torch 1.2 to 2.13, dynamo, tf2onnx, Paddle, opset 9 to 20.
 Normal noise drives some of them to where a sigmoid that saturates amplifies the rounding of float32; these
-are computed in float64 (see `benchmarks.double`).
+are computed in float64 (see `onnx_mdp.double_precision`).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from benchmarks.double import run_in_double
 from benchmarks.harness import Verdict, arguments, combined, note, print_table, publish, run_main
 from benchmarks.model_files import zoo_file, zoo_files
 from benchmarks.plans import random_plan
 from onnx_mdp.computation import Computation
 from onnx_mdp.documents import shares
+from onnx_mdp.double_precision import run_in_double
 from onnx_mdp.errors import MdpError
 from onnx_mdp.masking import masked_model
 from onnx_mdp.model_io import load_model, parameter_count

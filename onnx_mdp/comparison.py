@@ -23,6 +23,7 @@ __all__ = ["Comparison", "Distance", "Trial", "compare", "distance", "distances"
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 Keep = Callable[[str, Any], Any]
+Run = Callable[[Sequence[str], Feeds], Sequence[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +82,11 @@ def compare(
     *,
     states: Mapping[str, str] | None = None,
     keep: Keep = lambda name, value: value,
+    prepare: Callable[[ir.Model, Sequence[str]], Run] = lambda model, seen: Computation(model, seen).run,
 ) -> Comparison:
     """Run both; ``keep(name, value)`` is what ``model`` has of an input or output of the reference.
+
+    ``prepare`` makes a model ready to be asked for its outputs and for the tensors ``seen``.
 
     Where they are further apart than ``tolerance`` of the scale and both choose by score, the choices of the
     reference are followed.
@@ -92,10 +96,10 @@ def compare(
     """
     made, states = choices(reference, model), states or {}
     seen = [name for choice in made for name in choice.observed]
-    fed, ran = _frames(Computation(reference, seen).run, (*names, *seen), trials, states)
+    fed, ran = _frames(prepare(reference, seen), (*names, *seen), trials, states)
     expected = [tuple(map(keep, names, outputs)) for outputs in ran]
     kept = [replace(t, feeds={n: keep(n, v) for n, v in t.feeds.items()}) for t in trials]
-    _, actual = _frames(_careful(model), names, kept, states)
+    _, actual = _frames(_careful(model, prepare), names, kept, states)
     found = Comparison(tuple(names), tuple(fed), tuple(expected), tuple(actual), reference)
     if not made or found.worst.ratio <= tolerance:
         return found
@@ -107,7 +111,7 @@ def compare(
     observed = [[v for c in made for v in (values[c.scores], values[c.values])] for values in chosen]
     asked = (*names, *(name for choice in made for name in choice.compared))
     kept = [replace(trial, feeds={**trial.feeds, **more}) for trial, more in zip(kept, told, strict=True)]
-    _, actual = _frames(_careful(following(model, made)), asked, kept, states)
+    _, actual = _frames(_careful(following(model, made), prepare), asked, kept, states)
     return Comparison(
         names=asked,
         fed=tuple({**feeds, **more} for feeds, more in zip(fed, told, strict=True)),
@@ -119,7 +123,7 @@ def compare(
 
 
 def _frames(
-    run: Callable[[Sequence[str], Feeds], Sequence[Any]],
+    run: Run,
     names: Sequence[str],
     trials: Iterable[Trial],
     states: Mapping[str, str],
@@ -137,16 +141,16 @@ def _frames(
     return fed, found
 
 
-def _careful(model: ir.Model) -> Callable[[Sequence[str], Feeds], Sequence[Any]]:
+def _careful(model: ir.Model, prepare: Callable[[ir.Model, Sequence[str]], Run]) -> Run:
     """Run a model whose failures are its own."""
     try:
-        computation = Computation(model)
+        computed = prepare(model, ())
     except MeasurementError as error:
         raise VerificationError(f"the pruned model does not load: {error}") from error
 
     def run(names: Sequence[str], feeds: Feeds) -> Sequence[Any]:
         try:
-            return computation.run(names, feeds)
+            return computed(names, feeds)
         except Exception as error:  # ONNX Runtime's exceptions share no base but Exception
             reason = str(error).splitlines()[0][:200]
             raise VerificationError(f"the pruned model does not run: {reason}") from error

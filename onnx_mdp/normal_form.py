@@ -32,7 +32,9 @@ _ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
 
 
 def refuse_unknown_form(model: ir.Model) -> None:
-    """Refuse a model of an opset that no installed package knows, and one that draws random numbers.
+    """Refuse a model of an opset that no installed package knows, or of no definite output.
+
+    That is one that draws random numbers, or whose weights hold NaN.
 
     Raises:
         UnsupportedModelError: with the remedy.
@@ -55,6 +57,14 @@ def refuse_unknown_form(model: ir.Model) -> None:
                 f"{node.op_type} {node.name or node.outputs[0].name!r} draws random numbers, so that no two "
                 "runs agree and nothing could be verified; export the model for inference"
             )
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and len(tensor.shape) > 1 and tensor.dtype.is_floating_point():
+            array = tensor.numpy()
+            if array.size and np.isnan(array.min()):  # the minimum is NaN wherever one is
+                raise UnsupportedModelError(
+                    f"weight {name!r} holds NaN, so its outputs mean nothing; export a trained model"
+                )
 
 
 def _draws(node: ir.Node) -> bool:

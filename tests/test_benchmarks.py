@@ -18,12 +18,12 @@ import pytest
 import onnx_mdp
 from benchmarks import full_size, harness, latency_prediction, prune_cells, zoo_coverage
 from benchmarks.checking import Look, input_shapes, parameters
-from benchmarks.double import run_in_double
 from benchmarks.harness import NOISE_LIMIT, Verdict, combined, judge
 from benchmarks.measuring import measured_ratios
 from benchmarks.metered import Metered, run_metered
 from benchmarks.model_files import model_path
 from benchmarks.samples import samples_for, top1
+from onnx_mdp.double_precision import run_in_double
 from onnx_mdp.errors import MeasurementError, UsageError, VerificationError
 from onnx_mdp.latency import plan_of_variant, random_variant
 from onnx_mdp.model_io import load_model, parameter_count

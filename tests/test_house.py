@@ -31,6 +31,7 @@ ORDER = (
     "integer_form",
     "qdq_form",
     "precision",
+    "double_precision",
     "runtime",
     "computation",
     "timing",

@@ -27,8 +27,8 @@ from zoo import (
     zoo_structure,
 )
 
-from benchmarks.double import run_in_double
 from onnx_mdp.documents import verify_document
+from onnx_mdp.double_precision import run_in_double
 from onnx_mdp.errors import VerificationError
 from onnx_mdp.masking import masked_model
 from onnx_mdp.model_io import model_bytes
@@ -37,7 +37,7 @@ from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import Runtime, open_session
 from onnx_mdp.structure import Dimension, Structure
 from onnx_mdp.timing import random_feeds
-from onnx_mdp.verification import Evidence, require, verify
+from onnx_mdp.verification import TOLERANCE, Evidence, require, verify
 
 # In these a sigmoid of a large factor, or a product with a tiny one, amplifies the rounding of float32.
 ILL_CONDITIONED = (
@@ -579,3 +579,14 @@ def test_an_output_that_no_input_changes_is_reported() -> None:
     assert evidence.verified
     assert evidence.constant == ("flat",)
     assert verify_document(evidence, None)["constant_outputs"] == ["flat"]
+
+
+@pytest.mark.zoo
+def test_float64_decides_where_the_rounding_of_float32_hides_the_law() -> None:
+    model, structure = zoo_structure("ocr/ppocrv4_rec.onnx")
+    plan = random_plan(structure, np.random.default_rng(11), least=0.2)
+    evidence = verify(model, structure, rewrite(structure, plan), plan)
+    assert evidence.worst > TOLERANCE
+    assert evidence.judged is not None
+    assert evidence.judged.startswith("compared in float64")
+    assert evidence.verified

@@ -24,9 +24,9 @@ from onnx.reference.op_run import OpRun
 from random_graphs import random_model
 from zoo import analyse, random_plan, run
 
-from benchmarks.double import BatchNormalization, in_double
 from onnx_mdp.binding import doubled_shapes
 from onnx_mdp.computation import Computation
+from onnx_mdp.double_precision import BatchNormalization, in_double
 from onnx_mdp.masking import masked_model
 from onnx_mdp.model_io import model_bytes
 from onnx_mdp.plan import PruningPlan

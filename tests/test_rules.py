@@ -19,8 +19,8 @@ import onnx.numpy_helper
 import pytest
 from zoo import analyse, informative, operands, prune_checked, random_plan, text_model
 
-from benchmarks.double import run_in_double
 from onnx_mdp.computation import Computation
+from onnx_mdp.double_precision import run_in_double
 from onnx_mdp.labels import keep_vector
 from onnx_mdp.masking import masked_model
 from onnx_mdp.operator_coverage import operators_document

@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 from zoo import CNNS, run, text_model, zoo_path
 
 from onnx_mdp.binding import bind_shapes, doubled_shapes, graph_inputs
-from onnx_mdp.errors import MeasurementError, UsageError
+from onnx_mdp.errors import MeasurementError, UnsupportedModelError, UsageError
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.runtime import Runtime, open_session
 from onnx_mdp.shadow import Shadow, add_initializer, prepare
@@ -228,3 +228,12 @@ def test_a_constant_that_is_added_takes_no_name_of_anything() -> None:
     names = [add_initializer(model, "w", np.zeros(2, np.float32)).name for _ in range(2)]
     assert names == ["w4", "w5"]
     onnx.checker.check_model(ir.to_proto(model))
+
+
+def test_a_weight_that_is_not_a_number_is_refused() -> None:
+    proto = text_model("(float[1,3,6,6] x) => (float[1,4,6,6] y) <float[4,3,1,1] w> { y = Conv(x, w) }")
+    weights = numpy_helper.to_array(proto.graph.initializer[0]).copy()
+    weights.flat[-1] = np.nan
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(weights, "w"))
+    with pytest.raises(UnsupportedModelError, match="weight 'w' holds NaN"):
+        shadow_of(proto)

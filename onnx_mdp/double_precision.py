@@ -46,11 +46,18 @@ def in_double(model: ir.Model | onnx.ModelProto) -> onnx.ModelProto:
     return proto
 
 
-def run_in_double(model: ir.Model | onnx.ModelProto, feeds: Mapping[str, Array]) -> list[Array]:
-    """All outputs for these inputs, computed in float64."""
+def run_in_double(
+    model: ir.Model | onnx.ModelProto, feeds: Mapping[str, Array], names: Sequence[str] | None = None
+) -> list[Array]:
+    """Outputs for these inputs, computed in float64: all, or the tensors of these ``names``.
+
+    The evaluator raises errors of many kinds for operators that it does not know.
+    """
     wide = {name: a.astype(np.float64) if a.dtype.kind == "f" else a for name, a in feeds.items()}
     evaluator = ReferenceEvaluator(in_double(model), new_ops=[BatchNormalization, Conv, ConvTranspose])
-    return [np.asarray(output) for output in evaluator.run(None, wide)]
+    with np.errstate(all="ignore"):  # its sigmoid computes both halves of the real line everywhere
+        outputs = evaluator.run(None if names is None else list(names), wide)
+    return [np.asarray(output) for output in outputs]
 
 
 class BatchNormalization(OpRun):
@@ -62,10 +69,10 @@ class BatchNormalization(OpRun):
 
 
 class Conv(OpRun):
-    """A convolution of images with explicit padding."""
+    """A convolution of images."""
 
     def _run(self, *inputs: Array, group: int = 1, **attributes: Any) -> tuple[Array]:
-        (step, spread), (top, left, bottom, right) = _geometry(attributes)
+        (step, spread), (top, left, bottom, right) = _geometry(attributes, inputs)
         kernel = _grouped(inputs[1], group)
         image = np.pad(inputs[0], ((0, 0), (0, 0), (top, bottom), (left, right)))
         parts = image.reshape(len(image), group, -1, *image.shape[2:])
@@ -75,8 +82,8 @@ class Conv(OpRun):
         ]
         total = np.zeros((len(image), inputs[1].shape[0], *size))
         for place in np.ndindex(*kernel.shape[3:]):
-            seen = parts[(..., *_seen(place, size, step, spread))]
-            total += _mixed(kernel[(..., *place)], seen).reshape(total.shape)
+            at: tuple[Any, ...] = (..., *_seen(place, size, step, spread))
+            total += _mixed(kernel[(..., *place)], parts[at]).reshape(total.shape)
         return (_biased(total, inputs),)
 
 
@@ -84,7 +91,9 @@ class ConvTranspose(OpRun):
     """A transposed convolution of images with explicit padding."""
 
     def _run(self, *inputs: Array, group: int = 1, **attributes: Any) -> tuple[Array]:
-        (step, spread), (top, left, bottom, right) = _geometry(attributes)
+        if attributes.get("auto_pad") not in (None, "NOTSET") or attributes.get("output_shape"):
+            raise NotImplementedError("a transposed convolution that computes its padding")
+        (step, spread), (top, left, bottom, right) = _geometry(attributes, inputs)
         more = attributes.get("output_padding") or (0, 0)
         kernel = _grouped(inputs[1], group).swapaxes(1, 2)
         image = inputs[0]
@@ -95,17 +104,27 @@ class ConvTranspose(OpRun):
         ]
         total = np.zeros((len(image), group, kernel.shape[1], *size))
         for place in np.ndindex(*kernel.shape[3:]):
-            total[(..., *_seen(place, image.shape[2:], step, spread))] += _mixed(kernel[(..., *place)], parts)
+            at: tuple[Any, ...] = (..., *_seen(place, image.shape[2:], step, spread))
+            total[at] += _mixed(kernel[(..., *place)], parts)
         total = total.reshape(len(image), -1, *size)[:, :, top : size[0] - bottom, left : size[1] - right]
         return (_biased(total, inputs),)
 
 
-def _geometry(attributes: Mapping[str, Any]) -> tuple[tuple[Sequence[int], Sequence[int]], Sequence[int]]:
+def _geometry(
+    attributes: Mapping[str, Any], inputs: Sequence[Array]
+) -> tuple[tuple[Sequence[int], Sequence[int]], Sequence[int]]:
     """Strides and dilations, and the padding above, to the left, below and to the right."""
-    if attributes.get("auto_pad") not in (None, "NOTSET") or attributes.get("output_shape"):
-        raise NotImplementedError("a convolution that computes its padding")
-    pair = (attributes.get("strides") or (1, 1)), (attributes.get("dilations") or (1, 1))
-    return pair, attributes.get("pads") or (0, 0, 0, 0)
+    step, spread = attributes.get("strides") or (1, 1), attributes.get("dilations") or (1, 1)
+    mode = attributes.get("auto_pad") or "NOTSET"
+    if not mode.startswith("SAME"):
+        return (step, spread), attributes.get("pads") or (0, 0, 0, 0)
+    before, after = [], []
+    for n, k, s, d in zip(inputs[0].shape[2:], inputs[1].shape[2:], step, spread, strict=True):
+        missing = max(0, (-(-n // s) - 1) * s + d * (k - 1) + 1 - n)
+        half = missing // 2
+        before.append(half if mode == "SAME_UPPER" else missing - half)
+        after.append(missing - before[-1])
+    return (step, spread), (*before, *after)
 
 
 def _grouped(weight: Array, group: int) -> Array:
@@ -123,8 +142,12 @@ def _seen(
 def _mixed(matrix: Array, image: Array) -> Array:
     """``float64[group, out, in]`` times ``float64[batch, group, in, height, width]``."""
     flat = np.matmul(matrix, image.reshape(*image.shape[:3], -1))
-    return flat.reshape(*flat.shape[:3], *image.shape[3:])
+    mixed: Array = flat.reshape(*flat.shape[:3], *image.shape[3:])
+    return mixed
 
 
 def _biased(total: Array, inputs: Sequence[Array]) -> Array:
-    return total + inputs[2].reshape(-1, 1, 1) if len(inputs) > 2 else total
+    if len(inputs) < 3:
+        return total
+    biased: Array = np.add(total, inputs[2].reshape(-1, 1, 1))
+    return biased
