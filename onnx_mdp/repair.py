@@ -8,6 +8,11 @@ on inputs that come from the layers repaired before it. Methods, applied in the 
     ``W[:, removed] · mean(x[removed])``, is absorbed, together with what else moved the mean. The mean is
     over inputs and positions; where a Conv pads, its borders see less of it than its inside.
 
+``lstsq``
+    Weights and bias of a layer are fitted by least squares, so that it gives on what it gets now what the
+    original gave; see `onnx_mdp.least_squares`. A layer that this does not help on inputs that are held out
+    stays as it is.
+
 Nothing but weights and biases changes: a Conv or Gemm without a bias may get one, names and shapes stay.
 """
 
@@ -23,6 +28,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnx_mdp.errors import UnsupportedModelError, UsageError
+from onnx_mdp.least_squares import refit
 from onnx_mdp.linear_layers import Layer, LayerRepair, linear_layers
 from onnx_mdp.model_io import clone
 from onnx_mdp.output_moments import match_means
@@ -37,7 +43,7 @@ Array = npt.NDArray[Any]
 Feeds = Sequence[Mapping[str, Array]]
 Progress = Callable[[str, int, int], None]
 Method = Callable[[ir.Model, Layer, Walk, Walk], LayerRepair]
-METHODS: dict[str, Method] = {"bias": match_means}
+METHODS: dict[str, Method] = {"bias": match_means, "lstsq": refit}
 
 
 @dataclass(frozen=True, slots=True)

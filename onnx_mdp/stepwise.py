@@ -29,13 +29,14 @@ class Walk:
     def __init__(self, model: ir.Model, feeds: Sequence[Mapping[str, Array]], folder: Path) -> None:
         """Stand at the inputs; ``folder`` is an empty folder for what lies between two pieces."""
         folder.mkdir()
-        self._model, self._folder, self._count = model, folder, len(feeds)
+        self._model, self._folder, self.count = model, folder, len(feeds)
         self._values = {str(v.name): v for v in model.graph.inputs}
         self._values |= {str(v.name): v for node in model.graph for v in node.outputs if v.name}
         self._inputs = tuple(self._values[name] for name in feeds[0]) if feeds else ()
         self._place = {node: place for place, node in enumerate(model.graph)}
         self._done: set[ir.Node] = set()
         self._types: dict[ir.Value, np.dtype[Any]] = {}
+        self._shapes: dict[Path, tuple[int, ...]] = {}
         self._numbers: dict[ir.Value, int] = {}
         for place, feed in enumerate(feeds):
             for name, array in feed.items():
@@ -45,7 +46,7 @@ class Walk:
         """The tensors ``names`` for each feed, computed with the weights of now and then kept."""
         self.reach(names)
         values = [self._values[name] for name in names]
-        for place in range(self._count):
+        for place in range(self.count):
             yield [self._load(value, place) for value in values]
 
     def peek(self, names: Sequence[str]) -> Iterator[list[Array]]:
@@ -53,7 +54,7 @@ class Walk:
         values = [self._values[name] for name in names]
         missing = [value for value in values if value not in self._types]
         nodes, border = self._segment(missing)
-        found = self._run(nodes, border, missing) if missing else iter([[]] * self._count)
+        found = self._run(nodes, border, missing) if missing else iter([[]] * self.count)
         for place, arrays in enumerate(found):
             made = dict(zip(missing, arrays, strict=True))
             yield [made[v] if v in made else self._load(v, place) for v in values]
@@ -102,7 +103,7 @@ class Walk:
             if not arg.type.startswith("tensor("):
                 raise UnsupportedModelError(f"{arg.name!r} is no tensor, and such a model cannot be repaired")
         names = [str(value.name) for value in outputs]
-        for place in range(self._count):
+        for place in range(self.count):
             feed = {str(value.name): self._load(value, place) for value in border}
             yield [np.asarray(array) for array in session.run(names, feed)]
 
@@ -110,21 +111,22 @@ class Walk:
         """Delete what no node to come reads."""
         for value in [v for v in self._types if v not in wanted]:
             if all(use.node in self._done for use in value.uses()):
-                for place in range(self._count):
+                for place in range(self.count):
                     self._file(value, place).unlink()
                 del self._types[value]
 
     def _file(self, value: ir.Value, place: int) -> Path:
         number = self._numbers.setdefault(value, len(self._numbers))
-        return self._folder / f"{number}_{place}.npy"
+        return self._folder / f"{number}_{place}"
 
     def _keep(self, value: ir.Value, place: int, array: Array) -> None:
-        np.save(self._file(value, place), array, allow_pickle=False)
-        self._types[value] = array.dtype
+        file = self._file(value, place)
+        array.tofile(file)
+        self._types[value], self._shapes[file] = array.dtype, array.shape
 
     def _load(self, value: ir.Value, place: int) -> Array:
-        array: Array = np.load(self._file(value, place), allow_pickle=False)
-        return array
+        file = self._file(value, place)
+        return np.fromfile(file, self._types[value]).reshape(self._shapes[file])
 
 
 def _read(node: ir.Node) -> Iterator[ir.Value]:

@@ -12,8 +12,9 @@ from zoo import analyse, text_model
 
 from onnx_mdp.errors import UnsupportedModelError, UsageError
 from onnx_mdp.large_models import for_session
-from onnx_mdp.linear_layers import linear_layers
-from onnx_mdp.model_io import content_hash
+from onnx_mdp.layer_samples import inputs_at, outputs_at, store_matrix, weight_matrix
+from onnx_mdp.linear_layers import Layer, linear_layers
+from onnx_mdp.model_io import clone, content_hash
 from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.repair import METHODS, repair
 from onnx_mdp.rewriting import rewrite
@@ -191,3 +192,91 @@ def test_refusals_say_what_to_do() -> None:
     _, structure = analyse(text_model(SUMS.replace("a0 = Conv (x, w0, b0)", casts), seed=3))
     with pytest.raises(UnsupportedModelError, match="only models in float32"):
         repair(structure, plan, slim, feeds, ["bias"])
+
+
+FORMS = {
+    "plain": ("Conv (x, w, b)", "float[1,6,9,7] x", "float[8,6,1,1] w, float[8] b"),
+    "padded": ("Conv <pads: ints = [1,0,2,1]> (x, w, b)", "float[2,6,9,7] x", "float[8,6,3,2] w, float[8] b"),
+    "strided": (
+        "Conv <strides: ints = [2,3], dilations: ints = [2,1]> (x, w, b)",
+        "float[1,6,9,7] x",
+        "float[8,6,3,2] w, float[8] b",
+    ),
+    "same": (
+        'Conv <auto_pad = "SAME_UPPER", strides: ints = [2,2]> (x, w, b)',
+        "float[1,6,9,8] x",
+        "float[8,6,3,3] w, float[8] b",
+    ),
+    "lower": (
+        'Conv <auto_pad = "SAME_LOWER", strides: ints = [2,2]> (x, w, b)',
+        "float[1,6,9,8] x",
+        "float[8,6,2,4] w, float[8] b",
+    ),
+    "grouped": ("Conv <group: int = 2> (x, w, b)", "float[2,6,9,7] x", "float[8,3,3,3] w, float[8] b"),
+    "depthwise": ("Conv <group: int = 6> (x, w, b)", "float[2,6,9,7] x", "float[12,1,3,3] w, float[12] b"),
+    "one axis": ("Conv <pads: ints = [1,1]> (x, w, b)", "float[2,6,9] x", "float[8,6,3] w, float[8] b"),
+    "gemm": ("Gemm <transB: int = 1> (x, w, b)", "float[5,6] x", "float[8,6] w, float[8] b"),
+    "gemm as stored": ("Gemm (x, w, b)", "float[5,6] x", "float[6,8] w, float[1,8] b"),
+    "matmul": ("MatMul (x, w)", "float[2,5,6] x", "float[6,8] w"),
+    "matmul, left": ("MatMul (w, x)", "float[2,6,5] x", "float[8,6] w"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_is_a_matrix_product(form: str) -> None:
+    node, data, weights = FORMS[form]
+    axes = ",".join("abcd"[: data.count(",") + 1])
+    text = f"({data}) => (float[{axes}] y)\n<{weights}>\n{{\n  y = {node}\n}}"
+    _, structure = analyse(text_model(text))
+    model = rewrite(structure, PruningPlan(keep={}))
+    (layer,), _ = linear_layers(structure, model, np.zeros(structure.graph.classes, np.bool_))
+    shape = structure.shadow.inputs["x"]
+    x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    y = values(model, [{"x": x}], ["y"])["y"]
+    extents = np.moveaxis(y, layer.axis, -1).shape[:-1]
+    places = np.random.default_rng(2).permutation(int(np.prod(extents)))[:5]
+    product = inputs_at(layer, x, extents, places) @ weight_matrix(layer).transpose(0, 2, 1)
+    found = np.concatenate(list(product), 1) + layer.offset
+    assert np.allclose(found, outputs_at(layer, y, places), atol=1e-5)
+    before = weights_of(model)["w"]
+    store_matrix(layer, weight_matrix(layer))
+    assert np.array_equal(weights_of(model)["w"], before)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_no_refit_is_worse_on_its_own_layer(text: str) -> None:
+    structure, plan, slim, feeds = case(TEXTS[text])
+    repaired = repair(structure, plan, slim, feeds, ["lstsq"])
+    reports = {report.layer: report for report in repaired.layers if report.kept is None}
+    layers, _ = linear_layers(structure, repaired.model, removed_classes(plan, structure))
+
+    def error(model: ir.Model, layer: Layer) -> float:
+        wanted = values(structure.shadow.model, feeds[4:5], [layer.target])[layer.target]
+        found = values(model, feeds[4:5], [layer.target])[layer.target]
+        return float(((found - wanted.compress(layer.kept, layer.axis)) ** 2).sum())
+
+    for layer in (layer for layer in layers if layer.name in reports):
+        back = clone(repaired.model)
+        norm = layer.normalization
+        for value in (layer.weight, layer.bias, norm and norm.bias):
+            if value is not None and value.name in slim.graph.initializers:
+                held = slim.graph.initializers[value.name].const_value
+                back.graph.initializers[value.name].const_value = held
+        assert error(repaired.model, layer) < error(back, layer), layer.name
+        assert reports[layer.name].after < reports[layer.name].before
+    assert reports
+
+
+def test_units_that_others_can_replace_are_not_missed() -> None:
+    structure, _, _, feeds = case(PLAIN)
+    model = structure.shadow.model
+    for name in ("w0", "b0"):
+        array = weights_of(model)[name].copy()
+        array[8:] = array[:8]
+        model.graph.initializers[name].const_value = ir.tensor(array, name=name)
+    plan = PruningPlan(keep={structure.dimensions[0].name: tuple(range(8))})
+    slim = rewrite(structure, plan)
+    repaired = repair(structure, plan, slim, feeds, ["lstsq"])
+    wanted, before, after = (values(m, feeds, ["y"])["y"] for m in (model, slim, repaired.model))
+    assert np.abs(before - wanted).max() > 0.1 * np.abs(wanted).max()
+    assert np.abs(after - wanted).max() < 1e-3 * np.abs(wanted).max()
