@@ -78,6 +78,21 @@ ORDER = (
     "output_moments",
     "least_squares",
     "repair",
+    "torch_backend",
+    "training.kernels.registry",
+    "training.kernels.elementwise",
+    "training.kernels.convolutions",
+    "training.kernels.pooling",
+    "training.kernels.normalisation",
+    "training.kernels.movement",
+    "training.kernels.selection",
+    "training.kernels.reduction",
+    "training.kernels.resampling",
+    "training.kernels",
+    "training.trainable",
+    "training.interpreter",
+    "training.bridge",
+    "training",
     "lut_records",
     "lut_store",
     "cost_terms",
@@ -130,7 +145,7 @@ ORDER = (
     "__main__",
 )
 MAX_LINES = 400
-REGISTRIES = {"app.callback", "app.command", "_lut.command", "rule"}
+REGISTRIES = {"app.callback", "app.command", "_lut.command", "kernel", "rule"}
 MAY_PRINT = {"cli", "console", "supervision"}
 FORBIDDEN_IMPORTS = {"cPickle", "cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "torch"}
 
@@ -250,6 +265,8 @@ def test_all_is_exact_and_sorted(name: str) -> None:
     declared = declared_all(module) or []
     assert declared == sorted(declared, key=isort_key)
     assert len(declared) == len(set(declared))
+    if in_training(name):
+        pytest.importorskip("torch")
     loaded = importlib.import_module(f"onnx_mdp.{name}")
     assert [n for n in declared if not hasattr(loaded, n)] == []
     assert public_definitions(module) - set(declared) == set()
@@ -273,10 +290,45 @@ def test_only_the_screen_prints(name: str) -> None:
     assert not calls or name in MAY_PRINT, f"print() on lines {calls}"
 
 
+def in_training(name: str) -> bool:
+    """Whether a module belongs to the only package that may import torch."""
+    return name.partition(".")[0] == "training"
+
+
 @pytest.mark.parametrize("name", MODULES)
-def test_no_pickle_no_torch(name: str) -> None:
+def test_no_pickle_and_torch_only_in_training(name: str) -> None:
     roots = {module.partition(".")[0] for module, _ in imports(tree(name))}
-    assert not roots & FORBIDDEN_IMPORTS
+    assert not roots & (FORBIDDEN_IMPORTS - ({"torch"} if in_training(name) else set()))
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if not in_training(n)])
+def test_what_needs_no_torch_imports_training_only_inside_functions(name: str) -> None:
+    above = [s for s in tree(name).body if isinstance(s, (ast.Import, ast.ImportFrom))]
+    assert not [statement for statement in above if "onnx_mdp.training" in ast.unparse(statement)]
+
+
+def test_everything_else_loads_where_torch_cannot() -> None:
+    names = [
+        f"onnx_mdp.{name}".rstrip(".") for name in MODULES if not in_training(name) and name != "__main__"
+    ]
+    code = f"""
+import importlib, sys, onnx_mdp
+class WithoutTorch:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, *more):
+        return None if name.partition(".")[0] == "torch" else self.finder.find_spec(name, *more)
+sys.meta_path[:] = map(WithoutTorch, sys.meta_path)
+for name in {names}:
+    importlib.import_module(name)
+try:
+    onnx_mdp.to_torch("model.onnx")
+except onnx_mdp.errors.MissingBackendError as error:
+    assert "pip install 'onnx-mdp[torch]'" in str(error)
+else:
+    sys.exit("no error without torch")
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,0 +1,1 @@
+"""What needs torch: the model as a module, gradients, fine-tuning; ``pip install 'onnx-mdp[torch]'``."""

@@ -1,0 +1,222 @@
+"""Laws of the bridge to torch: what a module computes, which weights it trains, what comes back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from zoo import SMALL_MODELS, SmallModel, analyse, random_plan, small_model, text_model
+
+from onnx_mdp import to_torch, write_back
+from onnx_mdp.binding import bind_shapes
+from onnx_mdp.errors import UnsupportedModelError, UsageError
+from onnx_mdp.model_io import content_hash, load_model, model_bytes
+from onnx_mdp.rewriting import rewrite
+from onnx_mdp.runtime import Runtime, open_session
+from onnx_mdp.timing import random_feeds
+
+torch = pytest.importorskip("torch")
+
+TOLERANCE = 1e-5  # of the largest value of an output
+QUICK = {"paddle_mobilenet-imitation-11", "torch_one_detector-imitation-9", "tf_attention-imitation-13"}
+QUICK |= {"keras_cnn-imitation-9", "shufflenet_v2_small-torchscript-9", "deit_micro-torchscript-14"}
+MODELS = [
+    pytest.param(made, id=str(made), marks=() if str(made) in QUICK else pytest.mark.slow)
+    for made in SMALL_MODELS
+]
+Feeds = Mapping[str, Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small lose time on a second thread, much of it where others compute as well."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def in_runtime(model: ir.Model, seed: int = 0) -> tuple[Feeds, dict[str, Any]]:
+    """Random inputs, and the outputs of ONNX Runtime for them."""
+    session = open_session(model_bytes(model), Runtime(), optimize=False)
+    feeds = random_feeds(session, bind_shapes(model, {}), seed)
+    names = [output.name for output in session.get_outputs()]
+    return feeds, dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def tensors(feeds: Feeds) -> dict[str, Any]:
+    return {name: torch.from_numpy(np.array(array)) for name, array in feeds.items()}
+
+
+def error(model: ir.Model, module: Any) -> float:
+    """The largest difference between torch and ONNX Runtime, relative to the largest value of its output."""
+    feeds, wanted = in_runtime(model)
+    with torch.no_grad():
+        found = module.run(tensors(feeds))
+    assert list(found) == list(wanted)
+    errors = [0.0]
+    for name, array in wanted.items():
+        assert found[name].shape == array.shape
+        if array.size:
+            scale = max(float(np.abs(array).max()), 1e-9)
+            errors.append(float(np.abs(found[name].numpy().astype(float) - array).max()) / scale)
+    return max(errors)
+
+
+def without_values(model: ir.Model) -> list[Any]:
+    """Everything that a file holds but the numbers of its tensors."""
+    nodes = [
+        (n.name, n.domain, n.op_type, [v and v.name for v in n.inputs], [v.name for v in n.outputs],
+         [(k, str(a.value)) for k, a in n.attributes.items() if a.type != ir.AttributeType.TENSOR])
+        for n in model.graph
+    ]  # fmt: skip
+    stored = [(n, v.dtype, str(v.shape)) for n, v in model.graph.initializers.items()]
+    ends = [(v.name, v.dtype, str(v.shape)) for v in (*model.graph.inputs, *model.graph.outputs)]
+    return [nodes, stored, ends, dict(model.opset_imports), dict(model.metadata_props), model.ir_version]
+
+
+def loss(module: Any, feeds: Feeds, seed: int = 0) -> Any:
+    """The same random projection of the float outputs for every module with these outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs = [y for y in module.run(tensors(feeds)).values() if y.is_floating_point()]
+    return sum((torch.randn(y.shape, generator=generator) * y).mean() for y in outputs)
+
+
+def trained(module: Any, feeds: Feeds, steps: int) -> set[str]:
+    """Train in place; the weights that a gradient reached at least once."""
+    reached: set[str] = set()
+    optimizer = torch.optim.SGD(module.parameters(), 1e-3)
+    module.train()
+    for seed in range(steps):
+        optimizer.zero_grad()
+        loss(module, feeds, seed).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        reached |= {n for n, w in module.weights().items() if w.grad is not None and bool(w.grad.any())}
+        optimizer.step()
+    module.eval()
+    return reached
+
+
+@pytest.mark.parametrize("made", MODELS)
+def test_torch_computes_what_the_runtime_does_and_what_it_learns_comes_back(
+    made: SmallModel, tmp_path: Path
+) -> None:
+    model = load_model(small_model(made, tmp_path))
+    module = to_torch(model)
+    assert error(model, module) <= TOLERANCE
+    feeds, _ = in_runtime(model)
+    before = {name: weight.detach().clone() for name, weight in module.weights().items()}
+    trained(module, feeds, 10)
+    written = write_back(model, module)
+    assert error(written, module) <= TOLERANCE
+    assert without_values(written) == without_values(model)
+    changed = {n for n, weight in module.weights().items() if not torch.equal(weight, before[n])}
+    assert changed
+    for name, value in model.graph.initializers.items():
+        if name not in changed and name not in module.statistics():
+            assert written.graph.initializers[name].const_value.tobytes() == value.const_value.tobytes()
+
+
+@pytest.mark.parametrize("made", MODELS)
+def test_a_pruned_model_comes_back_as_well(made: SmallModel, tmp_path: Path) -> None:
+    _, structure = analyse(small_model(made, tmp_path))
+    pruned = rewrite(structure, random_plan(structure, np.random.default_rng(0), least=0.3))
+    module = to_torch(pruned)
+    assert error(pruned, module) <= TOLERANCE
+    trained(module, in_runtime(pruned)[0], 2)
+    assert error(write_back(pruned, module), module) <= TOLERANCE
+
+
+def test_nothing_trained_gives_the_same_model(tmp_path: Path) -> None:
+    model = load_model(small_model(SmallModel("resnet18_small", "torchscript", 17), tmp_path))
+    assert content_hash(write_back(model, to_torch(model))) == content_hash(model)
+
+
+SMALL = """(float[N,3,8,8] x) => (float[N,4] y) <float[4,3,3,3] w_a, float[4] bias, float[4] scale,
+    float[4] shift, float[4] mean, float[4] var, float[4,4] shared, float eps = {0.5}> {
+    c = Conv<auto_pad="SAME_UPPER">(x, w_a, bias) n = BatchNormalization(c, scale, shift, mean, var)
+    r = Relu(n) p = GlobalAveragePool(r) f = Flatten(p) same = Identity(shared) g = MatMul(f, shared)
+    h = MatMul(g, same) y = Add(h, eps)
+}"""
+
+
+def small(weight: str = "4,3,3,3") -> ir.Model:
+    model = load_model(text_model(SMALL.replace("4,3,3,3", weight)))
+    model.graph.initializers["w_a"].name = "w.a"
+    return model
+
+
+def test_weights_are_known_by_their_names_in_the_file() -> None:
+    module = to_torch(small())
+    assert set(module.weights()) == {"w.a", "bias", "scale", "shift", "shared"}
+    assert set(module.statistics()) == {"mean", "var"}
+    keys = {"weight:w%2Ea", *(f"weight:{n}" for n in ("bias", "scale", "shift", "shared"))}
+    assert set(module.state_dict()) == keys | {"statistic:mean", "statistic:var"}
+
+
+def test_a_shared_weight_stays_one() -> None:
+    module = to_torch(small())
+    x = torch.randn(2, 3, 8, 8)
+    features = module.run({"x": x}, also=["f"])["f"]
+    shared = module.weights()["shared"]
+    torch.testing.assert_close(module(x), features @ shared @ shared + 0.5)
+
+
+def test_a_gate_multiplies_a_tensor_where_it_is_made() -> None:
+    module = to_torch(small())
+    x, gate = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 0.0, 2.0, 0.5]).reshape(1, 4, 1, 1)
+    whole = module.run({"x": x}, also=["r", "p"])
+    gated = module.run({"x": x}, {"r": gate}, also=["r", "p"])
+    torch.testing.assert_close(gated["r"], whole["r"] * gate)
+    torch.testing.assert_close(gated["p"], whole["p"] * gate)
+
+
+def test_training_moves_the_statistics_and_evaluation_does_not() -> None:
+    module = to_torch(small())
+    before = {name: tensor.clone() for name, tensor in module.statistics().items()}
+    module(torch.randn(2, 3, 8, 8))
+    assert all(torch.equal(module.statistics()[name], tensor) for name, tensor in before.items())
+    module.train()
+    module(torch.randn(2, 3, 8, 8))
+    assert not any(torch.equal(module.statistics()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("y = Unique(x)", "Unique 'unique_0' has no form in torch here"),
+        (
+            "s = Constant<value=float {0.5}>() z = Constant<value=uint8 {3}>() q = QuantizeLinear(x, s, z) "
+            "y = DequantizeLinear(q, s, z)",
+            "quantized",
+        ),
+    ],
+)
+def test_a_model_that_torch_cannot_train_is_refused_by_the_operator(text: str, said: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=re.escape(said)):
+        to_torch(text_model(f"(float[4] x) => (float[M] y) {{ {text} }}"))
+
+
+def test_a_module_of_another_model_is_refused() -> None:
+    module = to_torch(small())
+    renamed = small()
+    renamed.graph.initializers["shared"].name = "other"
+    with pytest.raises(UsageError, match="no weight 'shared'"):
+        write_back(renamed, module)
+    with pytest.raises(UsageError, match="has the shape"):
+        write_back(small("4,3,1,1"), module)
+
+
+def test_inputs_are_checked() -> None:
+    module = to_torch(small())
+    with pytest.raises(UsageError, match="takes 1 inputs"):
+        module()
+    with pytest.raises(UsageError, match="'x' of the model is not fed"):
+        module.run({})
+    with pytest.raises(UsageError, match="makes a tensor 'nothing'"):
+        module.run({"x": torch.zeros(1, 3, 8, 8)}, {"nothing": torch.ones(1)})
