@@ -8,10 +8,6 @@ on inputs that come from the layers repaired before it. Methods, applied in the 
     ``W[:, removed] · mean(x[removed])``, is absorbed, together with what else moved the mean. The mean is
     over inputs and positions; where a Conv pads, its borders see less of it than its inside.
 
-``bn``
-    The mean and the variance of each output are made those of the original: by the statistics of the
-    BatchNormalization behind it, or, where that was folded, by a factor and a shift of each output.
-
 ``lstsq``
     Weights and bias of a layer are fitted by least squares, so that it gives on what it gets now what the
     original gave; see `onnx_mdp.least_squares`. A layer that this does not help on inputs that are held out
@@ -35,7 +31,7 @@ from onnx_mdp.errors import UnsupportedModelError, UsageError
 from onnx_mdp.least_squares import refit
 from onnx_mdp.linear_layers import Layer, LayerRepair, linear_layers
 from onnx_mdp.model_io import clone
-from onnx_mdp.output_moments import match_means, match_spreads
+from onnx_mdp.output_moments import match_means
 from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.states import kept_feeds
 from onnx_mdp.stepwise import Walk
@@ -47,7 +43,7 @@ Array = npt.NDArray[Any]
 Feeds = Sequence[Mapping[str, Array]]
 Progress = Callable[[str, int, int], None]
 Method = Callable[[ir.Model, Layer, Walk, Walk], LayerRepair]
-METHODS: dict[str, Method] = {"bias": match_means, "bn": match_spreads, "lstsq": refit}
+METHODS: dict[str, Method] = {"bias": match_means, "lstsq": refit}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +76,10 @@ def repair(
     if not structure.shadow.plain:
         raise UnsupportedModelError("only models in float32 can be repaired; leave --repair out")
     model, removed = clone(model), removed_classes(plan, structure)
+    layers, others = linear_layers(structure, model, removed)
     slim_feeds = [kept_feeds(structure, feed, removed) for feed in feeds]
     reports: list[LayerRepair] = []
     for method in methods:
-        layers, others = linear_layers(structure, model, removed)
         reports += [LayerRepair(method, name, kept=why) for name, why in others.items()]
         with tempfile.TemporaryDirectory(prefix="onnx-mdp-") as folder:
             dense = Walk(structure.shadow.model, feeds, Path(folder) / "dense")

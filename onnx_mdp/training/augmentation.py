@@ -1,0 +1,95 @@
+"""Training images that are never twice the same: mirrored, and cropped at random.
+
+Every draw depends on nothing but the seed, the epoch and the number of the sample, so a run that goes on
+after a kill sees the images that it would have seen. Small images (to 64 pixels) are shifted by up to an
+eighth of their size, with zeros beyond the edge (the mean colour, where inputs are standardised); of larger
+ones a box of 35 to 100 % of the area and an aspect of 3/4 to 4/3 fills the input.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from onnx_mdp.errors import UsageError
+from onnx_mdp.images import Box, Framing, ImageInput
+
+__all__ = ["AUGMENTATIONS", "Augmentation", "augmentation"]
+
+Array = npt.NDArray[Any]
+AUGMENTATIONS = ("none", "flip", "crop")
+_SMALL = 64
+_LEAST_AREA = 0.35
+_ASPECT = math.log(4 / 3)
+_TRIES = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Augmentation:
+    """What is drawn for an image besides a mirror: nothing, a shift, or the box that is resized."""
+
+    target: ImageInput
+    crop: Literal["none", "shift", "box"]
+
+    def framing(self, draw: np.random.Generator) -> Framing | None:
+        """The box of the source that fills the input, where the recipe does not say."""
+        if self.crop != "box":
+            return None
+        return lambda held: _random_box(held, draw)
+
+    def finish(self, pixels: Array, draw: np.random.Generator) -> Array:
+        """Mirror and shift one input without its batch axis."""
+        rows, columns = (0, 1) if self.target.channels_last else (1, 2)
+        if draw.random() < 0.5:
+            pixels = np.flip(pixels, columns)
+        if self.crop == "shift":
+            for axis in (rows, columns):
+                most = pixels.shape[axis] // 8
+                pixels = _shifted(pixels, axis, int(draw.integers(-most, most + 1)))
+        return pixels
+
+
+def augmentation(kind: str, target: ImageInput | None, *, pictures: bool) -> Augmentation | None:
+    """The augmentation of that name: ``none``, ``flip``, or ``crop`` (which mirrors too).
+
+    Raises:
+        UsageError: it is unknown, or the model takes no image.
+    """
+    if kind not in AUGMENTATIONS:
+        raise UsageError(f"--augment {kind!r} is unknown; choose one of {', '.join(AUGMENTATIONS)}")
+    if kind == "none":
+        return None
+    if target is None:
+        raise UsageError("--augment needs a model with one image input of 1 or 3 channels; leave it out")
+    if kind == "flip":
+        return Augmentation(target, "none")
+    boxed = pictures and min(target.height, target.width) > _SMALL
+    return Augmentation(target, "box" if boxed else "shift")
+
+
+def _shifted(pixels: Array, axis: int, by: int) -> Array:
+    moved = np.zeros_like(pixels)
+    length = pixels.shape[axis]
+    into = slice(max(by, 0), length + min(by, 0))
+    from_ = slice(max(-by, 0), length + min(-by, 0))
+    whole = (slice(None),) * axis
+    moved[(*whole, into)] = pixels[(*whole, from_)]
+    return moved
+
+
+def _random_box(held: tuple[int, int], draw: np.random.Generator) -> Box:
+    """The box of Inception's random resized crop; the largest centred one if none of ten fits."""
+    for _ in range(_TRIES):
+        area = held[0] * held[1] * draw.uniform(_LEAST_AREA, 1)
+        aspect = math.exp(draw.uniform(-_ASPECT, _ASPECT))
+        width, height = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        if width <= held[0] and height <= held[1]:
+            left, top = draw.uniform(0, held[0] - width), draw.uniform(0, held[1] - height)
+            return left, top, left + width, top + height
+    side = min(held)
+    left, top = (held[0] - side) / 2, (held[1] - side) / 2
+    return left, top, left + side, top + side

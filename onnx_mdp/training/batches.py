@@ -1,0 +1,41 @@
+"""What one step is told: a batch of inputs with their targets, and which part of it a process takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Batch", "Share"]
+
+Array = npt.NDArray[Any]
+_Rows = TypeVar("_Rows", bound=npt.NDArray[Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Arrays ``[n, ...]`` by input, and targets ``[n, ...]`` if there are any."""
+
+    inputs: dict[str, Array]
+    targets: Array | None
+
+    @property
+    def rows(self) -> int:
+        """How many rows each input has."""
+        return len(next(iter(self.inputs.values())))
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which part of every batch this process takes: the ``rank``-th of ``size`` equal ones."""
+
+    rank: int = 0
+    size: int = 1
+
+    def part(self, rows: _Rows) -> _Rows:
+        """The rows of this process; a remainder is left out."""
+        each = len(rows) // self.size
+        chosen: Any = np.asarray(rows)[self.rank * each : (self.rank + 1) * each]
+        return chosen  # type: ignore[no-any-return]

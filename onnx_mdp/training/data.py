@@ -1,0 +1,279 @@
+"""Batches for training and validation, the same at every run: order and augmentation come from the seed
+alone.
+
+A *sample* is one row of every input; of a model whose file fixes a batch of b > 1 (six cameras, say) b rows
+that stay together. Several processes share a batch: each reads its part of the same samples, in the order of
+their ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from onnx_mdp.errors import UsageError
+from onnx_mdp.images import ImageInput, image_input
+from onnx_mdp.training.augmentation import Augmentation, augmentation
+from onnx_mdp.training.batches import Batch, Share
+from onnx_mdp.training.loaders import LoaderData, is_loader, open_loader
+from onnx_mdp.training.sources import Source, open_source
+from onnx_mdp.training.targets import Targets
+
+__all__ = ["DataOptions", "StoredData", "TrainingData", "open_data"]
+
+Array = npt.NDArray[Any]
+_ORDER, _SPLIT, _SAMPLE = 1, 2, 3  # what a random stream is for
+_AHEAD = 3  # batches that are read while one is trained on
+_MOST_THREADS = 16
+
+
+class TrainingData(Protocol):
+    """Batches by epoch; what `open_data` returns."""
+
+    @property
+    def description(self) -> str:
+        """What is read, in words."""
+
+    @property
+    def steps(self) -> int | None:
+        """Batches of an epoch, where that is known."""
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes the labels number, where folders say."""
+
+    def training(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """This process's part of the batches of an epoch, from batch ``start``."""
+
+    def validation(self) -> Iterator[Batch]:
+        """This process's part of the batches that are never trained on."""
+
+    def probe(self) -> Batch:
+        """The first batch of validation, the same in every process."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataOptions:
+    """What training data is asked for: see `open_source` for ``data``, ``labels`` and ``preprocess``.
+
+    ``validation`` is data of the same kind; without it, a share of ``validation_share`` of ``data`` is never
+    trained on. ``batch`` counts rows, over all processes.
+    """
+
+    data: str
+    validation: str | None = None
+    validation_share: float = 0.1
+    labels: str | None = None
+    preprocess: str | None = None
+    augment: str = "none"
+    batch: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Samples of a source: ``numbers`` of groups of ``group`` rows."""
+
+    source: Source
+    targets: Targets | None
+    numbers: npt.NDArray[np.int64]
+    group: int
+
+    def read(self, number: int, augment: Augmentation | None, key: Sequence[int]) -> list[dict[str, Array]]:
+        rows = range(number * self.group, (number + 1) * self.group)
+        return [self._row(row, augment, key) for row in rows]
+
+    def _row(self, row: int, augment: Augmentation | None, key: Sequence[int]) -> dict[str, Array]:
+        if augment is None:
+            return self.source.read(row, None)
+        draw = np.random.default_rng((*key, row))
+        sample = self.source.read(row, augment.framing(draw))
+        return {name: augment.finish(array, draw) for name, array in sample.items()}
+
+    def batch(self, numbers: Sequence[int], rows: Sequence[Mapping[str, Array]]) -> Batch:
+        inputs = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        if self.targets is None:
+            return Batch(inputs, None)
+        chosen = (np.asarray(numbers)[:, None] * self.group + np.arange(self.group)).reshape(-1)
+        return Batch(inputs, self.targets.values[chosen])
+
+
+@dataclass(frozen=True, slots=True)
+class StoredData:
+    """Samples that lie in files: shuffled each epoch, incomplete batches left out."""
+
+    description: str
+    learn: _Part
+    check: _Part
+    batch: int
+    seed: int
+    augment: Augmentation | None
+    share: Share
+
+    @property
+    def steps(self) -> int | None:
+        return len(self.learn.numbers) // self.batch
+
+    @property
+    def classes(self) -> int | None:
+        named = None if self.learn.targets is None else self.learn.targets.classes
+        return None if named is None else len(named)
+
+    def training(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        order = np.random.default_rng((self.seed, _ORDER, epoch)).permutation(self.learn.numbers)
+        stops = range((start + 1) * self.batch, len(order) + 1, self.batch)
+        batches = (self.share.part(order[stop - self.batch : stop]) for stop in stops)
+        key = (self.seed, _SAMPLE, epoch)
+        return _read_ahead(self.learn, batches, self.augment, key)
+
+    def validation(self) -> Iterator[Batch]:
+        starts = range(self.share.rank * self.batch, len(self.check.numbers), self.share.size * self.batch)
+        batches = (self.check.numbers[start : start + self.batch] for start in starts)
+        return _read_ahead(self.check, batches, None, ())
+
+    def probe(self) -> Batch:
+        return next(_read_ahead(self.check, iter([self.check.numbers[: self.batch]]), None, ()))
+
+
+def _read_ahead(
+    part: _Part, batches: Iterator[npt.NDArray[np.int64]], augment: Augmentation | None, key: Sequence[int]
+) -> Iterator[Batch]:
+    """Read samples in threads where they are decoded; batches come in order, whatever is ready first."""
+    if not part.source.pictures:
+        for numbers in batches:
+            yield part.batch(
+                numbers.tolist(), [r for n in numbers.tolist() for r in part.read(n, augment, key)]
+            )
+        return
+    waiting: deque[tuple[list[int], list[Future[list[dict[str, Array]]]]]] = deque()
+    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS))
+    try:
+        for numbers in batches:
+            chosen = numbers.tolist()
+            waiting.append((chosen, [pool.submit(part.read, n, augment, key) for n in chosen]))
+            if len(waiting) > _AHEAD:
+                yield _gathered(part, *waiting.popleft())
+        while waiting:
+            yield _gathered(part, *waiting.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _gathered(part: _Part, numbers: list[int], futures: list[Future[list[dict[str, Array]]]]) -> Batch:
+    return part.batch(numbers, [row for future in futures for row in future.result()])
+
+
+def open_data(
+    options: DataOptions,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, np.dtype[Any]],
+    share: Share,
+) -> TrainingData:
+    """Open what ``options`` name for a model with inputs of these shapes, each beginning with the batch.
+
+    Raises:
+        UsageError: the data is missing, unreadable, too little, or does not fit the model.
+    """
+    firsts = {shape[:1] for shape in shapes.values()}
+    if len(firsts) != 1 or () in firsts:
+        raise UsageError(
+            f"training needs inputs with a common batch size, but the model takes {dict(shapes)}"
+        )
+    group = firsts.pop()[0]
+    if options.batch % (group * share.size):
+        raise UsageError(
+            f"a batch of {options.batch} cannot be shared by {share.size} process(es) of a model that takes "
+            f"{group} at a time; choose a multiple of {group * share.size} with --batch-size"
+        )
+    if is_loader(options.data):
+        return _open_loader(options, shapes, dtypes, share)
+    source, targets = _open(options, options.data, shapes, dtypes, None)
+    learn = _Part(source, targets, np.arange(source.size // group), group)
+    if options.validation is not None:
+        classes = None if targets is None else targets.classes
+        check = _validation_part(options, shapes, dtypes, classes, group)
+    else:
+        learn, check = _split(learn, options)
+    batch = min(options.batch // group, len(learn.numbers) // share.size * share.size)
+    if batch < 1 or not len(check.numbers):
+        raise UsageError(
+            f"{options.data} holds {source.size} samples, too few to train on some and check on others"
+        )
+    target = _image_target(shapes, dtypes)
+    augment = augmentation(options.augment, target, pictures=source.pictures)
+    described = f"{len(learn.numbers)} samples of {options.data}, validated on {len(check.numbers)} others"
+    return StoredData(described, learn, check, batch, options.seed, augment, share)
+
+
+def _open(
+    options: DataOptions,
+    data: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, np.dtype[Any]],
+    classes: Sequence[str] | None,
+) -> tuple[Source, Targets | None]:
+    preprocess, labels = options.preprocess, options.labels
+    return open_source(Path(data), shapes, dtypes, preprocess=preprocess, labels=labels, classes=classes)
+
+
+def _validation_part(
+    options: DataOptions,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, np.dtype[Any]],
+    classes: Sequence[str] | None,
+    group: int,
+) -> _Part:
+    assert options.validation is not None
+    if is_loader(options.validation):
+        raise UsageError(
+            "--val is a loader but --data is none; give both in files or both as module:function"
+        )
+    source, targets = _open(options, options.validation, shapes, dtypes, classes)
+    return _Part(source, targets, np.arange(source.size // group), group)
+
+
+def _split(part: _Part, options: DataOptions) -> tuple[_Part, _Part]:
+    """Set a share of the samples aside, the same one at every run with the seed."""
+    if not 0 < options.validation_share < 1:
+        raise UsageError("--val-share is a share of the data, between 0 and 1")
+    order = np.random.default_rng((options.seed, _SPLIT)).permutation(len(part.numbers))
+    aside = max(1, round(options.validation_share * len(order)))
+    learn, check = np.sort(order[aside:]), np.sort(order[:aside])
+    return (_Part(part.source, part.targets, n, part.group) for n in (learn, check))  # type: ignore[return-value]
+
+
+def _image_target(
+    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, np.dtype[Any]]
+) -> ImageInput | None:
+    try:
+        return image_input(shapes, dtypes)
+    except UsageError:
+        return None
+
+
+def _open_loader(
+    options: DataOptions,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, np.dtype[Any]],
+    share: Share,
+) -> LoaderData:
+    unfit = {"--labels": options.labels, "--preprocess": options.preprocess}
+    given = [name for name, value in unfit.items() if value is not None]
+    if options.augment != "none":
+        given.append("--augment")
+    if given:
+        raise UsageError(f"{given[0]} is for files; {options.data} makes its batches itself")
+    validation = options.validation or options.data
+    if not is_loader(validation):
+        raise UsageError(
+            "--data is a loader but --val is none; give both in files or both as module:function"
+        )
+    return open_loader(options.data, validation, options.batch, options.seed, shapes, dtypes, share)
