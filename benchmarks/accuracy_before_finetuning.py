@@ -30,20 +30,13 @@ from benchmarks.harness import (
 )
 from benchmarks.measuring import measured_ratios, table_from_nothing
 from benchmarks.model_files import model_path
+from benchmarks.plans import solved_plans
 from benchmarks.samples import Samples, samples_for, top1
 from onnx_mdp.closed_loop import tolerance
-from onnx_mdp.errors import UsageError
-from onnx_mdp.formulation import formulate, to_ns
-from onnx_mdp.latency import LatencyTable, full_variant, predict_ms
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.pipeline import analyze
-from onnx_mdp.plan import PruningPlan
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import Runtime
-from onnx_mdp.scoring import score
-from onnx_mdp.solution_plan import plan_from_choice
-from onnx_mdp.solvers import solve
-from onnx_mdp.structure import Structure
 
 __all__ = ["Result", "main"]
 
@@ -83,37 +76,13 @@ class Result:
         return judge(self.measured <= 1 + tolerance(self.noise), self.noise)
 
 
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    criterion: str
-    ratio: float
-    plan: PruningPlan
-    predicted: float
-    importance: float
-
-
-def _plans(
-    structure: Structure, table: LatencyTable, data: Samples, ratios: Sequence[float]
-) -> Iterator[_Planned]:
-    base_ms = predict_ms(table, structure, full_variant(structure))
-    for criterion in _CRITERIA:
-        importance = score(structure, criterion, data.calibration)
-        formulation = formulate(structure, importance, table)
-        for ratio in ratios:
-            found = solve(formulation.problem, to_ns(ratio * base_ms))
-            if found.choice is None:
-                raise UsageError(f"no plan reaches {ratio:g} of the latency; choose a larger ratio")
-            plan = plan_from_choice(structure, formulation, importance, found.choice)
-            yield _Planned(criterion, ratio, plan, found.cost_ns * 1e-6 / base_ms, found.value)
-
-
 def _results(name: str, given: argparse.Namespace) -> Iterator[Result]:
     note(f"{name}: table and plans")
     model = load_model(model_path(name))
     structure, data = analyze(model, {}), samples_for(name, given.images)
     runtime = Runtime(threads=given.threads)
     table = table_from_nothing(structure, runtime, given.seed)
-    planned = tuple(_plans(structure, table, data, given.ratios))
+    planned = tuple(solved_plans(structure, table, data.calibration, _CRITERIA, given.ratios))
     note(f"{name}: latencies of {len(planned)} plans")
     plans = [p.plan for p in planned]
     ratios = measured_ratios(model_bytes(model), structure, plans, runtime, seed=given.seed)

@@ -1,13 +1,59 @@
-"""Random plans: what no solver would choose must obey the law as well."""
+"""Plans that benchmarks share: solved ones, and random ones, for what no solver would choose obeys the law too."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from onnx_mdp.errors import UsageError
+from onnx_mdp.formulation import formulate, to_ns
+from onnx_mdp.latency import LatencyTable, full_variant, predict_ms
 from onnx_mdp.plan import PruningPlan
+from onnx_mdp.scoring import Criterion, score
+from onnx_mdp.solution_plan import plan_from_choice
+from onnx_mdp.solvers import solve
 from onnx_mdp.structure import Structure
 
-__all__ = ["random_plan"]
+__all__ = ["Planned", "random_plan", "solved_plans"]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One plan: ``predicted`` is its share of the predicted latency, ``importance`` of the importance."""
+
+    criterion: str
+    ratio: float
+    plan: PruningPlan
+    predicted: float
+    importance: float
+
+
+def solved_plans(
+    structure: Structure,
+    table: LatencyTable,
+    feeds: Sequence[Mapping[str, npt.NDArray[Any]]],
+    criteria: Sequence[str | Criterion],
+    ratios: Sequence[float],
+) -> Iterator[Planned]:
+    """The best plan by each criterion at each ratio of the predicted latency.
+
+    Raises:
+        UsageError: no plan reaches a ratio.
+    """
+    base_ms = predict_ms(table, structure, full_variant(structure))
+    for criterion in criteria:
+        importance = score(structure, criterion, feeds)
+        formulation = formulate(structure, importance, table)
+        for ratio in ratios:
+            found = solve(formulation.problem, to_ns(ratio * base_ms))
+            if found.choice is None:
+                raise UsageError(f"no plan reaches {ratio:g} of the latency; choose a larger ratio")
+            plan = plan_from_choice(structure, formulation, importance, found.choice)
+            yield Planned(importance.criterion, ratio, plan, found.cost_ns * 1e-6 / base_ms, found.value)
 
 
 def random_plan(structure: Structure, seed: int) -> PruningPlan:
