@@ -41,10 +41,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def in_runtime(model: ir.Model, seed: int = 0) -> tuple[Feeds, dict[str, Any]]:
-    """Random inputs, and the outputs of ONNX Runtime for them."""
+def in_runtime(
+    model: ir.Model, shapes: Mapping[str, Any] | None = None, seed: int = 0
+) -> tuple[Feeds, dict[str, Any]]:
+    """Random inputs of these shapes, and the outputs of ONNX Runtime for them."""
     session = open_session(model_bytes(model), Runtime(), optimize=False)
-    feeds = random_feeds(session, bind_shapes(model, {}), seed)
+    feeds = random_feeds(session, bind_shapes(model, shapes or {}), seed)
     names = [output.name for output in session.get_outputs()]
     return feeds, dict(zip(names, session.run(names, feeds), strict=True))
 
@@ -53,9 +55,9 @@ def tensors(feeds: Feeds) -> dict[str, Any]:
     return {name: torch.from_numpy(np.array(array)) for name, array in feeds.items()}
 
 
-def error(model: ir.Model, module: Any) -> float:
+def error(model: ir.Model, module: Any, shapes: Mapping[str, Any] | None = None) -> float:
     """The largest difference between torch and ONNX Runtime, relative to the largest value of its output."""
-    feeds, wanted = in_runtime(model)
+    feeds, wanted = in_runtime(model, shapes)
     with torch.no_grad():
         found = module.run(tensors(feeds))
     assert list(found) == list(wanted)

@@ -174,7 +174,7 @@ class OnnxModule(nn.Module):
                     values[name] = result * gates[name] if name in gates else result
             for name in step.last:
                 if name not in kept:
-                    del values[name]
+                    values.pop(name, None)  # an output that its kernel need not compute
 
     def _branch(self, call: Call, step: _Step, values: Mapping[str, Any]) -> tuple[Any, ...]:
         taken = call.get("then_branch" if bool(values[step.inputs[0]]) else "else_branch")
@@ -213,7 +213,13 @@ def _escaped(name: str) -> str:
 
 
 def _tensor(array: npt.NDArray[Any]) -> Tensor:
-    return torch.from_numpy(np.array(array, order="C"))
+    try:
+        return torch.from_numpy(np.array(array, order="C"))
+    except TypeError as error:
+        raise UnsupportedModelError(
+            f"the model stores numbers of the type {array.dtype}, which torch does not compute with: the "
+            "model can be pruned but not fine-tuned"
+        ) from error
 
 
 def _refuse_missing(model: ir.Model) -> None:
@@ -279,7 +285,7 @@ def _step(node: ir.Node, opsets: Mapping[str, int], statistics: frozenset[str]) 
         node.name or outputs[0],
         opsets.get(domain, opsets.get("ai.onnx", 1) if not domain else 1),
         attributes,
-        len(outputs) if node.op_type == "Split" else wanted,
+        len(outputs) if node.op_type in ("BatchNormalization", "Split") else wanted,
     )
     frozen = node.op_type == "BatchNormalization" and not set(names[3:5]) <= statistics
     training = call if frozen else replace(call, training=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from onnx_mdp.training.kernels import (
+    attention,
     convolutions,
     elementwise,
     movement,
     normalisation,
     pooling,
+    recurrence,
     reduction,
+    regions,
     resampling,
     selection,
 )
@@ -18,13 +21,16 @@ __all__ = [
     "KERNELS",
     "Call",
     "Kernel",
+    "attention",
     "convolutions",
     "elementwise",
     "kernel",
     "movement",
     "normalisation",
     "pooling",
+    "recurrence",
     "reduction",
+    "regions",
     "resampling",
     "selection",
 ]

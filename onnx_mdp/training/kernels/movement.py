@@ -196,7 +196,8 @@ def _depth_to_space(call: Call, x: Tensor) -> Tensor:
 def _space_to_depth(call: Call, x: Tensor) -> Tensor:
     block = call.get("blocksize")
     batch, channels, height, width = x.shape
-    y = x.reshape(batch, channels, height // block, block, width // block, block).permute(0, 3, 5, 1, 2, 4)
+    y = x.reshape(batch, channels, height // block, block, width // block, block)
+    y = y.permute(0, 1, 3, 5, 2, 4) if call.get("mode", "DCR") == "CRD" else y.permute(0, 3, 5, 1, 2, 4)
     return y.reshape(batch, channels * block**2, height // block, width // block)
 
 

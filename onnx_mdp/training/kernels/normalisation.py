@@ -36,16 +36,20 @@ def _channels(parameter: Tensor, rank: int) -> Tensor:
 
 @kernel("BatchNormalization")
 def _batch_norm(call: Call, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> object:
-    """In training mode by the statistics of the batch, and the running ones move; else by these."""
+    """In training mode by the statistics of the batch, and the running ones move; else by these.
+
+    A file may say itself that it normalises by its batch: by an attribute, or, before opset 14, by asking for
+    all five outputs.
+    """
     epsilon, momentum = call.get("epsilon", 1e-5), call.get("momentum", 0.9)
     if call.get("spatial", 1) == 0:
         raise call.unsupported("statistics for each position")
-    if call.get("training_mode", 0):  # the file itself normalises by its batch, and returns new statistics
+    if call.get("training_mode", 0) or call.outputs == 5:
         axes = [axis for axis in range(x.dim()) if axis != 1]
         own_var, own_mean = torch.var_mean(x, axes, correction=0)
         y = F.batch_norm(x, None, None, scale, bias, True, 0.0, epsilon)
         moved = [old * momentum + new * (1 - momentum) for old, new in ((mean, own_mean), (var, own_var))]
-        return (y, *moved) if call.outputs > 1 else y
+        return y, *moved, own_mean, torch.rsqrt(own_var + epsilon)
     if call.outputs > 1:
         raise call.unsupported("statistics as outputs")
     return F.batch_norm(x, mean, var, scale, bias, call.training, 1 - momentum, epsilon)

@@ -1,4 +1,4 @@
-"""Kernels that sample between places: Resize and Upsample in all their modes, GridSample, RoiAlign.
+"""Kernels that sample between places: Resize and Upsample in all their modes, GridSample.
 
 Resampling is linear and separable: along each axis every output is a weighted sum of a few inputs. Where
 torch has an operator for exactly that, it is taken; else the weights are a matrix for each axis.
@@ -7,6 +7,8 @@ torch has an operator for exactly that, it is taken; else the weights are a matr
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,34 +20,63 @@ from onnx_mdp.training.kernels.registry import Call, floats, integers, kernel
 
 __all__: list[str] = []
 
-_Array = npt.NDArray[np.float64]
+_Array = npt.NDArray[np.floating[Any]]
 
 _SMOOTH = {("linear", 1): "linear", ("linear", 2): "bilinear", ("linear", 3): "trilinear"}
 _GRID_MODES = {"linear": "bilinear", "cubic": "bicubic"}
 
 
-def _coordinates(call: Call, size: int, length: int, scale: float) -> _Array:
-    """``float64[length]``: which place of the input, in pixels, each output looks at."""
-    mode = call.get("coordinate_transformation_mode", "half_pixel" if call.opset >= 11 else "asymmetric")
-    x = np.arange(length, dtype=np.float64)
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    """One axis from ``size`` to ``length``; a crop is the part from ``start`` to ``end`` of it.
+
+    ONNX Runtime leaves an axis of scale 1 as it is, even in a crop.
+    """
+
+    size: int
+    length: int
+    scale: float
+    start: float = 0.0
+    end: float = 1.0
+
+    @property
+    def changes(self) -> bool:
+        return self.length != self.size or self.scale != 1
+
+
+def _mode(call: Call) -> str:
+    return str(call.get("coordinate_transformation_mode", "half_pixel" if call.opset >= 11 else "asymmetric"))
+
+
+def _coordinates(call: Call, axis: _Axis) -> _Array:
+    """``float32[length]``: which place of the input, in pixels, each output looks at.
+
+    In single precision, as ONNX Runtime computes it: rounding decides which neighbour is the nearest.
+    """
+    mode, size, length = _mode(call), np.float32(axis.size), np.float32(axis.length)
+    x, scale, half = np.arange(axis.length, dtype=np.float32), np.float32(axis.scale), np.float32(0.5)
+    if length == 1 and mode in ("align_corners", "pytorch_half_pixel"):
+        return x
     if mode == "asymmetric":
         return x / scale
     if mode == "align_corners":
-        return x * (size - 1) / (length - 1) if length > 1 else x * 0
+        return x * (size - 1) / (length - 1)
     if mode == "half_pixel_symmetric":
-        exact = scale * size
-        return (x + 0.5) / scale - 0.5 + size / 2 * (1 - length / exact)
-    if mode == "half_pixel" or (mode == "pytorch_half_pixel" and length > 1):
-        return (x + 0.5) / scale - 0.5
-    if mode == "pytorch_half_pixel":
-        return x * 0
+        return size / 2 * (1 - length / (scale * size)) + (x + half) / scale - half
+    if mode in ("half_pixel", "pytorch_half_pixel"):
+        return (x + half) / scale - half
     if mode == "tf_half_pixel_for_nn":
-        return (x + 0.5) / scale
+        return (x + half) / scale
+    if mode == "tf_crop_and_resize":
+        start, end = np.float32(axis.start), np.float32(axis.end)
+        if length == 1:
+            return x + half * (start + end) * (size - 1)
+        return start * (size - 1) + x * (end - start) * (size - 1) / (length - 1)
     raise call.unsupported(f"the coordinates {mode}")
 
 
-def _nearest(call: Call, size: int, length: int, scale: float) -> npt.NDArray[np.int64]:
-    x = _coordinates(call, size, length, scale)
+def _nearest(call: Call, axis: _Axis) -> npt.NDArray[np.int64]:
+    x = _coordinates(call, axis).astype(np.float64)
     mode = call.get("nearest_mode", "round_prefer_floor") if call.opset >= 11 else "floor"
     rounded = {
         "ceil": np.ceil(x),
@@ -53,7 +84,7 @@ def _nearest(call: Call, size: int, length: int, scale: float) -> npt.NDArray[np
         "round_prefer_ceil": np.floor(x + 0.5),
         "round_prefer_floor": np.ceil(x - 0.5),
     }[mode]
-    places: npt.NDArray[np.int64] = np.clip(rounded, 0, size - 1).astype(np.int64)
+    places: npt.NDArray[np.int64] = np.clip(rounded, 0, axis.size - 1).astype(np.int64)
     return places
 
 
@@ -69,36 +100,47 @@ def _taps(call: Call, distance: _Array) -> _Array:
     return weights
 
 
-def _matrix(call: Call, size: int, length: int, scale: float) -> _Array:
+def _matrix(call: Call, axis: _Axis) -> _Array:
     """``float64[length, size]``: the weight of every input in every output; the edge is repeated."""
-    x = _coordinates(call, size, length, scale)
-    shrink = min(1.0, scale) if call.get("antialias", 0) else 1.0
+    x = _coordinates(call, axis).astype(np.float64)
+    shrink = min(1.0, axis.scale) if call.get("antialias", 0) else 1.0
     reach = (2 if call.get("mode") == "cubic" else 1) / shrink
-    low = np.floor(x - reach).astype(np.int64)
-    places = low[:, None] + np.arange(math.ceil(2 * reach) + 2)
+    places = np.floor(x - reach).astype(np.int64)[:, None] + np.arange(math.ceil(2 * reach) + 2)
     weights = _taps(call, (places - x[:, None]) * shrink)
-    inside = (places >= 0) & (places < size)
-    if call.get("exclude_outside", 0) or call.get("antialias", 0):
-        weights = np.where(inside, weights, 0)
-    weights /= weights.sum(1, keepdims=True)
-    matrix = np.zeros((length, size))
-    np.add.at(matrix, (np.arange(length)[:, None], np.clip(places, 0, size - 1)), weights)
+    if call.get("exclude_outside", 0):
+        weights = np.where((places >= 0) & (places < axis.size), weights, 0)
+    total = weights.sum(1, keepdims=True)
+    weights = weights / np.where(total == 0, 1, total)
+    matrix = np.zeros((axis.length, axis.size))
+    rows = np.arange(axis.length)[:, None]
+    np.add.at(matrix, (rows, np.clip(places, 0, axis.size - 1)), weights)
     return matrix
 
 
-def _resampled(call: Call, x: Tensor, sizes: list[int], scales: list[float]) -> Tensor:
+def _resampled(call: Call, x: Tensor, axes: list[_Axis]) -> Tensor:
     mode = call.get("mode", "nearest").removeprefix("bi").removeprefix("tri")
-    changed = [axis for axis, size in enumerate(sizes) if size != x.shape[axis] or scales[axis] != 1]
-    if mode == "nearest":
-        for axis in changed:
-            x = _picked(x, axis, _nearest(call, x.shape[axis], sizes[axis], scales[axis]))
-        return x
-    if _as_in_torch(call, x, mode, sizes, scales):
-        aligned = call.get("coordinate_transformation_mode") == "align_corners"
-        return F.interpolate(x, sizes[2:], mode=_SMOOTH[mode, x.dim() - 2], align_corners=aligned)
-    for axis in changed:
-        weights = torch.from_numpy(_matrix(call, x.shape[axis], sizes[axis], scales[axis])).to(x)
-        x = torch.tensordot(x, weights, dims=([axis], [1])).movedim(-1, axis)
+    if mode != "nearest" and _as_in_torch(call, x, mode, axes):
+        aligned = _mode(call) == "align_corners"
+        sizes = [axis.length for axis in axes[2:]]
+        return F.interpolate(x, sizes, mode=_SMOOTH[mode, x.dim() - 2], align_corners=aligned)
+    for number, axis in enumerate(axes):
+        if not axis.changes:
+            continue
+        if mode == "nearest":
+            x = _picked(x, number, _nearest(call, axis))
+        else:
+            weights = torch.from_numpy(_matrix(call, axis)).to(x)
+            x = torch.tensordot(x, weights, dims=([number], [1])).movedim(-1, number)
+    return _filled(call, x, axes) if _mode(call) == "tf_crop_and_resize" else x
+
+
+def _filled(call: Call, x: Tensor, axes: list[_Axis]) -> Tensor:
+    """Set what a crop reads outside of its input."""
+    for number, axis in ((number, axis) for number, axis in enumerate(axes) if axis.changes):
+        places = _coordinates(call, axis)
+        outside = torch.from_numpy((places < 0) | (places > axis.size - 1)).to(x.device)
+        shape = [-1 if k == number else 1 for k in range(x.dim())]
+        x = x.masked_fill(outside.reshape(shape), call.get("extrapolation_value", 0.0))
     return x
 
 
@@ -109,20 +151,17 @@ def _picked(x: Tensor, axis: int, places: npt.NDArray[np.int64]) -> Tensor:
     return x.index_select(axis, torch.from_numpy(places).to(x.device))
 
 
-def _as_in_torch(call: Call, x: Tensor, mode: str, sizes: list[int], scales: list[float]) -> bool:
+def _as_in_torch(call: Call, x: Tensor, mode: str, axes: list[_Axis]) -> bool:
     """Whether ``F.interpolate`` computes the same; it takes the ratio of the sizes for the scale."""
-    coordinates = call.get("coordinate_transformation_mode", "half_pixel" if call.opset >= 11 else "")
-    known = ("half_pixel", "pytorch_half_pixel", "align_corners")
-    ratios = [abs(size / x.shape[axis] - scales[axis]) < 1e-6 for axis, size in enumerate(sizes)]
-    flat = coordinates == "pytorch_half_pixel" and 1 in sizes[2:]
-    plain = not call.get("antialias", 0) and not call.get("exclude_outside", 0) and not flat
+    coordinates = _mode(call)
+    flat = coordinates == "pytorch_half_pixel" and any(axis.length == 1 for axis in axes[2:])
     return (
         mode == "linear"
-        and coordinates in known
-        and plain
-        and all(ratios)
+        and coordinates in ("half_pixel", "pytorch_half_pixel", "align_corners")
+        and not (call.get("antialias", 0) or call.get("exclude_outside", 0) or flat)
+        and all(abs(axis.length / axis.size - axis.scale) < 1e-6 for axis in axes)
         and (mode, x.dim() - 2) in _SMOOTH
-        and list(x.shape[:2]) == sizes[:2]
+        and not any(axis.changes for axis in axes[:2])
     )
 
 
@@ -130,18 +169,21 @@ def _as_in_torch(call: Call, x: Tensor, mode: str, sizes: list[int], scales: lis
 def _resize(call: Call, x: Tensor, *operands: Tensor | None) -> Tensor:
     """``X, scales`` in opset 10, ``X, roi, scales, sizes`` since."""
     given = (None, operands[0], None) if call.opset < 11 else (*operands, None, None, None)[:3]
-    scales, sizes = given[1], given[2]
-    axes = list(call.get("axes") or range(x.dim()))
+    roi, scales, sizes = given
+    numbers = [axis % x.dim() for axis in call.get("axes") or range(x.dim())]
+    before = [x.shape[number] for number in numbers]
     if sizes is not None and sizes.numel():
-        lengths, factors = _fitted(call, [x.shape[axis] for axis in axes], integers(sizes))
+        lengths, factors = _fitted(call, before, integers(sizes))
     else:
         assert scales is not None
         factors = floats(scales)
-        lengths = [math.floor(x.shape[axis] * factor) for axis, factor in zip(axes, factors, strict=True)]
-    all_sizes, all_factors = list(x.shape), [1.0] * x.dim()
-    for axis, length, factor in zip(axes, lengths, factors, strict=True):
-        all_sizes[axis], all_factors[axis] = length, factor
-    return _resampled(call, x, all_sizes, all_factors)
+        lengths = [math.floor(size * factor) for size, factor in zip(before, factors, strict=True)]
+    crop = _mode(call) == "tf_crop_and_resize" and roi is not None
+    corners = floats(roi) if crop and roi is not None else [0.0] * len(numbers) + [1.0] * len(numbers)
+    axes = [_Axis(size, size, 1.0) for size in x.shape]
+    for k, number in enumerate(numbers):
+        axes[number] = _Axis(before[k], lengths[k], factors[k], corners[k], corners[k + len(numbers)])
+    return _resampled(call, x, axes)
 
 
 def _fitted(call: Call, before: list[int], sizes: list[int]) -> tuple[list[int], list[float]]:
@@ -157,8 +199,8 @@ def _fitted(call: Call, before: list[int], sizes: list[int]) -> tuple[list[int],
 @kernel("Upsample", host=(1,))
 def _upsample(call: Call, x: Tensor, scales: Tensor | None = None) -> Tensor:
     factors = floats(scales) if scales is not None else list(call.get("scales"))
-    sizes = [math.floor(size * factor) for size, factor in zip(x.shape, factors, strict=True)]
-    return _resampled(call, x, sizes, factors)
+    pairs = zip(x.shape, factors, strict=True)
+    return _resampled(call, x, [_Axis(size, math.floor(size * factor), factor) for size, factor in pairs])
 
 
 @kernel("GridSample")
