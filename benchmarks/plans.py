@@ -1,4 +1,4 @@
-"""Plans that benchmarks share: solved ones, and random ones, for what no solver would choose obeys the law too."""
+"""Plans that benchmarks share: solved ones and random ones; what nobody would choose obeys the law too."""
 
 from __future__ import annotations
 

@@ -17,6 +17,8 @@ from onnx_mdp.cli_parameters import (
     Model,
     Overwrite,
     Preprocess,
+    Repair,
+    Samples,
     Table,
     TargetMs,
     TargetRatio,
@@ -109,6 +111,7 @@ def prune(
     target_ratio: TargetRatio = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: MODEL.pruned.onnx.")] = None,
     choices: Choices = 16,
+    repair: Repair = "none",
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write files.")] = False,
 ) -> None:
@@ -121,6 +124,7 @@ def prune(
         output=output,
         plan=plan,
         choices=choices,
+        repair=repair,
         overwrite=overwrite,
         dry_run=dry_run,
     )
@@ -194,6 +198,36 @@ def apply(
     from onnx_mdp.commands import run_apply
 
     raise typer.Exit(run_apply(model, plan, output, options, overwrite=overwrite))
+
+
+@app.command()
+@given(options=output_options)
+def repair(
+    original: Annotated[Path, typer.Argument(metavar="ORIGINAL.onnx", help="The unpruned model.")],
+    pruned: Annotated[Path, typer.Argument(metavar="PRUNED.onnx", help="The pruned model.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="What `prune` wrote.")],
+    data: Annotated[Path, typer.Option(help="Calibration inputs: an .npz or a folder of images.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the repaired model.")],
+    options: "Options",
+    methods: Annotated[
+        str, typer.Option("--repair", metavar="METHODS", help="Of bias, bn and lstsq, in this order.")
+    ] = "lstsq",
+    preprocess: Preprocess = None,
+    samples: Samples = 64,
+    overwrite: Overwrite = False,
+) -> None:
+    """Change the weights of a pruned model so that its layers give what the original's gave; no labels."""
+    from onnx_mdp.repair_commands import RepairOptions, run_repair
+
+    wanted = RepairOptions(
+        methods=methods,
+        data=data,
+        output=output,
+        preprocess=preprocess,
+        samples=samples,
+        overwrite=overwrite,
+    )
+    raise typer.Exit(run_repair(original, pruned, plan, options, wanted))
 
 
 @app.command()

@@ -20,6 +20,8 @@ __all__ = [
     "Model",
     "Overwrite",
     "Preprocess",
+    "Repair",
+    "Samples",
     "Table",
     "TargetMs",
     "TargetRatio",
@@ -93,6 +95,10 @@ MaxMemory = Annotated[
 Also = Annotated[
     list[str] | None,
     typer.Option(metavar="TABLE.json=MS", help="Meet this latency by this table too; repeatable."),
+]
+Repair = Annotated[
+    str,
+    typer.Option(metavar="METHODS", help="Then change weights: none, or of bias, bn, lstsq."),
 ]
 TargetMs = Annotated[float | None, typer.Option(help="Latency to reach, in milliseconds.")]
 TargetRatio = Annotated[float | None, typer.Option(help="Latency to reach, relative to the model's.")]

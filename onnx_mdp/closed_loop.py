@@ -35,7 +35,7 @@ class Request:
     """What to prune for: exactly one of ``target_ms`` and ``target_ratio`` (of the unpruned latency).
 
     ``rules`` and ``caps`` hold besides; a latency that is met already is no reason to stop where caps are
-    set.
+    set. ``repair`` names the methods of `onnx_mdp.repair` that follow, once the law was verified.
     """
 
     target_ms: float | None = None
@@ -50,6 +50,7 @@ class Request:
     rules: WidthRules = field(default_factory=WidthRules)
     caps: Caps = field(default_factory=Caps)
     rescale_attention: bool = False
+    repair: tuple[str, ...] = ()
 
     def goal_ms(self, base_ms: float) -> float:
         """The target in milliseconds, for a model that takes ``base_ms`` unpruned."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from onnx_mdp.errors import UsageError
 from onnx_mdp.formulation import Caps
 from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import analyze
+from onnx_mdp.plan import PruningPlan
 from onnx_mdp.problem import SolveLimits
 from onnx_mdp.report import printable
 from onnx_mdp.runtime import Runtime, runtime
@@ -30,7 +31,15 @@ from onnx_mdp.structure import Structure
 from onnx_mdp.table_file import load_table
 from onnx_mdp.width_rules import WidthRules
 
-__all__ = ["Options", "PlanOptions", "calibration", "command_line", "load_structure", "read_inputs"]
+__all__ = [
+    "Options",
+    "PlanOptions",
+    "calibration",
+    "command_line",
+    "load_structure",
+    "read_inputs",
+    "with_plan_inputs",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +162,17 @@ def load_structure(path: Path, options: Options) -> tuple[ir.Model, Structure]:
     for key in structure.graph.unsupported:
         options.screen.warn(f"no rule for operator {printable(key)}: what it touches is not pruned")
     return model, structure
+
+
+def with_plan_inputs(options: Options, plan: PruningPlan) -> Options:
+    """Take the states of a plan, and the input shapes that it was made with unless others were given."""
+    options = replace(options, states=tuple(f"{name}={target}" for name, target in plan.states.items()))
+    inputs = plan.provenance.get("inputs")
+    if options.input_shapes or not isinstance(inputs, Mapping):
+        return options
+    shapes = {str(name): shape for name, shape in inputs.items() if isinstance(shape, (list, tuple))}
+    texts = tuple(f"{name}:{','.join(map(str, shape))}" for name, shape in shapes.items())
+    return replace(options, input_shapes=texts)
 
 
 def _symbolic(model: ir.Model, name: str) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_mdp.blocks import Block
+from onnx_mdp.changed_weights import ChangedWeights
 from onnx_mdp.frozen_parts import FrozenPart, frozen_parts, held_macs, held_params
 from onnx_mdp.labels import keep_vector
 from onnx_mdp.latency import LatencyTable
@@ -19,6 +20,7 @@ from onnx_mdp.model_io import parameter_count
 from onnx_mdp.pipeline import PruneResult
 from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.precision import is_parameter
+from onnx_mdp.repair import Repaired
 from onnx_mdp.rules import Site, varying
 from onnx_mdp.shadow import Operation, Shadow
 from onnx_mdp.structure import Dimension, Structure, macs, operation_macs
@@ -32,6 +34,7 @@ __all__ = [
     "plan_totals",
     "profile_document",
     "prune_document",
+    "repair_document",
     "shares",
     "verify_document",
 ]
@@ -160,6 +163,7 @@ def prune_document(result: PruneResult, written: Sequence[Path | None]) -> dict[
         "solver": None if plan is None else plan.solver,
         "importance_share": None if plan is None else plan.importance_share,
         "removed_blocks": [] if plan is None else list(plan.removed_blocks),
+        "repair": None if result.repaired is None else repair_document(result.repaired),
         "output": model,
         "plan": plan_file,
         "report": figure,
@@ -167,8 +171,19 @@ def prune_document(result: PruneResult, written: Sequence[Path | None]) -> dict[
     }
 
 
-def verify_document(evidence: Evidence, measured_ms: float | None) -> dict[str, Any]:
-    """A verification as ``verify --json`` prints it."""
+def repair_document(repaired: Repaired) -> dict[str, Any]:
+    """What a repair did: the drift of the outputs before and after each method, and each layer's error."""
+    return {
+        "methods": list(repaired.methods),
+        "output_drifts": list(repaired.drifts),
+        "layers": [asdict(layer) for layer in repaired.layers],
+    }
+
+
+def verify_document(
+    evidence: Evidence, measured_ms: float | None, weights: ChangedWeights | None = None
+) -> dict[str, Any]:
+    """A verification as ``verify --json`` prints it; ``weights`` where they changed after the slicing."""
     return {
         "schema_version": _SCHEMA_VERSION,
         "verified": evidence.verified,
@@ -182,6 +197,7 @@ def verify_document(evidence: Evidence, measured_ms: float | None) -> dict[str, 
         "followed_choices": evidence.followed,
         "drift": {n: {"cosine": d.cosine, "max_abs": d.max_abs} for n, d in evidence.drift.items()},
         "measured_ms": measured_ms,
+        "weights": None if weights is None else asdict(weights),
     }
 
 

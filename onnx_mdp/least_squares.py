@@ -71,6 +71,8 @@ class _Samples:
 
 def refit(model: ir.Model, layer: Layer, dense: Walk, slim: Walk) -> LayerRepair:
     """Fit the weights and the bias of a layer to the original's outputs, unless that does not help."""
+    if layer.node.op_type == "BatchNormalization":
+        return LayerRepair("lstsq", layer.name, kept="it normalises something else than one layer")
     weights, shifts = weight_matrix(layer), layer.fixed is None
     groups, outputs, unknowns = weights.shape
     found = _why_not(unknowns, dense) or _gather(layer, weights, dense, slim)

@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnx_mdp.changed_weights import ADDED_BIAS
 from onnx_mdp.shadow import Operation, add_initializer
 from onnx_mdp.structure import Structure
 
-__all__ = ["Layer", "LayerRepair", "Normalization", "linear_layers", "shift", "store"]
+__all__ = ["Layer", "LayerRepair", "Normalization", "linear_layers", "numbers", "shift", "store"]
 
 Array = npt.NDArray[Any]
 Vector = npt.NDArray[np.float64]
@@ -41,12 +42,12 @@ class Normalization:
     @property
     def gain(self) -> Vector:
         """``γ / √(σ² + ε)``, ``float64[channels]``."""
-        return _array(self.scale) / np.sqrt(_array(self.variance) + self.epsilon)
+        return numbers(self.scale) / np.sqrt(numbers(self.variance) + self.epsilon)
 
     @property
     def offset(self) -> Vector:
         """``β − μ · gain``, ``float64[channels]``."""
-        return _array(self.bias) - self.gain * _array(self.mean)
+        return numbers(self.bias) - self.gain * numbers(self.mean)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,9 @@ class Layer:
 
     ``data`` is its input; ``own`` its output, normalisation and bias included; ``target`` the tensor that it
     is judged by, in which ``other`` is added to ``own`` unless it is None. ``axis`` is that of the outputs in
-    all three, and ``kept`` says which outputs of the original are left. ``bias`` is the operand that holds
-    one number for each output, or None; ``fixed`` why nothing can be added to the outputs, or None.
+    all three, and ``kept`` says which outputs of the original are left. ``bias`` is what is added in the node
+    or after it, if anything; ``fixed`` why nothing else can be added to the outputs, or None. A normalisation
+    of something else than one layer is a layer itself, whose weight is its scale.
     """
 
     name: str
@@ -75,7 +77,9 @@ class Layer:
     @property
     def offset(self) -> Vector:
         """What is added to each output, ``float64[outputs]``."""
-        held = np.zeros(int(self.kept.sum())) if self.bias is None else _array(self.bias).reshape(-1)
+        held = np.zeros(int(self.kept.sum()))
+        if self.bias is not None:
+            held = held + numbers(self.bias).reshape(-1)
         norm = self.normalization
         return held if norm is None else norm.gain * held + norm.offset
 
@@ -94,22 +98,28 @@ class LayerRepair:
     kept: str | None = None
 
 
+def numbers(value: ir.Value) -> Vector:
+    """What an initializer holds, in float64."""
+    assert value.const_value is not None
+    return value.const_value.numpy().astype(np.float64)
+
+
 def store(value: ir.Value, array: Array) -> None:
     """Put other numbers into an initializer, in its type."""
     held = value.const_value
     assert held is not None
-    numbers = np.ascontiguousarray(array, held.dtype.numpy()).reshape(held.shape.numpy())
-    value.const_value = ir.Tensor(numbers, name=held.name, doc_string=held.doc_string)
+    stored = np.ascontiguousarray(array, held.dtype.numpy()).reshape(held.shape.numpy())
+    value.const_value = ir.Tensor(stored, name=held.name, doc_string=held.doc_string)
 
 
 def shift(model: ir.Model, layer: Layer, by: Vector) -> None:
-    """Add ``by``, ``float64[outputs]``, to the outputs; a Conv or Gemm without bias gets one."""
+    """Add ``by``, ``float64[outputs]``, to outputs that are not fixed; a Conv or Gemm may get a bias."""
     value = layer.bias if layer.normalization is None else layer.normalization.bias
     if value is not None:
-        store(value, _array(value).reshape(-1) + by)
+        store(value, numbers(value).reshape(-1) + by)
         return
     layer.node.resize_inputs(3)
-    made = add_initializer(model, f"{layer.weight.name}__bias", by.astype(np.float32))
+    made = add_initializer(model, f"{layer.weight.name}{ADDED_BIAS}", by.astype(np.float32))
     layer.node.replace_input_with(2, made)
 
 
@@ -122,13 +132,40 @@ def linear_layers(
     layers: list[Layer] = []
     others: dict[str, str] = {}
     for node in model.graph:
+        found: Layer | str = ""
         if node.op_type in _LINEAR and node.domain in ("", "ai.onnx"):
             found = _layer(structure, removed, originals, latest, node)
-            if isinstance(found, Layer):
-                layers.append(found)
-            elif found:
-                others[str(node.outputs[0].name)] = found
+        elif node.op_type == "BatchNormalization" and node.outputs[0].name not in {la.own for la in layers}:
+            found = _normalization_alone(structure, removed, node)
+        if isinstance(found, Layer):
+            layers.append(found)
+        elif found:
+            others[str(node.outputs[0].name)] = found
     return tuple(layers), others
+
+
+def _normalization_alone(structure: Structure, removed: Mask, node: ir.Node) -> Layer | str:
+    """A normalisation of something else than a layer alone."""
+    data, name = node.inputs[0], str(node.outputs[0].name)
+    assert data is not None
+    kept = structure.graph.keep(name, 1, removed)
+    normalization = _normalization(node, data, kept)
+    if normalization is None:
+        return "its parameters are shared or computed"
+    return Layer(
+        name=name,
+        node=node,
+        data=str(data.name),
+        weight=normalization.scale,
+        own=name,
+        target=name,
+        other=None,
+        axis=1,
+        kept=kept,
+        bias=None,
+        normalization=normalization,
+        fixed=None,
+    )
 
 
 def _latest_layers(model: ir.Model) -> dict[ir.Value, int]:
@@ -166,7 +203,9 @@ def _layer(
     if weight.shape is None or weight.shape[_made_axis(node, left)] != kept.sum():
         return "its outputs are not those that the plan keeps"
     bias = node.inputs[2] if node.op_type != "MatMul" and len(node.inputs) > 2 else None
-    fixed = None if bias is None or _along(bias, -1, kept) else "its bias is shared or computed"
+    if bias is not None and not (_is_stored(bias) and numbers(bias).size in (1, kept.sum())):
+        return "its bias is computed or no vector"
+    fixed = None if bias is None or _along(bias, -1, kept) else "its bias is shared"
     reader = _only_reader(own)
     if reader is not None and (norm := _normalization(reader, own, kept)) is not None:
         own, normalization, fixed = reader.outputs[0], norm, None
@@ -185,7 +224,7 @@ def _layer(
         other=None if other is None else str(other.name),
         axis=axis,
         kept=kept,
-        bias=bias if fixed is None else None,
+        bias=bias,
         normalization=normalization,
         fixed=fixed,
     )
@@ -268,8 +307,3 @@ def _is_stored(value: ir.Value | None) -> bool:
 def _only_reader(value: ir.Value) -> ir.Node | None:
     uses = list(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
-
-
-def _array(value: ir.Value) -> Vector:
-    assert value.const_value is not None
-    return value.const_value.numpy().astype(np.float64)

@@ -28,7 +28,7 @@ from onnx_mdp.runtime import Runtime, open_session
 from onnx_mdp.states import kept_feeds, kept_part
 from onnx_mdp.structure import Structure
 
-__all__ = ["block_drifts", "unit_steps"]
+__all__ = ["block_drifts", "model_drift", "unit_steps"]
 
 Array = npt.NDArray[Any]
 Vector = npt.NDArray[np.float64]
@@ -70,6 +70,14 @@ def block_drifts(structure: Structure, feeds: Feeds) -> dict[str, float]:
     return {b.name: drift.of(PruningPlan(keep={}, removed_blocks=(b.name,))) for b in structure.blocks}
 
 
+def model_drift(
+    structure: Structure, plan: PruningPlan, models: Sequence[ir.Model], feeds: Feeds
+) -> tuple[float, ...]:
+    """D of each of several models that have the shapes that a plan leaves, whatever their weights."""
+    drift = _Drift(structure, feeds)
+    return tuple(drift.between(model, removed_classes(plan, structure)) for model in models)
+
+
 def _steps(curve: Mapping[int, float]) -> Vector:
     """Differences of the greatest convex minorant of D over the kept count, one for each rank.
 
@@ -104,9 +112,12 @@ class _Drift:
 
     def of(self, plan: PruningPlan) -> float:
         """D of the model that a plan makes."""
-        removed = removed_classes(plan, self.structure)
+        return self.between(rewrite(self.structure, plan), removed_classes(plan, self.structure))
+
+    def between(self, model: ir.Model, removed: npt.NDArray[np.bool_]) -> float:
+        """D of a model that lacks the removed classes."""
         feeds = [kept_feeds(self.structure, feed, removed) for feed in self.feeds]
-        results = self._run(rewrite(self.structure, plan), feeds)
+        results = self._run(model, feeds)
         kept = [self._kept(name, y, removed) for name, y in zip(self.names, self.reference, strict=True)]
         drifts = [
             _relative(_lines(before), _lines(after)) for before, after in zip(kept, results, strict=True)

@@ -28,6 +28,7 @@ from onnx_mdp.latency import LatencyTable, build_table, measure_models
 from onnx_mdp.lut_store import LutStore
 from onnx_mdp.model_io import parameter_count
 from onnx_mdp.plan import PruningPlan, plan_identity, removed_classes
+from onnx_mdp.repair import Repaired, check_repair, repair
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.scoring import score
 from onnx_mdp.shadow import prepare
@@ -49,6 +50,7 @@ class PruneResult:
 
     ``base_now_ms`` is the unpruned model measured again, interleaved with the pruned one; ``noise`` the
     split-half error F of that measurement. ``model`` and ``plan`` are None where nothing was pruned.
+    ``evidence`` is about the model as it was sliced, before it was ``repaired``, if it was.
     """
 
     status: Status
@@ -67,6 +69,7 @@ class PruneResult:
     model: ir.Model | None
     structure: Structure
     table: LatencyTable | None
+    repaired: Repaired | None
     seconds: Mapping[str, float]
 
 
@@ -105,6 +108,7 @@ def prune(
     """
     if not structure.prunable and not structure.blocks:
         raise UnsupportedModelError(f"the model has no prunable dimension: {_why_frozen(structure)}")
+    check_repair(structure, request.repair)
     clock = Clock()
     data = for_session(original)
     base = measure_models([data], structure.shadow.inputs, request.runtime, seed=request.seed, budget_s=2.0)
@@ -136,9 +140,16 @@ def prune(
     require(evidence)
     progress("verify", 1, 1)
     clock.lap("verify")
+    met = best.measured_ms <= target * (1 + tolerance(best.noise))
+    plan, repaired = best.plan, None
+    if met and request.repair:
+        repaired = repair(structure, plan, model, feeds, request.repair, progress)
+        model = repaired.model
+        plan = replace(plan, provenance={**plan.provenance, "repair": ",".join(request.repair)})
+        clock.lap("repair")
     return replace(
         unpruned,
-        status="met" if best.measured_ms <= target * (1 + tolerance(best.noise)) else "missed",
+        status="met" if met else "missed",
         base_now_ms=best.base_now_ms,
         predicted_ms=best.predicted_ms,
         measured_ms=best.measured_ms,
@@ -151,9 +162,10 @@ def prune(
         ),
         fastest_ms=found.fastest_ms,
         evidence=evidence,
-        plan=best.plan,
+        plan=plan,
         model=model,
         table=table,
+        repaired=repaired,
     )
 
 
@@ -206,5 +218,6 @@ def _unpruned(
         model=None,
         structure=structure,
         table=None,
+        repaired=None,
         seconds=clock.laps,
     )

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import pytest
+from command_line import Outcome
 from zoo import analyse, text_model
 
+import onnx_mdp
+from onnx_mdp.changed_weights import mark_weights
 from onnx_mdp.errors import UnsupportedModelError, UsageError
-from onnx_mdp.large_models import for_session
+from onnx_mdp.large_models import for_session, save_model
 from onnx_mdp.layer_samples import inputs_at, outputs_at, store_matrix, weight_matrix
 from onnx_mdp.linear_layers import Layer, linear_layers
-from onnx_mdp.model_io import clone, content_hash
-from onnx_mdp.plan import PruningPlan, removed_classes
+from onnx_mdp.model_io import clone, content_hash, load_model
+from onnx_mdp.pipeline import analyze
+from onnx_mdp.plan import PruningPlan, plan_json, removed_classes
 from onnx_mdp.repair import METHODS, repair
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import Runtime, open_session
+from onnx_mdp.shapes_data import shapes
 from onnx_mdp.structure import Structure
+
+DEMO = Path(onnx_mdp.__file__).parent / "demo_model" / "shapes_resnet.onnx"
 
 # A normalisation in the file, grouped and depthwise layers, a sum, layers without a bias, Gemm and MatMul.
 NET = """
@@ -70,7 +79,26 @@ SUMS = """
   y = Add (x, c)
 }
 """
-TEXTS = {"net": NET, "plain": PLAIN, "sums": SUMS}
+# A normalisation of two layers at once, and a weight and a bias that two layers share.
+SHARED = """
+(float[1,3,6,6] x) => (float[1,4,6,6] y, float[1,4,3,3] z)
+<float[8,3,1,1] w0, float[8] b0, float[8,3,3,3] w1, float[16] s, float[16] h, float[16] m, float[16] var,
+ float[8,16,1,1] w2, float[8] b2, float[8,16,3,3] w3, float[4,8,1,1] w4>
+{
+  a0 = Conv (x, w0, b0)
+  a1 = Conv <pads: ints = [1,1,1,1]> (x, w1, b0)
+  a2 = Concat <axis: int = 1> (a0, a1)
+  a3 = BatchNormalization (a2, s, h, m, var)
+  a = Relu (a3)
+  b0_ = Conv (a, w2, b2)
+  b = Relu (b0_)
+  y = Conv (b, w4)
+  c0 = Conv <pads: ints = [1,1,1,1], strides: ints = [2,2]> (a, w3)
+  c = Relu (c0)
+  z = Conv (c, w4)
+}
+"""
+TEXTS = {"net": NET, "plain": PLAIN, "sums": SUMS, "shared": SHARED}
 Feeds = list[dict[str, npt.NDArray[np.float32]]]
 
 
@@ -140,6 +168,25 @@ def test_what_is_absorbed_first_is_the_mean_of_the_removed_units() -> None:
     assert np.allclose(weights_of(repaired.model)["w1__bias"], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("text", TEXTS)
+def test_statistics_are_made_those_of_the_original(text: str) -> None:
+    structure, plan, slim, feeds = case(TEXTS[text])
+    repaired = repair(structure, plan, slim, feeds, ["bn"])
+    layers, _ = linear_layers(structure, repaired.model, removed_classes(plan, structure))
+    names = [layer.own for layer in layers]
+    wanted, found = values(structure.shadow.model, feeds, names), values(repaired.model, feeds, names)
+    before = values(slim, feeds, names)
+    moved = 0.0
+    for layer in layers:
+        axes = tuple(a for a in range(wanted[layer.own].ndim) if a != layer.axis)
+        deviation = wanted[layer.own].std(axes)[layer.kept]
+        ratio = deviation / before[layer.own].std(axes)
+        within = (ratio < 1.9) & (ratio > 0.55)  # others move as far as they may
+        assert np.allclose(found[layer.own].std(axes)[within], deviation[within], rtol=1e-4), layer.name
+        moved = max(moved, float(np.abs(ratio - 1)[within].max(initial=0.0)))
+    assert moved > 1e-2
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("text", TEXTS)
 def test_nothing_but_numbers_changes(text: str, method: str) -> None:
@@ -167,6 +214,18 @@ def test_where_nothing_is_removed_nothing_changes(text: str, method: str) -> Non
         assert np.allclose(array, before[name], atol=1e-6 * np.abs(before[name]).max(initial=0.0)), name
 
 
+def test_what_is_shared_stays_and_the_report_says_so() -> None:
+    structure, _, _, feeds = case(SHARED)
+    whole, plan = rewrite(structure, PruningPlan(keep={})), PruningPlan(keep={})
+    found = {report.layer: report.kept for report in repair(structure, plan, whole, feeds, ["bias"]).layers}
+    assert {name: why for name, why in found.items() if why and "shared" in why} == {
+        "y": "its weight is shared",
+        "z": "its weight is shared",
+        "a0": "its bias is shared",
+        "a1": "its bias is shared",
+    }
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_repair_is_deterministic(method: str) -> None:
     structure, plan, slim, feeds = case(NET)
@@ -184,7 +243,7 @@ def test_the_model_that_is_repaired_stays_as_it_was() -> None:
 
 def test_refusals_say_what_to_do() -> None:
     structure, plan, slim, feeds = case(SUMS)
-    with pytest.raises(UsageError, match="unknown repair 'glue'; choose of bias"):
+    with pytest.raises(UsageError, match="unknown repair 'glue'; choose none, or of bias, bn, lstsq"):
         repair(structure, plan, slim, feeds, ["glue"])
     with pytest.raises(UsageError, match="pass --data"):
         repair(structure, plan, slim, [], ["bias"])
@@ -192,6 +251,68 @@ def test_refusals_say_what_to_do() -> None:
     _, structure = analyse(text_model(SUMS.replace("a0 = Conv (x, w0, b0)", casts), seed=3))
     with pytest.raises(UnsupportedModelError, match="only models in float32"):
         repair(structure, plan, slim, feeds, ["bias"])
+
+
+def demo_plan(share: float) -> tuple[Structure, PruningPlan]:
+    """The demo model, and a plan that keeps the first units of each dimension."""
+    structure = analyze(load_model(DEMO), {})
+    sizes = {structure.dimensions[i].name: structure.dimensions[i].count for i in structure.prunable}
+    keep = {name: tuple(range(max(1, round(share * size)))) for name, size in sizes.items()}
+    return structure, PruningPlan(keep=keep)
+
+
+def test_the_commands_mark_what_they_repaired(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    np.savez(tmp_path / "inputs.npz", image=shapes(8, 7)[0])
+    structure, plan = demo_plan(0.9)
+    Path("slim.plan.json").write_text(plan_json(plan))
+    save_model(rewrite(structure, plan), Path("slim.onnx"))
+    asked = (str(DEMO), "slim.onnx", "slim.plan.json", "--data", "inputs.npz")
+    repaired = run("repair", *asked, "-o", "better.onnx", "--repair", "bias,lstsq", "--json")
+    assert repaired.code == 0, repaired.err
+    drifts = repaired.document["output_drifts"]
+    assert drifts[2] < drifts[0]
+    checked = run("verify", str(DEMO), "better.onnx", "slim.plan.json", "--json")
+    assert checked.code == 0
+    assert checked.document["verified"]
+    assert checked.document["weights"]["how"] == "repaired: bias, lstsq"
+    assert 0 < checked.document["weights"]["changed"] <= checked.document["weights"]["total"]
+    line = run("verify", str(DEMO), "better.onnx", "slim.plan.json").out
+    assert "repaired: bias, lstsq" in line
+    assert "which the law does not cover" in line
+    assert run("verify", str(DEMO), "slim.onnx", "slim.plan.json", "--json").document["weights"] is None
+    again = run("repair", *asked, "-o", "again.onnx", "--repair", "bias,lstsq")
+    assert again.code == 0
+    assert Path("again.onnx").read_bytes() == Path("better.onnx").read_bytes()
+
+
+def test_a_marked_file_with_another_graph_fails(run: Callable[..., Outcome]) -> None:
+    (structure, right), (_, wrong) = demo_plan(0.8), demo_plan(0.7)
+    slim = rewrite(structure, right)
+    mark_weights(slim, "fine-tuned")
+    save_model(slim, Path("slim.onnx"))
+    Path("right.json").write_text(plan_json(right))
+    Path("wrong.json").write_text(plan_json(wrong))
+    assert run("verify", str(DEMO), "slim.onnx", "right.json").code == 0
+    failed = run("verify", str(DEMO), "slim.onnx", "wrong.json")
+    assert failed.code == 1
+    assert "other nodes or shapes than the plan leaves" in failed.err
+
+
+@pytest.mark.slow
+def test_prune_repairs_once_the_law_was_verified(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    np.savez(tmp_path / "inputs.npz", image=shapes(32, 7)[0])
+    command = ("prune", str(DEMO), "--target-ratio", "0.7", "-o", "slim.onnx", "--repair", "lstsq")
+    refused = run(*command)
+    assert refused.code == 2
+    assert "--repair needs calibration inputs" in refused.err
+    pruned = run(*command, "--data", "inputs.npz", "--json")
+    assert pruned.code == 0, pruned.err
+    before, after = pruned.document["repair"]["output_drifts"]
+    assert after < before
+    assert "`onnx-mdp repair`" in run("apply", str(DEMO), "slim.plan.json", "-o", "plain.onnx").err
+    asked = (str(DEMO), "plain.onnx", "slim.plan.json", "--data", "inputs.npz", "-o", "again.onnx")
+    assert run("repair", *asked, "--repair", "lstsq").code == 0
+    assert Path("again.onnx").read_bytes() == Path("slim.onnx").read_bytes()
 
 
 FORMS = {
