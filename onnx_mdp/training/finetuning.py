@@ -23,6 +23,7 @@ from torch import Tensor
 from onnx_mdp.errors import UsageError, VerificationError
 from onnx_mdp.large_models import for_session
 from onnx_mdp.model_io import content_hash
+from onnx_mdp.plan import PruningPlan
 from onnx_mdp.runtime import Runtime, open_session
 from onnx_mdp.training.batched import Batched, freeze_unreached, takes_batches
 from onnx_mdp.training.batches import Batch
@@ -31,11 +32,12 @@ from onnx_mdp.training.checkpoint import as_run, prepare_folder
 from onnx_mdp.training.data import DataOptions, TrainingData, open_data
 from onnx_mdp.training.distributed import Group
 from onnx_mdp.training.interpreter import OnnxModule
-from onnx_mdp.training.loop import Run, TrainResult, train
+from onnx_mdp.training.loop import Run, TrainResult, total_steps, train
 from onnx_mdp.training.losses import Objective, kinds_of, labelled_output
+from onnx_mdp.training.masks import MaskedNetwork, Masks
 from onnx_mdp.training.recipes import Recipe
 
-__all__ = ["FinetuneRequest", "FinetuneResult", "finetune"]
+__all__ = ["FinetuneRequest", "FinetuneResult", "Masking", "finetune"]
 
 Feeds = dict[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -63,6 +65,20 @@ class FinetuneRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Masking:
+    """How a model is pruned while it trains.
+
+    ``masks`` makes the masks for a number of steps, and ``slim`` the file from the trained model and the plan
+    that the masks came to; ``identity`` must be equal for a checkpoint to be resumed.
+    """
+
+    network: MaskedNetwork
+    masks: Callable[[int], Masks]
+    slim: Callable[[ir.Model, PruningPlan], ir.Model]
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class FinetuneResult:
     """The trained model, how the run went, and how far ONNX Runtime is from torch, relative to the scale."""
 
@@ -84,10 +100,12 @@ def finetune(
     group: Group,
     progress: Callable[[str, int, int], None],
     report: Callable[[str], None],
+    masking: Masking | None = None,
 ) -> FinetuneResult:
     """Train the weights of ``model``, which is not changed, and return it with the best ones.
 
-    ``shapes`` are the bound shapes of the inputs, beginning with the batch.
+    ``shapes`` are the bound shapes of the inputs, beginning with the batch. With ``masking``, a network of
+    this model is pruned as it trains, and what is returned is slim in the process that decides.
 
     Raises:
         UsageError: the data does not fit, or there is nothing to learn from.
@@ -103,8 +121,9 @@ def finetune(
     feeds = _feeds(probe, group)
     names = () if teacher is None else _features(model, teacher, request.features)
     rows = next(iter(shapes.values()))[0]
-    student = _batched(model, names, feeds, rows, group)
-    expert = None if teacher is None else _batched(teacher, names, feeds, rows, group)
+    network = to_torch(model) if masking is None else masking.network
+    student = _batched(network, names, feeds, rows, group)
+    expert = None if teacher is None else _batched(to_torch(teacher), names, feeds, rows, group)
     if expert is not None:
         expert.requires_grad_(False)
     objective = _objective(request, student, expert, feeds, probe, data, names)
@@ -113,6 +132,7 @@ def finetune(
     for note in notes:
         report(note)
     report(f"learning from {objective.words()}; {data.description}")
+    masks = None if masking is None else masking.masks(total_steps(request.recipe, data))
     run = Run(
         student,
         expert,
@@ -124,11 +144,15 @@ def finetune(
         folder=request.checkpoint,
         resume=request.resume,
         every=request.every,
-        identity=_identity(model, teacher, request, data, group),
+        identity=_identity(model, teacher, request, data, group) | dict(masking.identity if masking else {}),
+        masks=masks,
     )
     result = train(run, data, progress, report)
-    assert isinstance(student.module, OnnxModule)
-    trained = write_back(model, student.module)
+    module = student.module.module if isinstance(student.module, MaskedNetwork) else student.module
+    assert isinstance(module, OnnxModule)
+    trained = write_back(model, module)
+    if masking is not None and masks is not None and group.main:
+        trained = masking.slim(trained, masks.plan)
     trained.metadata_props["onnx_mdp.finetuned"] = f"{result.best_step} steps"
     error = _compared(trained, student, probe, rows)
     labelled = objective.labelled is not None
@@ -139,8 +163,8 @@ def _feeds(batch: Batch, group: Group) -> Feeds:
     return {n: torch.from_numpy(np.ascontiguousarray(a)).to(group.device) for n, a in batch.inputs.items()}
 
 
-def _batched(model: ir.Model, also: Sequence[str], feeds: Feeds, rows: int, group: Group) -> Batched:
-    module = to_torch(model).to(group.device)
+def _batched(module: torch.nn.Module, also: Sequence[str], feeds: Feeds, rows: int, group: Group) -> Batched:
+    module = module.to(group.device)
     return Batched(module, None if takes_batches(module, feeds, rows) else rows, also)
 
 

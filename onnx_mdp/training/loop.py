@@ -31,6 +31,7 @@ from onnx_mdp.training.data import TrainingData
 from onnx_mdp.training.distributed import Group
 from onnx_mdp.training.interruption import interrupts
 from onnx_mdp.training.losses import Objective
+from onnx_mdp.training.masks import Masks
 from onnx_mdp.training.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
 from onnx_mdp.training.recipes import Recipe, learning_rate
 
@@ -63,7 +64,7 @@ class Run:
 
     ``network`` is trained in place; ``statistics`` says whether batch norms take the statistics of each
     batch. ``identity`` must be equal for a checkpoint to be resumed. ``every`` steps a checkpoint is written,
-    besides those after validation.
+    besides those after validation. ``masks`` are what the network is masked with, if it is.
     """
 
     student: Batched
@@ -77,6 +78,7 @@ class Run:
     resume: bool = False
     every: int | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
+    masks: Masks | None = None
 
     @property
     def network(self) -> Network:
@@ -110,6 +112,7 @@ class _State:
     seconds: float = 0.0
     samples: int = 0
     scores: list[dict[str, Any]] = field(default_factory=list)
+    masks: dict[str, Any] = field(default_factory=dict)
 
 
 def total_steps(recipe: Recipe, data: TrainingData) -> int:
@@ -174,6 +177,8 @@ class _Trainer:
         if self.run.resume and self.run.folder is not None:
             self._restore(load_checkpoint(self.run.folder, self.run.identity))
         else:
+            if self.run.masks is not None:
+                self.run.masks.advance(0)
             self._judge()
             self.save()
         self.clock = time.perf_counter()
@@ -207,6 +212,8 @@ class _Trainer:
         state.step, state.offset = state.step + 1, state.offset + 1
         state.samples += batch.rows * run.group.share.size
         self._follow()
+        if run.masks is not None:
+            run.masks.advance(state.step)
         self.losses.append(loss.detach())
 
     def look(self, progress: Progress, report: Callable[[str], None]) -> None:
@@ -254,6 +261,9 @@ class _Trainer:
         tensors |= {f"average:{name}": tensor for name, tensor in self.average.items()}
         tensors |= {f"best:{name}": tensor for name, tensor in self.best.items()}
         tensors |= optimizer_tensors(self.optimizer, self.names)
+        if self.run.masks is not None:
+            held, self.state.masks = self.run.masks.saved()
+            tensors |= {f"masks:{name}": tensor for name, tensor in held.items()}
         save_checkpoint(Checkpoint(tensors, asdict(self.state), self.run.identity), self.run.folder)
 
     def _restore(self, held: Checkpoint) -> None:
@@ -262,6 +272,8 @@ class _Trainer:
         self.average = {n: t.to(self.tensors[n].device) for n, t in held.group("average").items()}
         self.best = held.group("best")
         restore_optimizer(self.optimizer, self.names, held.tensors)
+        if self.run.masks is not None:
+            self.run.masks.restore(held.group("masks"), self.state.masks)
 
     def _judge(self) -> None:
         """Validate what would be written, and keep it if it is the best."""
@@ -270,7 +282,9 @@ class _Trainer:
         self._put(self.average)
         score, state = self._validated(), self.state
         scores = {entry["step"]: Score(entry["loss"], entry["accuracy"]) for entry in state.scores}
-        if score.better(scores.get(state.best_step), labelled=self.labelled):
+        settled = 0 if self.run.masks is None else self.run.masks.settled
+        held = scores.get(state.best_step) if state.best_step >= settled else None
+        if state.step < settled or score.better(held, labelled=self.labelled):
             self.best, state.best_step, state.stale = self._taken(), state.step, 0
         else:
             state.stale += 1

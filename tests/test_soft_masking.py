@@ -1,0 +1,288 @@
+"""Laws of training with masks: what is trained is what is sliced, and units come back where they may."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from zoo import analyse, text_model
+
+from onnx_mdp.closed_loop import Request
+from onnx_mdp.cost_terms import cost_terms
+from onnx_mdp.errors import MdpError, UsageError
+from onnx_mdp.granularity import unit_choices
+from onnx_mdp.latency import Calibration, LatencyTable, predict_ms, variant_of_plan
+from onnx_mdp.model_io import model_bytes
+from onnx_mdp.plan import PruningPlan, removed_classes
+from onnx_mdp.rewriting import rewrite
+from onnx_mdp.scoring import Importance, score
+from onnx_mdp.structure import Structure
+
+torch = pytest.importorskip("torch")
+
+from onnx_mdp.training.batches import Share  # noqa: E402
+from onnx_mdp.training.bridge import to_torch  # noqa: E402
+from onnx_mdp.training.data import DataOptions  # noqa: E402
+from onnx_mdp.training.distributed import Group  # noqa: E402
+from onnx_mdp.training.finetuning import FinetuneRequest, finetune  # noqa: E402
+from onnx_mdp.training.masks import MaskedNetwork, Masks, Schedule  # noqa: E402
+from onnx_mdp.training.recipes import Recipe  # noqa: E402
+from onnx_mdp.training.soft_masking import Budgets, MaskedResult, train_with_masks  # noqa: E402
+
+NET = """
+(float[batch,3,8,8] x) => (float[batch,4] y)
+<float[24,3,3,3] w0, float[24] s0, float[24] b0, float[24] mean0, float[24] var0,
+ float[32,24,3,3] w1, float[32] s1, float[32] b1, float[32] mean1, float[32] var1,
+ float[24,32,3,3] w2, float[24] b2, float[32,24,1,1] w3, float[32] b3, float[4,32] w4, float[4] b4>
+{
+  a0 = Conv <pads: ints = [1,1,1,1]> (x, w0)
+  a1 = BatchNormalization (a0, s0, b0, mean0, var0)
+  a = Relu (a1)
+  c0 = Conv <pads: ints = [1,1,1,1]> (a, w1)
+  c1 = BatchNormalization (c0, s1, b1, mean1, var1)
+  c = Relu (c1)
+  d = Conv <pads: ints = [1,1,1,1]> (c, w2, b2)
+  e = Add (a, d)
+  f0 = Conv (e, w3, b3)
+  f = Relu (f0)
+  g = GlobalAveragePool (f)
+  h = Flatten (g)
+  y = Gemm <transB: int = 1> (h, w4, b4)
+}
+"""
+ALONE = Group(Share(), torch.device("cpu"))
+QUICK = Recipe(steps=24, batch=16, lr=5e-3, warmup=0.1)
+TYPES = {"x": np.dtype("float32")}
+STEP = 4
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@functools.cache
+def net() -> Structure:
+    return analyse(text_model(NET))[1]
+
+
+@functools.cache
+def table() -> LatencyTable:
+    """A device whose time is the number of multiplications, in blocks of four channels."""
+    structure = net()
+    coefficients = {}
+    for term in cost_terms(structure):
+        operation = structure.shadow.operations[term.operation]
+        if operation.op_type in ("Conv", "Gemm"):
+            area = 64 if operation.op_type == "Conv" else 1
+            kernel = float(np.prod(structure.shadow.shapes[operation.inputs[1]][2:]))
+            coefficients[term.key] = (0.0, 0.0, 0.0, 1e-6 * STEP * STEP * area * kernel)
+    choices = {i: unit_choices(structure.dimensions[i], STEP, 16) for i in structure.prunable}
+    ideal = Calibration(1.0, 0.001, 0.0, 0.0, 0.0, 0.0)
+    terms = cost_terms(structure)
+    return LatencyTable({"device": "ideal"}, "table", STEP, terms, coefficients, ideal, choices, 0, 0.0)
+
+
+@functools.cache
+def magnitudes() -> Importance:
+    return score(net(), "magnitude")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Four classes of noisy patterns."""
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 4, 320)
+    patterns = rng.standard_normal((4, 3, 8, 8))
+    x = (patterns[labels] + rng.standard_normal((320, 3, 8, 8))).astype(np.float32)
+    path = tmp_path_factory.mktemp("pictures") / "pictures.npz"
+    np.savez(path, x=x, labels=labels)
+    return str(path)
+
+
+def masked(pictures: str, mode: str = "soft", ratio: float = 0.5, **more: Any) -> MaskedResult:
+    stop = more.pop("stop", None)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "train" and done == stop:
+            raise KeyboardInterrupt
+
+    request = FinetuneRequest(more.pop("recipe", QUICK), DataOptions(pictures, batch=16), **more)
+    return train_with_masks(
+        net(),
+        None,
+        TYPES,
+        request,
+        Schedule(mode, redecide=3),
+        Budgets(net(), table(), Request(target_ratio=ratio)),
+        ALONE,
+        progress,
+        lambda line: None,
+        first=magnitudes(),
+    )
+
+
+def kept(plan: PruningPlan) -> np.ndarray:
+    return ~removed_classes(plan, net())
+
+
+@pytest.mark.parametrize("mode", ["iterative", "one-shot", "soft"])
+def test_the_slim_model_is_the_masked_one_and_within_its_budget(pictures: str, mode: str) -> None:
+    result = masked(pictures, mode)
+    assert result.evidence.verified
+    assert result.training.error < 1e-5  # ONNX Runtime of the slim file, torch of the masked network
+    full = predict_ms(table(), net(), variant_of_plan(net(), PruningPlan(keep={})))
+    assert predict_ms(table(), net(), variant_of_plan(net(), result.plan)) <= 0.5 * full
+    run = result.training.run
+    assert run.after.loss < run.before.loss
+    last = result.decisions[-1]
+    assert last.step == (0 if mode == "one-shot" else 16) <= run.best_step
+    assert last.masked == int((~kept(result.plan)).sum())
+
+
+def test_budgets_come_down_to_the_target(pictures: str) -> None:
+    result = masked(pictures)
+    shares = [decision.share for decision in result.decisions]
+    assert [decision.step for decision in result.decisions] == [3, 6, 9, 12, 15, 16]
+    assert shares == sorted(shares)
+    assert shares[0] > 0
+    assert shares[2:] == [1.0] * 4
+
+
+def test_one_shot_is_the_training_of_the_sliced_model(pictures: str) -> None:
+    """To rounding, for sums over zeros are sums in another order; AdamW would make signs of it."""
+    recipe = replace(QUICK, optimizer="sgd", lr=0.02)
+    result = masked(pictures, "one-shot", recipe=recipe)
+    slim = rewrite(net(), replace(result.plan, provenance={}))
+    request = FinetuneRequest(recipe, DataOptions(pictures, batch=16))
+    shapes = net().shadow.inputs
+    alone = finetune(slim, None, shapes, TYPES, request, ALONE, lambda *_: None, lambda line: None)
+    assert [e["step"] for e in alone.run.history] == [e["step"] for e in result.training.run.history]
+    for ours, theirs in zip(result.training.run.history, alone.run.history, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    trained, wanted = (to_torch(m).weights() for m in (result.training.model, alone.model))
+    assert trained.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        torch.testing.assert_close(trained[name], weight, rtol=1e-3, atol=1e-4)
+
+
+class Scripted:
+    """Takes the same units away in the first decision, and then leaves it to others."""
+
+    def __init__(self, first: PruningPlan, then: Budgets) -> None:
+        self.first, self.then, self.calls = first, then, 0
+
+    def __call__(
+        self, importance: Importance, share: float, before: PruningPlan | None, last: bool
+    ) -> PruningPlan:
+        self.calls += 1
+        return self.first if self.calls == 1 else self.then(importance, share, before, last)
+
+
+def rounds(mode: str, first: PruningPlan, ratio: float) -> Masks:
+    """Decisions without training, on what two batches say."""
+    torch.manual_seed(0)
+    network = MaskedNetwork(net(), ALONE.device).eval()
+    budgets = Budgets(net(), table(), Request(target_ratio=ratio))
+    masks = Masks(net(), network, Schedule(mode, redecide=2), 9, Scripted(first, budgets), ALONE)
+    for step in range(1, 7):
+        network.run({"x": torch.randn(16, 3, 8, 8)})["y"].square().sum().backward()
+        masks.advance(step)
+    return masks
+
+
+def test_a_unit_that_is_worth_most_comes_back(pictures: str) -> None:
+    dimension = net().dimensions[net().prunable[0]]
+    best = int(np.argmax(rounds("soft", PruningPlan(keep={}), 1.0).importance().units[net().prunable[0]]))
+    others = tuple(unit for unit in range(len(dimension.units)) if unit != best)
+    masks = rounds("soft", PruningPlan(keep={dimension.name: others}), 0.6)
+    first, second = masks.decisions[:2]
+    assert (first.masked, first.returned) == (1, 0)
+    assert second.returned == 1
+    assert best in masks.plan.keep.get(dimension.name, range(99))
+
+
+def test_a_block_that_is_worth_most_comes_back() -> None:
+    block = net().blocks[0].name
+    masks = rounds("soft", PruningPlan(keep={}, removed_blocks=(block,)), 0.95)
+    assert masks.decisions[0].blocks == (block,)
+    assert masks.decisions[-1].blocks == ()
+
+
+@pytest.mark.parametrize("ratio", [0.95, 0.6, 0.3])
+def test_what_went_never_comes_back_where_it_may_not(ratio: float) -> None:
+    dimension, block = net().dimensions[net().prunable[0]], net().blocks[0].name
+    for first in (
+        PruningPlan(keep={dimension.name: tuple(range(1, len(dimension.units)))}),
+        PruningPlan(keep={}, removed_blocks=(block,)),
+    ):
+        masks = rounds("iterative", first, ratio)
+        assert len(masks.decisions) == 3
+        assert not any(decision.returned for decision in masks.decisions)
+        assert not (kept(masks.plan) & ~kept(first)).any()
+        assert set(first.removed_blocks) <= set(masks.plan.removed_blocks)
+
+
+def test_scores_are_slopes_of_the_loss_at_the_gates_open_or_shut() -> None:
+    network = MaskedNetwork(net(), ALONE.device).eval().double()
+    network.gates = network.gates.double()
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    gates = torch.ones(len(network.gates), dtype=torch.float64)
+    gates[2:40:5] = 0.0
+
+    def loss(values: Any) -> float:
+        network.set_gates(values, scored=False)
+        return float(network.run({"x": x})["y"].square().sum())
+
+    unit = int(net().dimensions[net().prunable[0]].units[0])
+    for place in (unit, 7, 12, 33, len(gates) - 1):
+        network.set_gates(gates, scored=True)
+        network.run({"x": x})["y"].square().sum().backward()
+        slope = float(network.gates.grad[place])
+        moved = [gates.clone(), gates.clone()]
+        moved[0][place] += 1e-6
+        moved[1][place] -= 1e-6
+        with torch.no_grad():
+            assert slope == pytest.approx((loss(moved[0]) - loss(moved[1])) / 2e-6, rel=1e-4, abs=1e-6)
+
+
+def test_the_same_seed_gives_the_same_bits_also_when_killed_and_resumed(
+    pictures: str, tmp_path: Path
+) -> None:
+    whole, again = masked(pictures), masked(pictures)
+    assert model_bytes(whole.training.model) == model_bytes(again.training.model)
+    for stop in (4, 9, 20):
+        folder = tmp_path / str(stop)
+        with pytest.raises(KeyboardInterrupt):
+            masked(pictures, checkpoint=folder, every=1, stop=stop)
+        resumed = masked(pictures, checkpoint=folder, every=1, resume=True)
+        assert resumed.decisions == whole.decisions
+        assert model_bytes(resumed.training.model) == model_bytes(whole.training.model)
+    with pytest.raises(UsageError, match="masks"):
+        masked(pictures, "iterative", checkpoint=folder, every=1, resume=True)
+
+
+def test_a_target_that_nothing_meets_is_refused(pictures: str) -> None:
+    with pytest.raises(MdpError, match="no structure takes"):
+        masked(pictures, "one-shot", 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"mode": "hard"}, "--mode 'hard' is unknown"),
+        ({"redecide": 0}, "--redecide 0"),
+        ({"settle": 1.0}, "--schedule needs two shares"),
+        ({"tighten": 0.9}, "--schedule needs two shares"),
+    ],
+)
+def test_a_schedule_without_sense_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        replace(Schedule(), **wrong)
