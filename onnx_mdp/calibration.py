@@ -21,10 +21,11 @@ import numpy.typing as npt
 from onnx_mdp.errors import UsageError
 from onnx_mdp.images import image_files, image_input, parse_preprocessing, pixels_of_file
 
-__all__ = ["CalibrationData", "array_header", "fitted", "load_data"]
+__all__ = ["TARGET_NAMES", "CalibrationData", "array_header", "fitted", "load_data"]
 
 Array = npt.NDArray[Any]
 _MAX_BYTES = 4 * 10**9
+TARGET_NAMES = ("labels", "label", "targets")  # arrays that training reads and calibration leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +75,10 @@ def load_data(
     """Read at most ``samples`` samples of ``path``, in feeds of ``shapes``; an incomplete batch is dropped.
 
     An ``.npz`` archive holds one array ``[n, ...]`` per model input (of any name if there is one input), with
-    values as the model takes them. A folder holds images (.jpg, .jpeg, .png, .bmp, .webp) at any depth, for
-    a model with one float input ``[n, c, h, w]`` or ``[n, h, w, c]`` of 1 or 3 channels; ``preprocess`` then
-    is a name in ``images.PREPROCESSINGS`` or such as
-    ``mean=0.5,0.5,0.5;std=0.5,0.5,0.5[;crop=0.875][;order=rgb]``.
+    values as the model takes them; arrays that are called as ``TARGET_NAMES`` say are left to training. A
+    folder holds images (.jpg, .jpeg, .png, .bmp, .webp) at any depth, for a model with one float input ``[n,
+    c, h, w]`` or ``[n, h, w, c]`` of 1 or 3 channels; ``preprocess`` then is a name in
+    ``images.PREPROCESSINGS`` or such as ``mean=0.5,0.5,0.5;std=0.5,0.5,0.5[;crop=0.875][;order=rgb]``.
 
     Raises:
         UsageError: the data is missing, unreadable, above 4 GB, or does not fit the model.
@@ -113,7 +114,8 @@ def _load_npz(archive: zipfile.ZipFile, request: _Request) -> CalibrationData:
 
 
 def _members(archive: zipfile.ZipFile, request: _Request) -> dict[str, zipfile.ZipInfo]:
-    found = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    named = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    found = {n: info for n, info in named.items() if n in request.shapes or n not in TARGET_NAMES}
     if len(request.shapes) == len(found) == 1:
         found = dict(zip(request.shapes, found.values(), strict=True))
     if set(found) != set(request.shapes):

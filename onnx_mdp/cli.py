@@ -5,6 +5,7 @@ backend or extra · 4 infeasible target · 130 interrupted. stdout carries resul
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -28,12 +29,15 @@ from onnx_mdp.cli_parameters import (
     output_options,
     plan_options,
     runtime_options,
+    seeded_options,
     store_options,
 )
 from onnx_mdp.errors import MdpError
+from onnx_mdp.finetune_parameters import training_options
 
 if TYPE_CHECKING:
     from onnx_mdp.command_options import Options, PlanOptions
+    from onnx_mdp.finetune_commands import FinetuneOptions
 
 __all__ = ["app", "main"]
 
@@ -102,10 +106,11 @@ def profile(
 
 
 @app.command()
-@given(plan=plan_options, options=measuring_options)
+@given(plan=plan_options, training=training_options, options=measuring_options)
 def prune(
     model: Model,
     plan: "PlanOptions",
+    training: "FinetuneOptions",
     options: "Options",
     target_ms: TargetMs = None,
     target_ratio: TargetRatio = None,
@@ -114,9 +119,19 @@ def prune(
     repair: Repair = "none",
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write files.")] = False,
+    finetune: Annotated[
+        bool, typer.Option("--finetune", help="Then train the weights, with the original as teacher.")
+    ] = False,
+    train: Annotated[
+        str | None, typer.Option(metavar="DATA", help="What --finetune trains on; default: --data.")
+    ] = None,
+    train_preprocess: Annotated[
+        str | None, typer.Option(help="How its images become inputs; default: --preprocess; or none.")
+    ] = None,
 ) -> None:
     """Prune a model until it meets a latency on this machine, and prove the result."""
     from onnx_mdp.commands import PruneOptions, run_prune
+    from onnx_mdp.finetune_commands import training_of
 
     wanted = PruneOptions(
         target_ms=target_ms,
@@ -127,6 +142,7 @@ def prune(
         repair=repair,
         overwrite=overwrite,
         dry_run=dry_run,
+        finetune=training_of(training, train, train_preprocess, plan, wanted=finetune),
     )
     raise typer.Exit(run_prune(model, options, wanted))
 
@@ -249,6 +265,30 @@ def verify(
 
 
 @app.command()
+@given(training=training_options, options=seeded_options)
+def finetune(
+    model: Annotated[Path, typer.Argument(metavar="SLIM.onnx", help="What `prune` or `apply` wrote.")],
+    data: Annotated[
+        str, typer.Option(help="An .npz of named inputs and labels, a folder of images, or module:function.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the trained model.")],
+    training: "FinetuneOptions",
+    options: "Options",
+    teacher: Annotated[
+        Path | None, typer.Option(metavar="ORIGINAL.onnx", help="The unpruned model, to learn from.")
+    ] = None,
+    preprocess: Preprocess = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train the weights of a pruned model, by its original, by labels, or by both; also under torchrun."""
+    from onnx_mdp.finetune_commands import run_finetune
+
+    wanted = replace(training, data=data, preprocess=preprocess, resume=resume)
+    raise typer.Exit(run_finetune(model, teacher, output, options, wanted, overwrite=overwrite))
+
+
+@app.command()
 @given(options=store_options)
 def demo(
     options: "Options",
@@ -317,7 +357,7 @@ def main() -> None:
 
 
 def _interrupted() -> NoReturn:
-    print("interrupted: finished measurements are kept, the same command goes on from there", file=sys.stderr)
+    print("interrupted: what was finished is kept, the same command goes on from there", file=sys.stderr)
     sys.exit(_INTERRUPTED)
 
 

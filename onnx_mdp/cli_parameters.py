@@ -31,6 +31,7 @@ __all__ = [
     "output_options",
     "plan_options",
     "runtime_options",
+    "seeded_options",
     "store_options",
 ]
 
@@ -130,6 +131,13 @@ def model_options(
         states=tuple(state or ()),
         seed=seed,
     )
+
+
+def seeded_options(
+    input_shape: Shapes = None, seed: Seed = 0, as_json: AsJson = False, quiet: Quiet = False
+) -> "Options":
+    """How a model is read by what trains it."""
+    return replace(output_options(as_json, quiet), input_shapes=tuple(input_shape or ()), seed=seed)
 
 
 def store_options(store: Store = None, as_json: AsJson = False, quiet: Quiet = False) -> "Options":

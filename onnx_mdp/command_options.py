@@ -36,7 +36,9 @@ __all__ = [
     "PlanOptions",
     "calibration",
     "command_line",
+    "input_types",
     "load_structure",
+    "parse_shapes",
     "read_inputs",
     "with_plan_inputs",
 ]
@@ -154,7 +156,7 @@ def _number(option: str, text: str, value: str) -> float:
 
 def load_structure(path: Path, options: Options) -> tuple[ir.Model, Structure]:
     model = load_model(path)
-    shapes = _parse_shapes(options.input_shapes, model)
+    shapes = parse_shapes(options.input_shapes, model)
     structure = analyze(model, shapes, options.batch, _parse_states(options.states))
     bound = {name: shape for name, shape in structure.shadow.inputs.items() if _symbolic(model, name)}
     for name, shape in bound.items():
@@ -180,7 +182,7 @@ def _symbolic(model: ir.Model, name: str) -> bool:
     return value.shape is None or any(not isinstance(d, int) or d < 1 for d in value.shape)
 
 
-def _parse_shapes(texts: Sequence[str], model: ir.Model) -> dict[str, tuple[int, ...]]:
+def parse_shapes(texts: Sequence[str], model: ir.Model) -> dict[str, tuple[int, ...]]:
     """Read ``NAME:1,3,224,224``; a model with one input may leave the name out."""
     names = [str(v.name) for v in graph_inputs(model)]
     shapes = {}
@@ -233,10 +235,15 @@ def read_inputs(
     samples: int,
     options: Options,
 ) -> CalibrationData:
-    dtypes = {str(v.name): _numpy_type(v.dtype) for v in graph_inputs(model) if v.dtype is not None}
-    data = load_data(source, structure.shadow.inputs, dtypes, preprocess=preprocess, samples=samples)
+    types = input_types(model)
+    data = load_data(source, structure.shadow.inputs, types, preprocess=preprocess, samples=samples)
     options.screen.note(f"calibration: {printable(data.source)}")
     return data
+
+
+def input_types(model: ir.Model) -> dict[str, np.dtype[Any]]:
+    """The types of the arrays that the inputs take."""
+    return {str(v.name): _numpy_type(v.dtype) for v in graph_inputs(model) if v.dtype is not None}
 
 
 def _numpy_type(dtype: ir.DataType) -> np.dtype[Any]:

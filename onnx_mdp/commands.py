@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from onnx_mdp.changed_weights import (
     ChangedWeights,
     how_weights_changed,
@@ -20,6 +22,7 @@ from onnx_mdp.command_options import (
     calibration,
     command_line,
     load_structure,
+    parse_shapes,
     read_inputs,
     with_plan_inputs,
 )
@@ -28,6 +31,7 @@ from onnx_mdp.documents import analyze_document, profile_document, prune_documen
 from onnx_mdp.errors import UsageError
 from onnx_mdp.figures import structure_svg
 from onnx_mdp.files import Content, check_output, write_text
+from onnx_mdp.finetune_commands import FinetuneOptions, Trained, check_finetuning, finetune_model
 from onnx_mdp.large_models import for_session, save_model
 from onnx_mdp.latency import LatencyTable, build_table, full_variant, measure_models, term_ms
 from onnx_mdp.lut_store import open_store
@@ -69,6 +73,7 @@ class PruneOptions:
     repair: str = "none"
     overwrite: bool = False
     dry_run: bool = False
+    finetune: FinetuneOptions | None = None
 
 
 def run_analyze(path: Path, options: Options, table: Path | None = None) -> int:
@@ -148,6 +153,8 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
         for output in outputs:
             check_output(output, overwrite=wanted.overwrite)
     model, structure = load_structure(path, options)
+    if wanted.finetune is not None:
+        check_finetuning(model, parse_shapes(options.input_shapes, model), options, wanted.finetune)
     data = calibration(structure, model, wanted.plan, options)
     request = Request(
         target_ms=wanted.target_ms,
@@ -173,8 +180,27 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
     written = _write(result, outputs, wanted)
     if result.plan is not None and not options.screen.as_json:
         options.screen.table(plan_table(structure, result.plan))
-    options.screen.result(_summary(result, written[0]), prune_document(result, written))
+    line, document = _summary(result, written[0]), prune_document(result, written)
+    trained = _finetuned(model, result, written, options, wanted)
+    if trained is not None:
+        line, document = f"{line}\n{trained.line}", document | {"finetuning": dict(trained.document)}
+    options.screen.result(line, document)
     return _EXIT[result.status]
+
+
+def _finetuned(
+    model: ir.Model,
+    result: PruneResult,
+    written: tuple[Path | None, Path | None, Path | None],
+    options: Options,
+    wanted: PruneOptions,
+) -> Trained | None:
+    """Train what was written, with the original as teacher; its file is replaced by the trained one."""
+    if wanted.finetune is None or written[0] is None or result.model is None:
+        return None
+    options.screen.note(f"{written[0]} is pruned and verified; what follows only trains its weights")
+    shapes = parse_shapes(options.input_shapes, result.model)
+    return finetune_model(result.model, model, shapes, written[0], options, wanted.finetune, overwrite=True)
 
 
 def _tell_of(evidence: Evidence, options: Options) -> None:

@@ -27,6 +27,7 @@ _STAGES = {
     "calibrate": "calibrating the table",
     "solve": "solving",
     "measure": "measuring against the unpruned model",
+    "train": "fine-tuning",
     "verify": "verifying against the masked original",
 }
 

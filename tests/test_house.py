@@ -159,6 +159,7 @@ ORDER = (
     "figures",
     "console",
     "command_options",
+    "finetune_commands",
     "commands",
     "repair_commands",
     "plan_report",
@@ -166,6 +167,7 @@ ORDER = (
     "shapes_data",
     "demo",
     "cli_parameters",
+    "finetune_parameters",
     "cli",
     "__main__",
 )

@@ -20,6 +20,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from onnx_mdp.changed_weights import mark_weights
 from onnx_mdp.errors import UsageError, VerificationError
 from onnx_mdp.large_models import for_session
 from onnx_mdp.model_io import content_hash
@@ -153,7 +154,8 @@ def finetune(
     trained = write_back(model, module)
     if masking is not None and masks is not None and group.main:
         trained = masking.slim(trained, masks.plan)
-    trained.metadata_props["onnx_mdp.finetuned"] = f"{result.best_step} steps"
+    if result.best_step:
+        mark_weights(trained, f"fine-tuned: {result.best_step} steps")
     error = _compared(trained, student, probe, rows)
     labelled = objective.labelled is not None
     return FinetuneResult(trained, result, objective.words(), data.description, labelled, error, notes)

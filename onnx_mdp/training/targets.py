@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from onnx_mdp.calibration import TARGET_NAMES
 from onnx_mdp.errors import UsageError
 
 __all__ = ["Targets", "archive_targets", "folder_targets"]
 
 Array = npt.NDArray[Any]
-_NAMES = ("labels", "label", "targets")
 _MAX_BYTES = 2 * 10**9
 _FOLDER = "folder"
 
@@ -34,7 +34,7 @@ def archive_targets(
     arrays: dict[str, Array], labels: str | None, shapes: Mapping[str, tuple[int, ...]], path: Path
 ) -> Targets | None:
     """Take the targets out of ``arrays``, which afterwards are the inputs by the model's names."""
-    name = labels or next((n for n in _NAMES if n in arrays and n not in shapes), None)
+    name = labels or next((n for n in TARGET_NAMES if n in arrays and n not in shapes), None)
     if name is not None and (name not in arrays or name in shapes):
         raise UsageError(
             f"--labels {name}: {path} holds {', '.join(sorted(arrays))}; name one that is no input"
