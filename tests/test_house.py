@@ -86,6 +86,7 @@ ORDER = (
     "training.trainable",
     "training.interpreter",
     "training.bridge",
+    "training.batchnorm",
     "training.score_losses",
     "training.gradients",
     "output_drift",

@@ -5,6 +5,8 @@ What lies between is the caller's: any training loop that takes a ``torch.nn.Mod
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from onnx_mdp.normal_form import inline_functions, refuse_unknown_form
 from onnx_mdp.precision import in_float32
 from onnx_mdp.training.interpreter import OnnxModule
 
-__all__ = ["to_torch", "write_back"]
+__all__ = ["to_torch", "write_back", "write_tensors"]
 
 
 def to_torch(model: ModelLike) -> OnnxModule:
@@ -40,13 +42,22 @@ def write_back(model: ModelLike, module: OnnxModule) -> ir.Model:
     Raises:
         UsageError: the module has a tensor that the model lacks, or has in another shape.
     """
-    written = clone(load_model(model))
+    return write_tensors(load_model(model), {**module.weights(), **module.statistics()})
+
+
+def write_tensors(model: ir.Model, tensors: Mapping[str, Tensor]) -> ir.Model:
+    """A copy of the model with other values in the stored tensors that ``tensors`` names.
+
+    Raises:
+        UsageError: the model lacks one of them, or has it in another shape.
+    """
+    written = clone(model)
     constants = {
         str(node.outputs[0].name): node
         for node in written.graph
         if node.op_type == "Constant" and node.outputs
     }
-    for name, tensor in {**module.weights(), **module.statistics()}.items():
+    for name, tensor in tensors.items():
         value = written.graph.initializers.get(name)
         if value is not None and value.const_value is not None:
             value.const_value = _stored(name, tensor, value.const_value)
@@ -63,7 +74,7 @@ def _stored(name: str, tensor: Tensor, old: ir.TensorProtocol) -> ir.TensorProto
             f"the weight {name!r} of the model has the shape {list(old.shape)} and that of the module "
             f"{list(tensor.shape)}: the module was made of another model"
         )
-    array = tensor.detach().cpu().numpy().astype(old.dtype.numpy())
+    array = tensor.detach().cpu().numpy().astype(old.dtype.numpy(), copy=True)
     return ir.Tensor(
         array,
         dtype=old.dtype,
