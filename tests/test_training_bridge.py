@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from test_precision import in_halves
 from zoo import SMALL_MODELS, SmallModel, analyse, random_plan, small_model, text_model
 
 from onnx_mdp import to_torch, write_back
@@ -22,6 +25,8 @@ from onnx_mdp.timing import random_feeds
 
 torch = pytest.importorskip("torch")
 
+from onnx_mdp.training.kernels import elementwise  # noqa: E402 - it needs torch
+
 TOLERANCE = 1e-5  # of the largest value of an output
 QUICK = {"paddle_mobilenet-imitation-11", "torch_one_detector-imitation-9", "tf_attention-imitation-13"}
 QUICK |= {"keras_cnn-imitation-9", "shufflenet_v2_small-torchscript-9", "deit_micro-torchscript-14"}
@@ -29,6 +34,9 @@ MODELS = [
     pytest.param(made, id=str(made), marks=() if str(made) in QUICK else pytest.mark.slow)
     for made in SMALL_MODELS
 ]
+# Weights whose gradient is nothing: DETR's first self-attention is over queries that are all zero, and the
+# gate of the imitation saturates on noise.
+UNREACHED = {"detr_micro": 5, "paddle_mobilenet": 4}
 Feeds = Mapping[str, Any]
 
 
@@ -68,6 +76,19 @@ def error(model: ir.Model, module: Any, shapes: Mapping[str, Any] | None = None)
             scale = max(float(np.abs(array).max()), 1e-9)
             errors.append(float(np.abs(found[name].numpy().astype(float) - array).max()) / scale)
     return max(errors)
+
+
+def close(model: ir.Model, module: Any) -> bool:
+    """Whether torch and ONNX Runtime agree, to four times what its optimised and plain runs differ by."""
+    found = error(model, module)
+    return found <= TOLERANCE or found <= 4 * runtime_noise(model)
+
+
+def runtime_noise(model: ir.Model) -> float:
+    feeds, plain = in_runtime(model)
+    optimised = open_session(model_bytes(model), Runtime()).run(list(plain), feeds)
+    pairs = zip(plain.values(), optimised, strict=True)
+    return max(float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-9)) for a, b in pairs if a.size)
 
 
 def without_values(model: ir.Model) -> list[Any]:
@@ -110,12 +131,13 @@ def test_torch_computes_what_the_runtime_does_and_what_it_learns_comes_back(
 ) -> None:
     model = load_model(small_model(made, tmp_path))
     module = to_torch(model)
-    assert error(model, module) <= TOLERANCE
+    assert close(model, module)
     feeds, _ = in_runtime(model)
     before = {name: weight.detach().clone() for name, weight in module.weights().items()}
-    trained(module, feeds, 10)
+    unreached = set(module.weights()) - trained(module, feeds, 10)
+    assert len(unreached) <= UNREACHED.get(made.architecture, 0)
     written = write_back(model, module)
-    assert error(written, module) <= TOLERANCE
+    assert close(written, module)
     assert without_values(written) == without_values(model)
     changed = {n for n, weight in module.weights().items() if not torch.equal(weight, before[n])}
     assert changed
@@ -129,9 +151,9 @@ def test_a_pruned_model_comes_back_as_well(made: SmallModel, tmp_path: Path) -> 
     _, structure = analyse(small_model(made, tmp_path))
     pruned = rewrite(structure, random_plan(structure, np.random.default_rng(0), least=0.3))
     module = to_torch(pruned)
-    assert error(pruned, module) <= TOLERANCE
+    assert close(pruned, module)
     trained(module, in_runtime(pruned)[0], 2)
-    assert error(write_back(pruned, module), module) <= TOLERANCE
+    assert close(write_back(pruned, module), module)
 
 
 def test_nothing_trained_gives_the_same_model(tmp_path: Path) -> None:
@@ -222,3 +244,81 @@ def test_inputs_are_checked() -> None:
         module.run({})
     with pytest.raises(UsageError, match="makes a tensor 'nothing'"):
         module.run({"x": torch.zeros(1, 3, 8, 8)}, {"nothing": torch.ones(1)})
+
+
+def test_a_module_learns_in_bfloat16_under_autocast(tmp_path: Path) -> None:
+    model = load_model(small_model(SmallModel("cifar_resnet8_small", "torchscript", 15), tmp_path))
+    module, feeds = to_torch(model), in_runtime(model)[0]
+    module.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = module.run(tensors(feeds))
+    assert {y.dtype for y in outputs.values()} == {torch.bfloat16}
+    sum(y.float().square().mean() for y in outputs.values()).backward()
+    assert all(bool(w.grad.any()) and w.grad.dtype == torch.float32 for w in module.weights().values())
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v2_small-torchscript-9", "deit_micro-torchscript-14"])
+def test_on_another_device_sizes_stay_on_the_cpu_and_nothing_else_does(name: str, tmp_path: Path) -> None:
+    """A meta tensor has a shape, no numbers, and refuses to meet tensors of another device."""
+    made = next(model for model in SMALL_MODELS if str(model) == name)
+    model = load_model(small_model(made, tmp_path))
+    feeds, wanted = in_runtime(model)
+    found = to_torch(model).to("meta").run({key: x.to("meta") for key, x in tensors(feeds).items()})
+    assert all(y.device.type == "meta" and y.shape == wanted[key].shape for key, y in found.items())
+
+
+def test_a_module_computes_in_double_precision() -> None:
+    module, x = to_torch(small()), torch.randn(2, 3, 8, 8)
+    single = module(x)
+    double = module.double()(x.double())
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_is_independent_and_a_state_moves_between_modules() -> None:
+    module = to_torch(small())
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        module.weights()["bias"] += 1
+    assert not torch.equal(module.weights()["bias"], other.weights()["bias"])
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(module.weights()["bias"], other.weights()["bias"])
+
+
+def test_activations_are_dropped_after_their_last_reader() -> None:
+    chain = " ".join(f"t{k + 1} = Relu(t{k})" for k in range(20))
+    module = to_torch(text_model(f"(float[1000,1000] t0) => (float[1000,1000] t20) {{ {chain} }}"))
+    alive: list[int] = []
+    made: list[Any] = []
+    relu = torch.relu
+
+    def counted(x: Any) -> Any:
+        made.append(weakref.ref(y := relu(x)))
+        alive.append(sum(ref() is not None for ref in made))
+        return y
+
+    with pytest.MonkeyPatch.context() as patched, torch.no_grad():
+        patched.setitem(elementwise._UNARY, "Relu", counted)
+        module(torch.randn(1000, 1000))
+    assert max(alive) == 2
+
+
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_half_precision_is_trained_in_float32_and_stored_as_it_was(half: str) -> None:
+    model = load_model(in_halves(text_model(SMALL), half))
+    module = to_torch(model)
+    assert {w.dtype for w in module.weights().values()} == {torch.float32}
+    assert content_hash(write_back(model, module)) == content_hash(model)
+    trained(module, {"x": np.random.default_rng(0).standard_normal((2, 3, 8, 8), np.float32)}, 2)
+    written = write_back(model, module)
+    assert without_values(written) == without_values(model)
+    assert content_hash(written) != content_hash(model)
+
+
+@pytest.mark.slow
+def test_torch_compiles_a_network(tmp_path: Path) -> None:
+    model = load_model(small_model(SmallModel("cifar_resnet8_small", "torchscript", 15), tmp_path))
+    module, feeds = to_torch(model), tensors(in_runtime(model)[0])
+    x = feeds[module.input_names[0]]
+    compiled = torch.compile(module, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-5)

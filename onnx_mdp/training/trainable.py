@@ -7,8 +7,9 @@ A float initializer, or a float in a Constant node, is
   sizes, axes, bounds or scales of a Resize) and operators that have a gradient; and if it is an operand of a
   layer (the weight or bias of a convolution, a product, a normalisation, the slopes of a PRelu), or has more
   than one element;
-- a **constant** otherwise: epsilons, bounds, 1/√d, sizes. So is a table of half-integers that are not all
-  equal (anchors, grids, masks of 0 and −100, the 0 … 15 of a box decoder): it was designed and not trained.
+- a **constant** otherwise: epsilons, bounds, 1/√d, sizes. So is what was designed and not trained: a table of
+  half-integers that are not all equal (anchors, grids, masks of 0 and −100, the 0 … 15 of a box decoder), and
+  a Constant node that holds one number everywhere (the ones that an exporter scales a group norm with).
 """
 
 from __future__ import annotations
@@ -173,6 +174,8 @@ def _aliases(value: ir.Value) -> Iterator[ir.Value]:
 
 def _is_weight(value: ir.Value, array: npt.NDArray[Any], smooth: set[ir.Value]) -> bool:
     if array.dtype.kind != "f" or value not in smooth or not array.size or value.is_graph_output():
+        return False
+    if value.producer() is not None and bool((array == array.reshape(-1)[0]).all()):
         return False
     if array.size > 1:
         return not _designed(array)
