@@ -107,7 +107,7 @@ def _without_added(sliced: ir.Model, found: ir.Model) -> ir.Model:
         if name in sliced.graph.initializers or not name.endswith(ADDED_BIAS):
             continue
         for node, slot in [(use.node, use.idx) for use in value.uses()]:
-            if node.op_type in ("Conv", "Gemm") and slot == 2:
+            if node.op_type in ("Conv", "ConvTranspose", "Gemm") and slot == 2:
                 node.replace_input_with(2, None)
                 node.resize_inputs(2)
         if not list(value.uses()):

@@ -53,6 +53,7 @@ class FinetuneOptions:
     features: tuple[str, ...] = ()
     distill: str = "auto"
     freeze_bn: bool = False
+    insert_bn: bool = False
     checkpoint: Path | None = None
     every: int | None = None
     resume: bool = False
@@ -90,6 +91,7 @@ class FinetuneOptions:
             self.features,
             self.distill,
             self.freeze_bn,
+            self.insert_bn,
             self.checkpoint,
             self.every,
             self.resume,

@@ -45,6 +45,9 @@ Features = Annotated[
 FeatureWeight = Annotated[_Float, typer.Option("--feature-weight", help="Weight of --features.")]
 Distill = Annotated[str, typer.Option(help="auto (KL for outputs [n, k], MSE for others), or mse for all.")]
 FreezeNorm = Annotated[bool, typer.Option("--freeze-bn", help="Keep the statistics of batch norms.")]
+InsertNorm = Annotated[
+    bool, typer.Option("--insert-bn", help="Train with a batch norm behind each convolution, and fold it.")
+]
 Patience = Annotated[int | None, typer.Option(help="Validations without a better one before it ends.")]
 CheckpointFolder = Annotated[
     Path | None, typer.Option("--checkpoint", metavar="DIR", help="Where the run is kept, to go on from.")
@@ -78,6 +81,7 @@ def training_options(
     feature_weight: FeatureWeight = None,
     distill: Distill = "auto",
     freeze_bn: FreezeNorm = False,
+    insert_bn: InsertNorm = False,
     patience: Patience = None,
     checkpoint: CheckpointFolder = None,
     checkpoint_every: Every = None,
@@ -115,6 +119,7 @@ def training_options(
         features=tuple(features or ()),
         distill=distill,
         freeze_bn=freeze_bn,
+        insert_bn=insert_bn,
         checkpoint=checkpoint,
         every=checkpoint_every,
         device=device,

@@ -155,6 +155,20 @@ def test_batch_norms_follow_the_data_unless_they_are_frozen(run: Run, tmp_path: 
     assert np.array_equal(old["m"], new["m"]) == freeze
 
 
+def test_batch_norms_that_were_folded_are_trained_and_folded_again(run: Run, tmp_path: Path) -> None:
+    plain = NORMED.replace("  c = BatchNormalization (a, s, b, m, var)\n  d = Relu (c)", "  d = Relu (a)")
+    plain = plain.replace("float[6] s, float[6] b, float[6] m, float[6] var, ", "")
+    model, teacher = small(plain, tmp_path / "m.onnx"), small(plain, tmp_path / "t.onnx", seed=1)
+    how = ("--data", table(tmp_path), "--teacher", teacher, "--steps", 30, "--lr", 1e-2, "--insert-bn")
+    found = run("finetune", model, *how, "-o", "o.onnx", "--json")
+    assert found.code == 0, found.err
+    assert found.document["after"]["loss"] < 0.8 * found.document["before"]["loss"]
+    assert found.document["max_error"] < 1e-5
+    nodes = [node.op_type for node in load_model(tmp_path / "o.onnx").graph]
+    assert nodes == [node.op_type for node in load_model(model).graph]
+    assert set(weights(tmp_path / "o.onnx")) - set(weights(model)) == {"w0__bias"}
+
+
 def test_a_file_of_a_fixed_batch_is_trained_sample_by_sample(run: Run, tmp_path: Path) -> None:
     model, teacher = small(FIXED, tmp_path / "m.onnx"), small(FIXED, tmp_path / "t.onnx", seed=1)
     data = ("--data", table(tmp_path), "--batch-size", 8, "--steps", 30, "--lr", 1e-2)
@@ -177,6 +191,7 @@ REFUSED: dict[str, tuple[tuple[object, ...], int, str]] = {
     "nothing to learn from": ((), 2, "pass --teacher ORIGINAL.onnx, or labels"),
     "another teacher": (("--teacher", "wide.onnx"), 2, "the teacher takes 'x' as ['n', 5, 8, 8]"),
     "other outputs": (("--teacher", "deep.onnx"), 2, "the teacher has no output y of the shape"),
+    "no batch": (("--teacher", "f.onnx", "--insert-bn"), 2, "the file fixes its batch at 1"),
     "no feature": (("--teacher", "t.onnx", "--features", "z*"), 2, "--features 'z*': no tensor of that name"),
     "recipe": (("--recipe", "best"), 2, "no recipe is called 'best'"),
     "distance": (("--distill", "l1"), 2, "--distill 'l1' is unknown"),
@@ -199,6 +214,9 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(run: Run, tmp_path: P
     small(NORMED, tmp_path / "t.onnx", seed=1)
     small(NORMED.replace("n,3,8,8", "n,5,8,8").replace("6,3,3,3", "6,5,3,3"), tmp_path / "wide.onnx")
     small(NORMED.replace("n,4]", "n,5]").replace("4,6", "5,6"), tmp_path / "deep.onnx")
+    small(FIXED, tmp_path / "f.onnx")
+    if case == "no batch":
+        small(FIXED.replace("BatchNormalization (a, s, b, m, var)", "Relu (a)"), tmp_path / "m.onnx")
     output = () if "-o" in given else ("-o", "o.onnx")
     found = run("finetune", "m.onnx", "--data", table(tmp_path), "--steps", 20, "-q", *given, *output)
     is_refused(found, code, message)
@@ -274,16 +292,19 @@ def test_a_command_that_is_stopped_goes_on_to_the_same_bits(tmp_path: Path, how:
         "--teacher",
         teacher,
         "--steps",
-        20_000,
+        900,
         "--ema",
         0.9,
     )
     folder = tmp_path / "kept"
     kept = ("--checkpoint", folder, "--checkpoint-every", 50)
     stopped = command(*base, *kept, "-o", tmp_path / "a.onnx")
-    while not (folder / "checkpoint.safetensors").is_file():
-        time.sleep(0.05)
-    time.sleep(3)
+    file = folder / "checkpoint.safetensors"
+    while not file.is_file():  # written before the first step
+        time.sleep(0.02)
+    first = file.stat().st_mtime_ns
+    while file.stat().st_mtime_ns == first:
+        time.sleep(0.02)
     stopped.send_signal(how)
     _, errors = stopped.communicate(timeout=60)
     assert stopped.returncode == (130 if how == signal.SIGINT else -how)

@@ -86,7 +86,7 @@ def test_a_layer_without_bias_gets_one_and_grouped_layers_fold_by_group() -> Non
     model = load_model(text_model(LAYERS))
     check_round_trip(model, 2)
     folded = fold_batchnorm(model, to_torch(insert_batchnorm(model, calibration(model))))
-    assert set(folded.graph.initializers) == {"w", "t", "o", "w_bias", "t_bias"}
+    assert set(folded.graph.initializers) == {"w", "t", "o", "w__bias", "t__bias"}
 
 
 def test_statistics_are_those_of_the_calibration_inputs() -> None:

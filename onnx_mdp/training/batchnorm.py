@@ -20,6 +20,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from onnx_mdp.changed_weights import ADDED_BIAS
 from onnx_mdp.errors import UsageError
 from onnx_mdp.model_io import ModelLike, clone, load_model
 from onnx_mdp.precision import in_float32
@@ -205,7 +206,7 @@ def _fold(model: ir.Model, layer: ir.Node, tensors: dict[str, Tensor], factor: T
         tensors[str(weight.name)] = (by_group * by_output).reshape(w.shape)
     if bias is None:
         zeros = np.zeros(len(factor), weight.const_value.numpy().dtype if weight.const_value else np.float32)
-        bias = add_initializer(model, f"{weight.name}_bias", zeros)
+        bias = add_initializer(model, f"{weight.name}{ADDED_BIAS}", zeros)
         layer.resize_inputs(3)
         layer.replace_input_with(2, bias)
     tensors[str(bias.name)] = _values(bias, tensors) * factor + shift

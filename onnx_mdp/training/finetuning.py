@@ -28,6 +28,7 @@ from onnx_mdp.plan import PruningPlan
 from onnx_mdp.runtime import Runtime, open_session
 from onnx_mdp.training.batched import Batched, freeze_unreached, takes_batches
 from onnx_mdp.training.batches import Batch
+from onnx_mdp.training.batchnorm import fold_batchnorm, insert_batchnorm
 from onnx_mdp.training.bridge import to_torch, write_back
 from onnx_mdp.training.checkpoint import as_run, prepare_folder
 from onnx_mdp.training.data import DataOptions, TrainingData, open_data
@@ -50,7 +51,8 @@ _COMPARED = 8
 class FinetuneRequest:
     """How to fine-tune; ``features`` are patterns of tensor names, ``distances`` is ``auto`` or ``mse``.
 
-    ``frozen_statistics`` keeps batch norms as they are. ``checkpoint`` is a folder, written after every
+    ``frozen_statistics`` keeps batch norms as they are, ``insert_norms`` trains with some that are folded
+    away again. ``checkpoint`` is a folder, written after every
     validation and every ``every`` steps.
     """
 
@@ -59,6 +61,7 @@ class FinetuneRequest:
     features: tuple[str, ...] = ()
     distances: str = "auto"
     frozen_statistics: bool = False
+    insert_norms: bool = False
     checkpoint: Path | None = None
     every: int | None = None
     resume: bool = False
@@ -122,7 +125,7 @@ def finetune(
     feeds = _feeds(probe, group)
     names = () if teacher is None else _features(model, teacher, request.features)
     rows = next(iter(shapes.values()))[0]
-    network = to_torch(model) if masking is None else masking.network
+    network = _trainable(model, request, probe, rows) if masking is None else masking.network
     student = _batched(network, names, feeds, rows, group)
     expert = None if teacher is None else _batched(to_torch(teacher), names, feeds, rows, group)
     if expert is not None:
@@ -151,7 +154,7 @@ def finetune(
     result = train(run, data, progress, report)
     module = student.module.module if isinstance(student.module, MaskedNetwork) else student.module
     assert isinstance(module, OnnxModule)
-    trained = write_back(model, module)
+    trained = (fold_batchnorm if request.insert_norms else write_back)(model, module)
     if masking is not None and masks is not None and group.main:
         trained = masking.slim(trained, masks.plan)
     if result.best_step:
@@ -159,6 +162,18 @@ def finetune(
     error = _compared(trained, student, probe, rows)
     labelled = objective.labelled is not None
     return FinetuneResult(trained, result, objective.words(), data.description, labelled, error, notes)
+
+
+def _trainable(model: ir.Model, request: FinetuneRequest, probe: Batch, rows: int) -> OnnxModule:
+    module = to_torch(model)
+    if not request.insert_norms:
+        return module
+    if not takes_batches(module, {n: torch.from_numpy(a) for n, a in probe.inputs.items()}, rows):
+        raise UsageError(
+            f"--insert-bn: the file fixes its batch at {rows}, and statistics need more; export it with a "
+            "symbolic batch"
+        )
+    return to_torch(insert_batchnorm(model, [probe.inputs]))
 
 
 def _feeds(batch: Batch, group: Group) -> Feeds:
@@ -259,6 +274,7 @@ def _identity(
             "processes": group.share.size,
             "features": request.features,
             "frozen statistics": request.frozen_statistics,
+            "inserted norms": request.insert_norms,
             **asdict(request.recipe),
         }
     )

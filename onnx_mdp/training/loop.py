@@ -39,7 +39,7 @@ __all__ = ["Run", "Score", "TrainResult", "total_steps", "train"]
 
 Progress = Callable[[str, int, int], None]
 _LOOK = 10  # steps between looks at the loss, which make a GPU wait
-_VALIDATIONS = 5  # at least so many in a run
+_FEWEST, _MOST = 5, 100  # validations of a run; between these, one each epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,8 @@ class _Trainer:
         self.best: dict[str, Tensor] = {}
         self.labelled = run.objective.labelled is not None
         self.losses: list[Tensor] = []
-        self.interval = max(1, min(data.steps or steps, steps // _VALIDATIONS or 1))
+        longest, shortest = max(1, steps // _FEWEST), -(-steps // _MOST)
+        self.interval = min(longest, max(shortest, data.steps or longest))
         self.clock = time.perf_counter()
 
     def begin(self) -> None:
