@@ -22,6 +22,7 @@ from rich.progress import (
 __all__ = ["Screen"]
 
 _STAGES = {
+    "gradients": "taking the gradient of each calibration input",
     "score": "measuring what each dimension is worth",
     "profile": "profiling variants",
     "calibrate": "calibrating the table",

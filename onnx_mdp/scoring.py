@@ -8,8 +8,9 @@ cuts. ``activation`` (needs inputs) is the share of a layer's input energy that 
 where ``ω`` is what the consumer's residual branch adds to the energy of its stream (1 outside of blocks);
 query and key units, which meet in a product, have a share of its ``E[q_u²]·E[k_u²]``.
 ``drift`` (needs inputs) orders units by ``activation`` and scales each dimension and block by how far the
-outputs really move without it. All are relative, so that units of different layers compare. Gradient
-criteria plug in as another function.
+outputs really move without it. All are relative, so that units of different layers compare.
+``taylor`` and ``hessian`` (need inputs and torch) order units by gradients, and scale them as ``drift`` does:
+a derivative at the whole model says which unit goes first, and not what many of them cost together.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy.typing as npt
 
 from onnx_mdp.attention_scale import unit_products
 from onnx_mdp.errors import UsageError
+from onnx_mdp.gradient_scores import GradientOptions, gradient_scores
 from onnx_mdp.large_models import for_session
 from onnx_mdp.output_drift import block_drifts, unit_steps
 from onnx_mdp.precision import in_float32, widened
@@ -38,10 +40,13 @@ __all__ = [
     "Scores",
     "activation",
     "drift",
+    "gradient_criterion",
+    "hessian",
     "magnitude",
     "ranked_rows",
     "ranking",
     "score",
+    "taylor",
 ]
 
 Vector = npt.NDArray[np.float64]
@@ -187,8 +192,13 @@ def drift(structure: Structure, feeds: Feeds, progress: Progress = _silent) -> S
     """
     if not feeds:
         raise UsageError("criterion 'drift' needs calibration inputs; pass --data")
-    order = score(structure, activation, feeds)
-    rows = {i: ranked_rows(structure, order, i) for i in structure.prunable}
+    return _anchored(structure, activation(structure, feeds, progress), feeds, progress)
+
+
+def _anchored(structure: Structure, order: Scores, feeds: Feeds, progress: Progress) -> Scores:
+    """Units in the order of other scores, each dimension and block scaled by its measured drift."""
+    ranked = score(structure, lambda *_: order)
+    rows = {i: ranked_rows(structure, ranked, i) for i in structure.prunable}
     steps = unit_steps(structure, rows, feeds, progress)
     classes = np.zeros(structure.graph.classes)
     inner = {block.name: 0.0 for block in structure.blocks}
@@ -205,7 +215,49 @@ def drift(structure: Structure, feeds: Feeds, progress: Progress = _silent) -> S
     return Scores(classes, {name: measured[name] - inner[name] for name in measured})
 
 
-CRITERIA: dict[str, Criterion] = {"activation": activation, "drift": drift, "magnitude": magnitude}
+def gradient_criterion(name: str, options: GradientOptions = GradientOptions()) -> Criterion:  # noqa: B008
+    """``taylor`` or ``hessian`` with a loss, labels, or a file of scores."""
+
+    def criterion(structure: Structure, feeds: Feeds, progress: Progress) -> Scores:
+        def finish(means: Vector) -> tuple[Vector, Vector]:
+            found = _anchored(structure, Scores(means), feeds, progress)
+            return found.classes, np.asarray([found.blocks[block.name] for block in structure.blocks])
+
+        classes, worth = gradient_scores(structure, name, feeds, options, finish, progress)
+        names = [block.name for block in structure.blocks]
+        return Scores(classes, dict(zip(names, worth.tolist(), strict=True)))
+
+    criterion.__name__ = name
+    return criterion
+
+
+def taylor(structure: Structure, feeds: Feeds, progress: Progress) -> Scores:
+    """Mean over samples of |s|, s the gradient at the gate of a unit, scaled by measured drift.
+
+    Raises:
+        UsageError: no calibration data.
+        MissingBackendError: torch is not installed.
+    """
+    return gradient_criterion("taylor")(structure, feeds, progress)
+
+
+def hessian(structure: Structure, feeds: Feeds, progress: Progress) -> Scores:
+    """Mean over samples of s², s the gradient at the gate of a unit, scaled by measured drift.
+
+    Raises:
+        UsageError: no calibration data.
+        MissingBackendError: torch is not installed.
+    """
+    return gradient_criterion("hessian")(structure, feeds, progress)
+
+
+CRITERIA: dict[str, Criterion] = {
+    "activation": activation,
+    "drift": drift,
+    "hessian": hessian,
+    "magnitude": magnitude,
+    "taylor": taylor,
+}
 _WEIGHTED = frozenset(("Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "LSTM", "MatMul", "RNN"))
 
 

@@ -89,6 +89,8 @@ ORDER = (
     "training.batchnorm",
     "training.score_losses",
     "training.gradients",
+    "score_file",
+    "gradient_scores",
     "output_drift",
     "scoring",
     "images",
