@@ -20,20 +20,24 @@ import numpy.typing as npt
 
 from onnx_mdp.errors import UsageError
 from onnx_mdp.images import image_files, image_input, parse_preprocessing, pixels_of_file
+from onnx_mdp.targets import TARGET_NAMES, folder_targets
 
-__all__ = ["TARGET_NAMES", "CalibrationData", "array_header", "fitted", "load_data"]
+__all__ = ["CalibrationData", "array_header", "fitted", "load_data"]
 
 Array = npt.NDArray[Any]
 _MAX_BYTES = 4 * 10**9
-TARGET_NAMES = ("labels", "label", "targets")  # arrays that training reads and calibration leaves
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationData:
-    """Inputs for a model: each of ``feeds`` maps every input to an array of its bound shape and dtype."""
+    """Inputs for a model: each of ``feeds`` maps every input to an array of its bound shape and dtype.
+
+    ``labels`` holds the class numbers of each feed, ``int64[n]``, where the data has some.
+    """
 
     feeds: tuple[dict[str, Array], ...]
     source: str
+    labels: tuple[npt.NDArray[np.int64], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,7 @@ class _Request:
     dtypes: Mapping[str, np.dtype[Any]]
     samples: int
     batch: int
+    labels: str | None = None
 
     def chosen(self, held: int) -> tuple[int, ...]:
         """Evenly spaced indices below ``held``, as many as whole batches take."""
@@ -56,6 +61,11 @@ class _Request:
         if size > _MAX_BYTES:
             raise UsageError(f"{count} samples take {size / 1e9:.1f} GB (at most 4); lower --samples")
         return tuple((2 * i + 1) * held // (2 * count) for i in range(count))
+
+    def parted(self, labels: Array) -> tuple[npt.NDArray[np.int64], ...]:
+        """The labels cut into batches."""
+        starts = range(0, len(labels), self.batch)
+        return tuple(labels[start : start + self.batch].astype(np.int64) for start in starts)
 
     def feeds(self, arrays: Mapping[str, Array]) -> tuple[dict[str, Array], ...]:
         """The arrays cut into batches, each contiguous as ONNX Runtime wants it."""
@@ -71,6 +81,7 @@ def load_data(
     *,
     preprocess: str | None,
     samples: int = 64,
+    labels: str | None = None,
 ) -> CalibrationData:
     """Read at most ``samples`` samples of ``path``, in feeds of ``shapes``; an incomplete batch is dropped.
 
@@ -80,13 +91,16 @@ def load_data(
     c, h, w]`` or ``[n, h, w, c]`` of 1 or 3 channels; ``preprocess`` then is a name in
     ``images.PREPROCESSINGS`` or such as ``mean=0.5,0.5,0.5;std=0.5,0.5,0.5[;crop=0.875][;order=rgb]``.
 
+    Labels are an array of class numbers, called as ``targets.TARGET_NAMES`` or ``labels`` say; those of
+    images are subfolders in order (``labels="folder"``) or lie in a CSV or JSON file.
+
     Raises:
         UsageError: the data is missing, unreadable, above 4 GB, or does not fit the model.
     """
     batches = {shape[:1] for shape in shapes.values()}
     if len(batches) != 1 or () in batches:
         raise UsageError(f"--data needs inputs with a common batch size, but the model takes {dict(shapes)}")
-    request = _Request(path, shapes, dtypes, samples, batches.pop()[0])
+    request = _Request(path, shapes, dtypes, samples, batches.pop()[0], labels)
     if path.is_dir():
         return _load_images(request, preprocess)
     if not path.is_file():
@@ -110,12 +124,37 @@ def _load_npz(archive: zipfile.ZipFile, request: _Request) -> CalibrationData:
         raise UsageError(f"the first dimensions in {request.path} differ, {held}; make them equal")
     rows = request.chosen(total)
     arrays = {n: fitted(_rows(archive, members[n], rows), n, request.dtypes[n]) for n in request.shapes}
-    return CalibrationData(request.feeds(arrays), f"{len(rows)} of {total} samples in {request.path}")
+    source = f"{len(rows)} of {total} samples in {request.path}"
+    return CalibrationData(request.feeds(arrays), source, _labels(archive, request, total, rows))
+
+
+def _labels(
+    archive: zipfile.ZipFile, request: _Request, total: int, rows: Sequence[int]
+) -> tuple[npt.NDArray[np.int64], ...] | None:
+    """The class numbers of the chosen rows; targets that are none count only where they were asked for."""
+    named = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    names = (request.labels,) if request.labels is not None else TARGET_NAMES
+    name = next((n for n in names if n in named and n not in request.shapes), None)
+    if name is None and request.labels is None:
+        return None
+    where = f"--labels {request.labels}: {request.path}"
+    if name is None:
+        raise UsageError(f"{where} holds {', '.join(sorted(named))}; name one that is no input")
+    with archive.open(named[name]) as stream:
+        shape, _, dtype = array_header(stream)
+    if dtype.kind in "biu" and shape == (total,):
+        return request.parted(_rows(archive, named[name], rows))
+    if request.labels is None:
+        return None
+    raise UsageError(
+        f"{where} holds {dtype} of shape {shape}; class numbers are integers of shape ({total},)"
+    )
 
 
 def _members(archive: zipfile.ZipFile, request: _Request) -> dict[str, zipfile.ZipInfo]:
     named = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-    found = {n: info for n, info in named.items() if n in request.shapes or n not in TARGET_NAMES}
+    targets = {*TARGET_NAMES, request.labels}
+    found = {n: info for n, info in named.items() if n in request.shapes or n not in targets}
     if len(request.shapes) == len(found) == 1:
         found = dict(zip(request.shapes, found.values(), strict=True))
     if set(found) != set(request.shapes):
@@ -172,7 +211,12 @@ def _load_images(request: _Request, preprocess: str | None) -> CalibrationData:
     target = image_input(request.shapes, request.dtypes)
     recipe, dtype = parse_preprocessing(preprocess, target), request.dtypes[target.name]
     files = image_files(request.path)
-    pixels = [pixels_of_file(files[i], target, recipe) for i in request.chosen(len(files))]
+    chosen = request.chosen(len(files))
+    pixels = [pixels_of_file(files[i], target, recipe) for i in chosen]
     source = f"{len(pixels)} of {len(files)} images in {request.path}, {preprocess}"
     stacked = np.stack(pixels, dtype=dtype, casting="same_kind")
-    return CalibrationData(request.feeds({target.name: stacked}), source)
+    labels = None
+    if request.labels is not None:
+        found = folder_targets(request.labels, request.path, files, None).values
+        labels = request.parted(found[list(chosen)])
+    return CalibrationData(request.feeds({target.name: stacked}), source, labels)

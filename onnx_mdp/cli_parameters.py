@@ -17,6 +17,7 @@ __all__ = [
     "AsJson",
     "Choices",
     "Data",
+    "Labels",
     "Model",
     "Overwrite",
     "Preprocess",
@@ -62,7 +63,25 @@ Data = Annotated[
 ]
 Preprocess = Annotated[str | None, typer.Option(help="How images become inputs, such as imagenet.")]
 Criterion = Annotated[
-    str | None, typer.Option(help="magnitude, activation or drift; default: drift with --data.")
+    str | None,
+    typer.Option(help="magnitude, activation, drift, taylor or hessian; default: drift with --data."),
+]
+Loss = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Of taylor and hessian: auto, labels, fisher, projection, or module:function.",
+    ),
+]
+Labels = Annotated[
+    str | None,
+    typer.Option(
+        help="Classes: an array of an .npz; of images, `folder` (a class is a subfolder), a .csv or a .json."
+    ),
+]
+ScoresFile = Annotated[
+    Path | None,
+    typer.Option("--scores", metavar="FILE.npz", help="Keep what taylor and hessian cost for later calls."),
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration samples to use.")]
 SolverName = Annotated[
@@ -185,6 +204,9 @@ def plan_options(
     data: Data = None,
     preprocess: Preprocess = None,
     samples: Samples = 64,
+    loss: Loss = "auto",
+    labels: Labels = None,
+    scores: ScoresFile = None,
     solver: SolverName = "exact",
     time_limit: TimeLimit = 60.0,
     gap: Gap = 1e-6,
@@ -207,6 +229,9 @@ def plan_options(
         data=data,
         preprocess=preprocess,
         samples=samples,
+        loss=loss,
+        labels=labels,
+        scores=scores,
         solver=solver,
         time_limit=time_limit,
         gap=gap,
@@ -224,20 +249,24 @@ def plan_options(
 
 
 def given(**groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the parameters of each group, and what the group makes of them under its name."""
+    """Give a command the parameters of each group, and what the group makes of them under its name.
+
+    Groups may share a parameter, which must be the same in each.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command).parameters.values() if p.name not in groups]
         lent = {name: list(inspect.signature(group).parameters.values()) for name, group in groups.items()}
-        every = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *itertools.chain(*lent.values()))]
+        shared = {p.name: p for p in itertools.chain(*lent.values())}
+        assert all(shared[p.name].annotation is p.annotation for p in itertools.chain(*lent.values()))
+        every = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *shared.values())]
 
         @functools.wraps(command)
         def run(**values: Any) -> None:
             made = {
-                name: groups[name](*(values.pop(p.name) for p in parameters))
-                for name, parameters in lent.items()
+                name: groups[name](*(values[p.name] for p in parameters)) for name, parameters in lent.items()
             }
-            command(**values, **made)
+            command(**{name: value for name, value in values.items() if name not in shared}, **made)
 
         run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in every}

@@ -19,16 +19,18 @@ from onnx_mdp.calibration import CalibrationData, load_data
 from onnx_mdp.console import Screen
 from onnx_mdp.errors import UsageError
 from onnx_mdp.formulation import Caps
+from onnx_mdp.gradient_scores import GRADIENT_CRITERIA, LOSSES, GradientOptions
 from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import analyze
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.problem import SolveLimits
 from onnx_mdp.report import printable
 from onnx_mdp.runtime import Runtime, runtime
-from onnx_mdp.scoring import CRITERIA
+from onnx_mdp.scoring import CRITERIA, Criterion, gradient_criterion
 from onnx_mdp.solvers import SOLVERS
 from onnx_mdp.structure import Structure
 from onnx_mdp.table_file import load_table
+from onnx_mdp.torch_backend import require_torch
 from onnx_mdp.width_rules import WidthRules
 
 __all__ = [
@@ -78,6 +80,9 @@ class PlanOptions:
     data: Path | None = None
     preprocess: str | None = None
     samples: int = 64
+    loss: str = "auto"
+    labels: str | None = None
+    scores: Path | None = None
     solver: str = "exact"
     time_limit: float = 60.0
     gap: float = 1e-6
@@ -102,8 +107,8 @@ class PlanOptions:
         """The criterion, by default the best one that the inputs allow."""
         return self.criterion or ("drift" if self.data is not None else "magnitude")
 
-    def check(self) -> None:
-        """Refuse wrong options before minutes of measuring and not after."""
+    def check(self, *, trains: bool = False) -> None:
+        """Refuse wrong options before minutes of measuring and not after; training takes labels too."""
         if self.solver not in SOLVERS:
             raise UsageError(f"unknown solver {self.solver!r}; choose one of {', '.join(sorted(SOLVERS))}")
         if self.criterion is not None and self.criterion not in CRITERIA:
@@ -114,7 +119,33 @@ class PlanOptions:
             raise UsageError(f"criterion {self.criterion!r} needs calibration inputs; pass --data")
         if self.data is None and self.preprocess is not None:
             raise UsageError("--preprocess says how --data images become inputs; pass --data too")
+        self._check_gradients(trains)
         self.rules()
+
+    def _check_gradients(self, trains: bool) -> None:
+        if self.criterion not in GRADIENT_CRITERIA:
+            given = {"--loss": self.loss != "auto", "--scores": self.scores is not None}
+            given["--labels"] = self.labels is not None and not trains
+            unused = next((name for name, is_given in given.items() if is_given), None)
+            if unused is not None:
+                raise UsageError(
+                    f"{unused} is for --criterion {' or '.join(GRADIENT_CRITERIA)}; pass one too"
+                )
+            return
+        if self.loss not in LOSSES and ":" not in self.loss:
+            raise UsageError(f"unknown loss {self.loss!r}; choose {', '.join(LOSSES)} or module:function")
+        if self.scores is None or not self.scores.exists():
+            require_torch(f"criterion {self.criterion!r}")
+
+    def scorer(self, data: CalibrationData | None, seed: int) -> str | Criterion:
+        """The criterion, with the loss, the labels and the file of those that are made of gradients."""
+        if self.criterion not in GRADIENT_CRITERIA:
+            return self.ranking
+        from onnx_mdp.training.loaders import load_function
+
+        loss = load_function(self.loss) if ":" in self.loss else self.loss
+        labels = data.labels if data is not None and self.loss in ("auto", "labels") else None
+        return gradient_criterion(self.criterion, GradientOptions(loss, labels, seed, self.scores))
 
     def rules(self) -> WidthRules:
         """The widths that the options allow."""
@@ -224,7 +255,8 @@ def calibration(
             "pass calibration inputs (an .npz or a folder of images)"
         )
         return None
-    return read_inputs(structure, model, plan.data, plan.preprocess, plan.samples, options)
+    labels = plan.labels if plan.criterion in GRADIENT_CRITERIA else None
+    return read_inputs(structure, model, plan.data, plan.preprocess, plan.samples, options, labels)
 
 
 def read_inputs(
@@ -234,9 +266,10 @@ def read_inputs(
     preprocess: str | None,
     samples: int,
     options: Options,
+    labels: str | None = None,
 ) -> CalibrationData:
-    types = input_types(model)
-    data = load_data(source, structure.shadow.inputs, types, preprocess=preprocess, samples=samples)
+    shapes, types = structure.shadow.inputs, input_types(model)
+    data = load_data(source, shapes, types, preprocess=preprocess, samples=samples, labels=labels)
     options.screen.note(f"calibration: {printable(data.source)}")
     return data
 

@@ -129,7 +129,7 @@ def _base_terms(structure: Structure, table: LatencyTable) -> dict[int, float]:
 
 
 def _check_wanted(wanted: PruneOptions) -> None:
-    wanted.plan.check()
+    wanted.plan.check(trains=wanted.finetune is not None)
     targets = [t for t in (wanted.target_ms, wanted.target_ratio) if t is not None]
     if len(targets) != 1:
         raise UsageError("give exactly one of --target-ms and --target-ratio")
@@ -160,7 +160,7 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
         target_ms=wanted.target_ms,
         target_ratio=wanted.target_ratio,
         runtime=options.runtime(),
-        criterion=wanted.plan.ranking,
+        criterion=wanted.plan.scorer(data, options.seed),
         solver=wanted.plan.solver,
         limits=wanted.plan.limits,
         max_choices=wanted.choices,

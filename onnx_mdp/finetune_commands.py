@@ -109,7 +109,8 @@ def training_of(
     """
     if not wanted:
         given = [v for v in (data, preprocess, *training.overrides.values()) if v is not None]
-        if given or training != FinetuneOptions(overrides=training.overrides):
+        shared = FinetuneOptions(overrides=training.overrides, labels=training.labels)
+        if given or training != shared:
             raise UsageError("options of training need --finetune; pass it, or leave them out")
         return None
     chosen = data or (None if plan.data is None else str(plan.data))

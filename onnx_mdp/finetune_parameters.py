@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from onnx_mdp.cli_parameters import Labels
+
 if TYPE_CHECKING:
     from onnx_mdp.finetune_commands import FinetuneOptions
 
@@ -15,10 +17,6 @@ Validation = Annotated[
     str | None, typer.Option("--val", metavar="DATA", help="Validation data; default: a share of the data.")
 ]
 ValidationShare = Annotated[float, typer.Option("--val-share", help="Share of the data to validate on.")]
-Labels = Annotated[
-    str | None,
-    typer.Option(help="Of images: `folder` (a class is a subfolder), or a CSV or JSON of file and class."),
-]
 Augment = Annotated[str, typer.Option(help="none, flip, or crop (and flip).")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="default, resnet50, deit, ssd512 or streampetr.")]
 Epochs = Annotated[_Float, typer.Option(help="Passes over the data.")]

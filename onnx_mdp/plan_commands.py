@@ -196,6 +196,7 @@ def _case(path: Path, table_path: Path, options: Options, plan: PlanOptions) -> 
     table = load_table(table_path, structure)
     data = calibration(structure, model, plan, options)
     with options.screen.progress() as progress:
-        importance = score(structure, plan.ranking, data.feeds if data else (), progress)
+        criterion = plan.scorer(data, options.seed)
+        importance = score(structure, criterion, data.feeds if data else (), progress)
     formulation = formulate(structure, importance, table, plan.rules(), plan.caps(structure))
     return _Case(structure, table, importance, formulation)

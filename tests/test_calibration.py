@@ -393,3 +393,32 @@ def test_archives_must_be_complete_and_take_no_recipe(tmp_path: Path) -> None:
         load_data(save_npz(tmp_path, a=np.ones((3, 2))), shapes, dtypes, preprocess=None)
     with pytest.raises(UsageError, match="--preprocess is for a folder of images"):
         load(EIGHT(tmp_path), (1, 4), "half")
+
+
+def test_labels_follow_the_chosen_rows(tmp_path: Path) -> None:
+    rows = np.arange(12, dtype=np.float32).reshape(6, 2)
+    path = save_npz(tmp_path, x=rows, labels=np.arange(6) * 10, other=np.arange(6) * 7)
+    shapes, dtypes = {"x": (2, 2)}, {"x": FLOAT}
+    with pytest.raises(UsageError, match="other"):
+        load_data(path, shapes, dtypes, preprocess=None)
+    for name, factor in ((None, 10), ("labels", 10)):
+        path = save_npz(tmp_path, x=rows, labels=np.arange(6) * 10)
+        data = load_data(path, shapes, dtypes, preprocess=None, samples=4, labels=name)
+        assert data.labels is not None
+        for feed, labels in zip(data.feeds, data.labels, strict=True):
+            assert (feed["x"][:, 0] * factor == labels * 2).all()
+    path = save_npz(tmp_path, x=rows, truth=np.arange(6))
+    assert load_data(path, shapes, dtypes, preprocess=None, labels="truth").labels is not None
+    path = save_npz(tmp_path, x=rows, labels=rows)
+    assert load_data(path, shapes, dtypes, preprocess=None).labels is None
+    for name, why in (("labels", "class numbers are integers"), ("gone", "holds labels, x")):
+        with pytest.raises(UsageError, match=why):
+            load_data(path, shapes, dtypes, preprocess=None, labels=name)
+
+
+def test_the_labels_of_images_are_their_folders(tmp_path: Path) -> None:
+    for name in ("cat/a", "cat/b", "dog/c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / f"{name}.png")
+    data = load_data(tmp_path, {"x": (1, 3, 4, 4)}, {"x": FLOAT}, preprocess="unit", labels="folder")
+    assert [int(labels[0]) for labels in data.labels or ()] == [0, 0, 1]

@@ -13,10 +13,12 @@ from onnx import numpy_helper
 from zoo import analyse, run, text_model
 
 from onnx_mdp.errors import UsageError
+from onnx_mdp.gradient_scores import GRADIENT_CRITERIA
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.scoring import CRITERIA, Importance, Scores, activation, magnitude, ranking, score
 from onnx_mdp.structure import Structure
+from onnx_mdp.torch_backend import has_torch
 
 NET = """
 (float[2,3,8,8] x) => (float[2,5] y)
@@ -47,7 +49,8 @@ SITES = {
     "conv_2": (("w1", 0), ("w2", 1)),
     "conv_6": (("w3", 0), ("w4", 1)),
 }
-NAMES = tuple(CRITERIA)
+NEEDS_TORCH = pytest.mark.skipif(not has_torch(), reason="needs torch: pip install -e .[torch]")
+NAMES = [pytest.param(n, marks=NEEDS_TORCH if n in GRADIENT_CRITERIA else []) for n in CRITERIA]
 CHEAP = ("magnitude", "activation")
 
 
@@ -253,7 +256,7 @@ def test_magnitude_reads_no_data() -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match=r"'magic'.*activation, drift, magnitude"):
+    with pytest.raises(UsageError, match=r"'magic'.*activation, drift, hessian, magnitude"):
         score(analyse(edited())[1], "magic")
 
 

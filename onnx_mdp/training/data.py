@@ -21,11 +21,11 @@ import numpy.typing as npt
 
 from onnx_mdp.errors import UsageError
 from onnx_mdp.images import ImageInput, image_input
+from onnx_mdp.targets import Targets
 from onnx_mdp.training.augmentation import Augmentation, augmentation
 from onnx_mdp.training.batches import Batch, Share
 from onnx_mdp.training.loaders import LoaderData, is_loader, open_loader
 from onnx_mdp.training.sources import Source, open_source
-from onnx_mdp.training.targets import Targets
 
 __all__ = ["DataOptions", "StoredData", "TrainingData", "open_data"]
 

@@ -70,7 +70,7 @@ def _of_labels(labels: Sequence[npt.NDArray[np.int64]]) -> SampleLoss:
         wanted = torch.from_numpy(labels[number]).to(scores.device)
         if int(wanted.max()) >= scores.shape[1] or int(wanted.min()) < 0:
             raise UsageError(
-                f"the labels go to {int(wanted.max())}, but the model has {scores.shape[1]} classes"
+                f"labels up to {int(wanted.max())} do not fit a model of {scores.shape[1]} classes"
             )
         return -scores.gather(1, wanted[:, None])[:, 0]
 

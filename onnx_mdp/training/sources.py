@@ -29,7 +29,7 @@ from onnx_mdp.images import (
     pixels_of_array,
     pixels_of_file,
 )
-from onnx_mdp.training.targets import Targets, archive_targets, folder_targets
+from onnx_mdp.targets import Targets, archive_targets, folder_targets
 
 __all__ = ["Source", "open_source"]
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onnx_mdp.calibration import TARGET_NAMES
 from onnx_mdp.errors import UsageError
 
-__all__ = ["Targets", "archive_targets", "folder_targets"]
+__all__ = ["TARGET_NAMES", "Targets", "archive_targets", "folder_targets"]
 
 Array = npt.NDArray[Any]
+TARGET_NAMES = ("labels", "label", "targets")  # arrays of an archive that are no inputs
 _MAX_BYTES = 2 * 10**9
 _FOLDER = "folder"
 
