@@ -280,6 +280,11 @@ def command(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def finish(process: subprocess.Popen[str]) -> None:
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-2000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_command_that_is_stopped_goes_on_to_the_same_bits(tmp_path: Path, how: signal.Signals) -> None:
@@ -313,7 +318,7 @@ def test_a_command_that_is_stopped_goes_on_to_the_same_bits(tmp_path: Path, how:
     resumed = command(*base, *kept, "--resume", "-o", tmp_path / "a.onnx")
     whole = command(*base, "-o", tmp_path / "b.onnx")
     for process in (resumed, whole):
-        assert process.wait(timeout=300) == 0, process.communicate()
+        finish(process)
     ours, theirs = weights(tmp_path / "a.onnx"), weights(tmp_path / "b.onnx")
     assert {n: a.tobytes() for n, a in ours.items()} == {n: a.tobytes() for n, a in theirs.items()}
 
@@ -325,7 +330,7 @@ def test_the_same_command_under_torchrun(tmp_path: Path) -> None:
     how = ("--data", table(tmp_path), "--teacher", teacher, "--steps", 20, "--batch-size", 8, "--freeze-bn")
     options = (*how, "--optimizer", "sgd", "--lr", 0.05)
     alone = command("finetune", model, *options, "-o", tmp_path / "a.onnx")
-    assert alone.wait(timeout=120) == 0, alone.communicate()
+    finish(alone)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     line = [*torchrun, "-m", "onnx_mdp", "finetune", model, *options, "-o", tmp_path / "b.onnx"]
