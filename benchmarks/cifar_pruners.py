@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import numpy_helper
@@ -34,9 +33,11 @@ from onnx_mdp.solution_plan import plan_from_choice
 from onnx_mdp.solvers import solve
 from onnx_mdp.structure import Structure
 
-__all__ = ["Fast", "Pruner", "at_speed", "planner", "torch_pruning", "uniform"]
+__all__ = ["SHAPES", "Fast", "Pruner", "at_speed", "planner", "torch_pruning", "uniform"]
 
 Pruner = Callable[[float], bytes]
+
+SHAPES = {"input": (1, 3, 32, 32)}
 
 _ROUNDS = 8
 _CLOSE = 0.015  # of the speed-up
@@ -62,7 +63,7 @@ def at_speed(pruner: Pruner, base: bytes, speedup: float, runtime: Runtime, seed
     found: list[Fast] = []
     for step in range(_ROUNDS):
         model = pruner(dial)
-        timing = measure_models([base, model], {}, runtime, seed=seed + step, budget_s=_MEASURE_S)
+        timing = measure_models([base, model], SHAPES, runtime, seed=seed + step, budget_s=_MEASURE_S)
         found.append(Fast(model, timing.ms[0] / timing.ms[1], timing.noise))
         note(f"  dial {dial:.3f}: {found[-1].speedup:.2f} times as fast (F {timing.noise:.1%})")
         if 0 <= found[-1].speedup / speedup - 1 <= _CLOSE:
