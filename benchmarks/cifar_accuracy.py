@@ -28,10 +28,11 @@ from benchmarks.harness import Verdict, arguments, combined, judge, note, print_
 from benchmarks.measuring import table_from_nothing
 from benchmarks.model_files import model_path
 from onnx_mdp.formulation import formulate
+from onnx_mdp.gradient_scores import GradientOptions
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.pipeline import analyze
 from onnx_mdp.runtime import Runtime
-from onnx_mdp.scoring import Importance, score
+from onnx_mdp.scoring import Importance, gradient_criterion, score
 from onnx_mdp.structure import Structure
 
 __all__ = ["Result", "main"]
@@ -72,8 +73,10 @@ def _pruners(name: str, structure: Structure, images: Cifar, given: argparse.Nam
 
 
 def _importance(structure: Structure, images: Cifar) -> Importance:
+    """Of the labels' loss, as Torch-Pruning's is."""
     feeds = [{"input": image[None]} for image in images.ranked]
-    return score(structure, "activation", feeds)
+    labels = tuple(np.atleast_1d(label) for label in images.ranked_labels)
+    return score(structure, gradient_criterion("taylor", GradientOptions(labels=labels)), feeds)
 
 
 def _trained(model: bytes, teacher: bytes, images: Cifar, given: argparse.Namespace) -> tuple[bytes, float]:
