@@ -37,12 +37,12 @@ from onnx_mdp.structure import Structure
 from onnx_mdp.timing import random_feeds
 from onnx_mdp.verification import TOLERANCE, verify
 
-__all__ = ["Law", "Row", "check_plan", "frozen_reasons", "main"]
+__all__ = ["SHAPES", "Law", "Row", "check_plan", "frozen_reasons", "main"]
 
 _PLANS = 5
 _DOUBLE_TOLERANCE = 1e-9
 # What the files leave symbolic, beside the batch.
-_SHAPES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+SHAPES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "detect/yunet_n_dynamic.onnx": {"input": (1, 3, 96, 96)},
     "ocr/ppocr_mobile_v2_cls.onnx": {"x": (1, 3, 48, 192)},
     "ocr/ppocrv4_det.onnx": {"x": (1, 3, 96, 96)},
@@ -122,7 +122,7 @@ def _row(name: str, plans: int, seed: int) -> Row:
     path = Path(name) if Path(name).is_file() else zoo_file(name)
     started = time.perf_counter()
     model = load_model(path)
-    structure = analyze(model, _SHAPES.get(name, {}))
+    structure = analyze(model, SHAPES.get(name, {}))
     laws: list[Law] = []
     flaws: list[str] = []
     for number in range(plans if structure.prunable else 0):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,16 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return path
 
     return exported_file
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """Small networks lose time on a second thread, most where others compute as well; skips without torch."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

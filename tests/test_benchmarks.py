@@ -69,6 +69,7 @@ def test_the_benchmarks_are_scripts() -> None:
         "peers_on_transformers",
         "prune_cells",
         "solver",
+        "torch_roundtrip",
         "zoo_coverage",
     ]
 
@@ -77,6 +78,8 @@ def test_the_benchmarks_are_scripts() -> None:
 def test_every_script_states_its_claim_and_explains_its_options(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if name == "torch_roundtrip":
+        pytest.importorskip("torch")
     script = importlib.import_module(f"benchmarks.{name}")
     assert len(harness.claim(script.__doc__)) > len("Claim: something")
     with pytest.raises(SystemExit, match="0"):
@@ -250,6 +253,22 @@ def test_the_coverage_of_the_zoo_counts_what_is_wrong(
     wrong = rewrite(demo, PruningPlan(keep=plan.keep))
     monkeypatch.setattr(zoo_coverage, "rewrite", lambda structure, plan: wrong)
     assert "float64" in (zoo_coverage.check_plan(model, demo, plan, 0).flaw or "")
+
+
+@pytest.mark.usefixtures("one_torch_thread")
+def test_the_round_trip_notices_a_weight_that_did_not_come_back() -> None:
+    torch = pytest.importorskip("torch")
+    from benchmarks.torch_roundtrip import agreement, train
+    from onnx_mdp import to_torch, write_back
+
+    model = load_model(DEMO)
+    module, feeds = to_torch(model), {"image": np.random.default_rng(0).random((2, 3, 64, 64), np.float32)}
+    assert agreement(model, module, feeds).holds
+    assert train(module, feeds, 2) == len(module.weights())
+    assert agreement(write_back(model, module), module, feeds).holds
+    with torch.no_grad():
+        next(iter(module.parameters())).mul_(1.01)
+    assert not agreement(model, module, feeds).holds
 
 
 def test_float64_computes_what_the_runtime_does() -> None:

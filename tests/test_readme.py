@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import onnx_mdp
 from onnx_mdp.cli import app
+from onnx_mdp.model_io import content_hash, load_model
 from onnx_mdp.operator_coverage import operators_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
+DEMO = Path(onnx_mdp.__file__).parent / "demo_model" / "shapes_resnet.onnx"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHELL = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 COMMANDS = sorted(set(re.findall(r"^onnx-mdp (\w+)", "\n".join(SHELL), re.MULTILINE)))
@@ -33,6 +37,21 @@ def test_commands_and_options_exist(command: str) -> None:
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
     for option in re.findall(r"(?<=\s)--?[a-z][a-z-]*", " ".join(used)):
         assert option in shown
+
+
+@pytest.mark.usefixtures("one_torch_thread")
+def test_the_training_loop_of_the_readme_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(DEMO, "slim.onnx")
+    section = README.split("### Training in your own loop\n")[1].split("\n## ")[0]
+    images, labels = torch.randn(2, 3, 64, 64), torch.arange(2)
+    known = {"batches": [(images, labels)] * 2, "feeds": [{"image": images.numpy()}]}
+    for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        exec(code, known)
+        trained = Path("trained.onnx")
+        assert content_hash(load_model(trained)) != content_hash(load_model("slim.onnx"))
+        trained.unlink()
 
 
 def test_named_files_exist() -> None:

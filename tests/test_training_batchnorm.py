@@ -25,6 +25,7 @@ from onnx_mdp.training.batchnorm import (  # noqa: E402 - it needs torch
 )
 from onnx_mdp.training.bridge import to_torch  # noqa: E402 - it needs torch
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 CLOSE = 1e-5  # of the largest value of an output
 MODELS = [
     (SmallModel("mobilenet_v2_small", "torchscript", 17), 52),

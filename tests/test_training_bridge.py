@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ torch = pytest.importorskip("torch")
 
 from onnx_mdp.training.kernels import elementwise  # noqa: E402 - it needs torch
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 TOLERANCE = 1e-5  # of the largest value of an output
 QUICK = {"paddle_mobilenet-imitation-11", "torch_one_detector-imitation-9", "tf_attention-imitation-13"}
 QUICK |= {"keras_cnn-imitation-9", "shufflenet_v2_small-torchscript-9", "deit_micro-torchscript-14"}
@@ -38,15 +39,6 @@ MODELS = [
 # gate of the imitation saturates on noise.
 UNREACHED = {"detr_micro": 5, "paddle_mobilenet": 4}
 Feeds = Mapping[str, Any]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small lose time on a second thread, much of it where others compute as well."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def in_runtime(

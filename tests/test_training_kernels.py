@@ -31,6 +31,8 @@ from test_training_bridge import TOLERANCE, error  # noqa: E402 - it needs torch
 
 from onnx_mdp.training.kernels import KERNELS  # noqa: E402 - it needs torch
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 # A quantized model is refused whole: its float original is what can be trained.
 QUANTIZED = {"ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QuantizeLinear"}
 FOREIGN = {"an operator of another domain", "a standard name in another domain"}
