@@ -7,7 +7,8 @@ no pruned model measures slower than the dense one.
 Plans come from the table alone, without measuring and solving again, so the measured ratio beside the
 predicted one is that of a first shot. ImageNet models are calibrated on 64 images of even classes and
 evaluated on the 500 of odd classes (mostly training images: look at differences); CIFAR models on 64 of the
-first 1000 test images and the other 9000. ``magnitude`` reads only the weights.
+first 1000 test images and the other 9000. ``magnitude`` reads only the weights; ``taylor`` and ``hessian``
+take gradients of a random projection of the outputs, with ``--labels`` of the loss of the labels.
 """
 
 from __future__ import annotations
@@ -33,14 +34,16 @@ from benchmarks.model_files import model_path
 from benchmarks.plans import solved_plans
 from benchmarks.samples import Samples, samples_for, top1
 from onnx_mdp.closed_loop import tolerance
+from onnx_mdp.gradient_scores import GRADIENT_CRITERIA, GradientOptions
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.pipeline import analyze
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import Runtime
+from onnx_mdp.scoring import Criterion, gradient_criterion
 
 __all__ = ["Result", "main"]
 
-_CRITERIA = ("magnitude", "activation", "drift")
+_CRITERIA = ("magnitude", "activation", "drift", "taylor", "hessian")
 _BARS = {("mobilenet_v2", 0.8): 0.80, ("resnet56", 0.65): 0.85}
 
 
@@ -82,7 +85,8 @@ def _results(name: str, given: argparse.Namespace) -> Iterator[Result]:
     structure, data = analyze(model, {}), samples_for(name, given.images)
     runtime = Runtime(threads=given.threads)
     table = table_from_nothing(structure, runtime, given.seed)
-    planned = tuple(solved_plans(structure, table, data.calibration, _CRITERIA, given.ratios))
+    criteria = [_criterion(criterion, data, given) for criterion in given.criteria]
+    planned = tuple(solved_plans(structure, table, data.calibration, criteria, given.ratios))
     note(f"{name}: latencies of {len(planned)} plans")
     plans = [p.plan for p in planned]
     ratios = measured_ratios(model_bytes(model), structure, plans, runtime, seed=given.seed)
@@ -105,6 +109,13 @@ def _results(name: str, given: argparse.Namespace) -> Iterator[Result]:
         )
 
 
+def _criterion(name: str, data: Samples, given: argparse.Namespace) -> str | Criterion:
+    if name not in GRADIENT_CRITERIA:
+        return name
+    labels = tuple(data.calibration_labels[:, None]) if given.labels else None
+    return gradient_criterion(name, GradientOptions(labels=labels, seed=given.seed))
+
+
 def _accuracy(model: ir.Model, data: Samples, name: str, what: str, threads: int) -> float:
     note(f"{name}: {what}, {len(data.labels)} images")
     return top1(model_bytes(model), data, threads)
@@ -115,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__, ("mobilenet_v2", "efficientnet_lite0", "resnet56", "resnet20"))
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.9, 0.8, 0.65])
     parser.add_argument("--images", type=int, help="evaluate on the first of them only (default: all)")
+    parser.add_argument("--criteria", nargs="+", default=list(_CRITERIA), metavar="NAME")
+    parser.add_argument("--labels", action="store_true", help="rank by gradients of the loss of the labels")
     given = parser.parse_args(argv)
     results = [result for name in given.models for result in _results(name, given)]
     columns = {

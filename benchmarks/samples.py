@@ -43,6 +43,7 @@ class Samples:
     """Calibration feeds of one image each, and ``load`` for batches ``float32[n, 3, h, w]`` of ``labels``."""
 
     calibration: tuple[Mapping[str, Images], ...]
+    calibration_labels: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     load: Callable[[slice], Images]
 
@@ -96,7 +97,7 @@ def _imagenet(preprocessing: str, limit: int | None) -> Samples:
 
     even = 2 * (np.arange(_CALIBRATION) * (len(names) // 2) // _CALIBRATION)
     odd = np.arange(1, len(names), 2)[:limit]
-    return Samples(_feeds(load(even)), odd, lambda batch: load(odd[batch]))
+    return Samples(_feeds(load(even)), even, odd, lambda batch: load(odd[batch]))
 
 
 def _centre(data: bytes) -> npt.NDArray[np.uint8]:
@@ -111,10 +112,11 @@ def _cifar(preprocessing: str, limit: int | None) -> Samples:
     rows, columns = mosaic.shape[0] // 32, mosaic.shape[1] // 32
     tiles = mosaic.reshape(rows, 32, columns, 32, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 32, 32, 3)
     labels = np.load(zoo_file("data/cifar10_test_labels.npy")).astype(np.int64)
-    pixels, labels = tiles[_CIFAR_HELD_BACK:], labels[_CIFAR_HELD_BACK:][:limit]
-    chosen = tiles[np.arange(_CALIBRATION) * _CIFAR_HELD_BACK // _CALIBRATION]
+    chosen = np.arange(_CALIBRATION) * _CIFAR_HELD_BACK // _CALIBRATION
+    pixels = tiles[_CIFAR_HELD_BACK:]
     return Samples(
-        _feeds(_normalised(chosen, preprocessing)),
-        labels,
+        _feeds(_normalised(tiles[chosen], preprocessing)),
+        labels[chosen],
+        labels[_CIFAR_HELD_BACK:][:limit],
         lambda batch: _normalised(pixels[batch], preprocessing),
     )
