@@ -175,7 +175,7 @@ def finetune_model(
     from onnx_mdp.training.distributed import process_group
     from onnx_mdp.training.finetuning import finetune
 
-    bound, types = _bound(model, shapes), input_types(model)
+    bound, types = _inputs(model, shapes)
     if teacher is not None:
         _check_teacher(teacher, bound)
     with process_group(wanted.device) as group:
@@ -211,18 +211,19 @@ def check_finetuning(model: ir.Model, shapes: _Shapes, options: Options, wanted:
     from onnx_mdp.training.bridge import to_torch
     from onnx_mdp.training.data import open_data
 
-    open_data(request.data, _bound(model, shapes), input_types(model), Share())
+    open_data(request.data, *_inputs(model, shapes), Share())
     to_torch(model)
 
 
-def _bound(model: ir.Model, shapes: _Shapes) -> dict[str, tuple[int, ...]]:
-    """Shapes with a batch of one wherever the file leaves it open, whatever a plan was made for."""
+def _inputs(model: ir.Model, shapes: _Shapes) -> tuple[_Shapes, _Types]:
+    """Shapes with a batch of one wherever the file leaves it open, and types with halves as float32."""
     bound = bind_shapes(model, shapes, 1)
-    firsts = {str(v.name): v.shape[0] for v in graph_inputs(model) if v.shape is not None and len(v.shape)}
-    return {
-        name: shape if isinstance(firsts.get(name), int) or not shape else (1, *shape[1:])
-        for name, shape in bound.items()
-    }
+    for value in graph_inputs(model):
+        name, first = str(value.name), None if value.shape is None or not len(value.shape) else value.shape[0]
+        if bound[name] and not (isinstance(first, int) and first > 0):
+            bound[name] = (1, *bound[name][1:])
+    single = np.dtype(np.float32)
+    return bound, {n: single if t == np.float16 else t for n, t in input_types(model).items()}
 
 
 def _check_teacher(teacher: ir.Model, shapes: _Shapes) -> None:
@@ -233,7 +234,7 @@ def _check_teacher(teacher: ir.Model, shapes: _Shapes) -> None:
         held = shapes[name] if value.shape is None else value.shape
         dims = [d if isinstance(d, int) else str(d.value) for d in held]
         fits = len(dims) == len(shapes[name]) and all(
-            not isinstance(d, int) or d in (0, s) for d, s in zip(dims, shapes[name], strict=True)
+            not isinstance(d, int) or d < 1 or d == s for d, s in zip(dims, shapes[name], strict=True)
         )
         if not fits:
             raise UsageError(

@@ -17,6 +17,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from command_line import Run, is_refused
+from onnx import numpy_helper
 from zoo import analyse, text_model
 
 from onnx_mdp import torch_backend
@@ -92,6 +93,20 @@ def weights(path: Path) -> dict[str, np.ndarray]:
 def small(text: str, path: Path, seed: int = 0) -> Path:
     """A text model with drawn weights, at ``path``."""
     onnx.save(text_model(text, seed=seed), path)
+    return path
+
+
+def half(text: str, path: Path, seed: int) -> Path:
+    """The same in float16."""
+    model = text_model(text, seed=seed)
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(
+            numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name)
+        )
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    del model.graph.value_info[:]
+    onnx.save(model, path)
     return path
 
 
@@ -177,6 +192,15 @@ def test_a_file_of_a_fixed_batch_is_trained_sample_by_sample(run: Run, tmp_path:
     assert "the file fixes its batch at 1" in found.err
     assert found.document["after"]["loss"] < 0.8 * found.document["before"]["loss"]
     assert load_model(tmp_path / "o.onnx").graph.inputs[0].shape == [1, 3, 8, 8]
+
+
+def test_half_precision_is_trained_in_float32_and_stored_as_it_was(run: Run, tmp_path: Path) -> None:
+    model, teacher = (half(NORMED, tmp_path / name, seed) for name, seed in (("m.onnx", 0), ("t.onnx", 1)))
+    how = ("--data", table(tmp_path), "--teacher", teacher, "--steps", 30, "--lr", 1e-2)
+    found = run("finetune", model, *how, "-o", "o.onnx", "--json")
+    assert found.code == 0, found.err
+    assert found.document["after"]["loss"] < 0.8 * found.document["before"]["loss"]
+    assert {array.dtype for array in weights(tmp_path / "o.onnx").values()} == {np.dtype(np.float16)}
 
 
 def test_features_of_equal_width_are_matched(run: Run, tmp_path: Path) -> None:

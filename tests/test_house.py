@@ -110,6 +110,7 @@ ORDER = (
     "training.recipes",
     "training.losses",
     "training.batched",
+    "training.agreement",
     "training.distributed",
     "training.checkpoint",
     "training.interruption",

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from onnx_mdp.changed_weights import mark_weights
-from onnx_mdp.errors import UsageError, VerificationError
-from onnx_mdp.large_models import for_session
+from onnx_mdp.errors import UsageError
 from onnx_mdp.model_io import content_hash
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.runtime import Runtime, open_session
+from onnx_mdp.training.agreement import require_agreement
 from onnx_mdp.training.batched import Batched, freeze_unreached, takes_batches
 from onnx_mdp.training.batches import Batch
 from onnx_mdp.training.batchnorm import fold_batchnorm, insert_batchnorm
@@ -42,8 +42,8 @@ from onnx_mdp.training.recipes import Recipe
 __all__ = ["FinetuneRequest", "FinetuneResult", "Masking", "finetune"]
 
 Feeds = dict[str, Tensor]
+Arrays = Mapping[str, npt.NDArray[Any]]
 Shapes = Mapping[str, tuple[int, ...]]
-_CLOSE = 1e-4  # relative to the largest value: float noise of a deep network stays below
 _COMPARED = 8
 
 
@@ -159,7 +159,7 @@ def finetune(
         trained = masking.slim(trained, masks.plan)
     if result.best_step:
         mark_weights(trained, f"fine-tuned: {result.best_step} steps")
-    error = _compared(trained, student, probe, rows)
+    error = require_agreement(trained, student, _few(probe, student, rows), rows)
     labelled = objective.labelled is not None
     return FinetuneResult(trained, result, objective.words(), data.description, labelled, error, notes)
 
@@ -183,6 +183,12 @@ def _feeds(batch: Batch, group: Group) -> Feeds:
 def _batched(module: torch.nn.Module, also: Sequence[str], feeds: Feeds, rows: int, group: Group) -> Batched:
     module = module.to(group.device)
     return Batched(module, None if takes_batches(module, feeds, rows) else rows, also)
+
+
+def _few(batch: Batch, student: Batched, rows: int) -> Arrays:
+    """The first rows of a batch, as many as the file takes some times."""
+    few = max(rows, min(_COMPARED, batch.rows) // rows * rows) if student.rows is None else rows
+    return {name: array[:few] for name, array in batch.inputs.items()}
 
 
 def _features(model: ir.Model, teacher: ir.Model, patterns: Sequence[str]) -> tuple[str, ...]:
@@ -278,31 +284,3 @@ def _identity(
             **asdict(request.recipe),
         }
     )
-
-
-def _compared(trained: ir.Model, student: Batched, probe: Batch, rows: int) -> float:
-    """The largest difference between the file in ONNX Runtime and the module, relative to the scale."""
-    few = max(rows, min(_COMPARED, probe.rows) // rows * rows) if student.rows is None else rows
-    arrays = {name: array[:few] for name, array in probe.inputs.items()}
-    session = open_session(for_session(trained), Runtime())
-    found: dict[str, list[Any]] = {}
-    names = [output.name for output in session.get_outputs()]
-    for start in range(0, few, rows):
-        part = session.run(None, {name: array[start : start + rows] for name, array in arrays.items()})
-        for name, array in zip(names, part, strict=True):
-            found.setdefault(name, []).append(array)
-    student.to("cpu").eval()
-    with torch.no_grad():
-        ours = student({name: torch.from_numpy(array) for name, array in arrays.items()})
-    worst = 0.0
-    for name, parts in found.items():
-        theirs = np.concatenate(parts)
-        if theirs.dtype.kind == "f":
-            scale = float(np.abs(theirs).max()) or 1.0
-            worst = max(worst, float(np.abs(theirs - ours[name].numpy()).max()) / scale)
-    if not worst <= _CLOSE:
-        raise VerificationError(
-            f"the written model differs from the trained one by {worst:.1e} of the scale; nothing was "
-            "written: please report the model"
-        )
-    return worst
