@@ -33,11 +33,12 @@ from onnx_mdp.cli_parameters import (
     store_options,
 )
 from onnx_mdp.errors import MdpError
-from onnx_mdp.finetune_parameters import training_options
+from onnx_mdp.finetune_parameters import masking_options, training_options
 
 if TYPE_CHECKING:
     from onnx_mdp.command_options import Options, PlanOptions
     from onnx_mdp.finetune_commands import FinetuneOptions
+    from onnx_mdp.mask_commands import MaskOptions
 
 __all__ = ["app", "main"]
 
@@ -106,11 +107,12 @@ def profile(
 
 
 @app.command()
-@given(plan=plan_options, training=training_options, options=measuring_options)
+@given(plan=plan_options, training=training_options, masks=masking_options, options=measuring_options)
 def prune(
     model: Model,
     plan: "PlanOptions",
     training: "FinetuneOptions",
+    masks: "MaskOptions",
     options: "Options",
     target_ms: TargetMs = None,
     target_ratio: TargetRatio = None,
@@ -143,6 +145,7 @@ def prune(
         overwrite=overwrite,
         dry_run=dry_run,
         finetune=training_of(training, train, train_preprocess, plan, wanted=finetune),
+        masks=masks,
     )
     raise typer.Exit(run_prune(model, options, wanted))
 

@@ -35,6 +35,7 @@ from onnx_mdp.finetune_commands import FinetuneOptions, Trained, check_finetunin
 from onnx_mdp.large_models import for_session, save_model
 from onnx_mdp.latency import LatencyTable, build_table, full_variant, measure_models, term_ms
 from onnx_mdp.lut_store import open_store
+from onnx_mdp.mask_commands import MaskOptions, check_masking, prune_in_training
 from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import PruneResult, apply_plan, prune
 from onnx_mdp.plan import check_plan, load_plan, plan_json
@@ -74,6 +75,7 @@ class PruneOptions:
     overwrite: bool = False
     dry_run: bool = False
     finetune: FinetuneOptions | None = None
+    masks: MaskOptions = field(default_factory=MaskOptions)
 
 
 def run_analyze(path: Path, options: Options, table: Path | None = None) -> int:
@@ -135,6 +137,9 @@ def _check_wanted(wanted: PruneOptions) -> None:
         raise UsageError("give exactly one of --target-ms and --target-ratio")
     if not 0 < targets[0] < math.inf:
         raise UsageError("the target must be a number larger than 0")
+    wanted.masks.check(finetune=wanted.finetune is not None)
+    if parse_methods(wanted.repair) and wanted.masks.masked:
+        raise UsageError("--repair is for a model that is sliced before it is trained; use --mode one-shot")
     if parse_methods(wanted.repair) and wanted.plan.data is None:
         raise UsageError("--repair needs calibration inputs; pass --data")
 
@@ -155,6 +160,8 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
     model, structure = load_structure(path, options)
     if wanted.finetune is not None:
         check_finetuning(model, parse_shapes(options.input_shapes, model), options, wanted.finetune)
+        if wanted.masks.masked:
+            check_masking(structure, wanted.finetune, wanted.masks)
     data = calibration(structure, model, wanted.plan, options)
     request = Request(
         target_ms=wanted.target_ms,
@@ -172,7 +179,15 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
         repair=parse_methods(wanted.repair),
     )
     with open_store(options.store) as store, options.screen.progress() as progress:
-        result = prune(model, structure, request, store, feeds=data.feeds if data else (), progress=progress)
+        feeds = data.feeds if data else ()
+        result = prune(model, structure, request, store, feeds=feeds, progress=progress)
+    trained = None
+    if wanted.masks.masked and wanted.finetune is not None and result.status == "met" and not wanted.dry_run:
+        options.screen.note("the target can be met; what follows prunes the original anew, while it trains")
+        shapes = parse_shapes(options.input_shapes, model)
+        result, trained = prune_in_training(
+            model, result, request, shapes, feeds, options, wanted.finetune, wanted.masks
+        )
     if result.evidence is not None:
         _tell_of(result.evidence, options)
     if result.plan is not None and "note" in result.plan.provenance:
@@ -181,7 +196,8 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
     if result.plan is not None and not options.screen.as_json:
         options.screen.table(plan_table(structure, result.plan))
     line, document = _summary(result, written[0]), prune_document(result, written)
-    trained = _finetuned(model, result, written, options, wanted)
+    if not wanted.masks.masked:
+        trained = _finetuned(model, result, written, options, wanted)
     if trained is not None:
         line, document = f"{line}\n{trained.line}", document | {"finetuning": dict(trained.document)}
     options.screen.result(line, document)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import onnx_ir as ir
 
 from onnx_mdp.binding import bind_shapes, graph_inputs
 from onnx_mdp.command_options import Options, PlanOptions, input_types, parse_shapes
+from onnx_mdp.console import Screen
 from onnx_mdp.errors import MdpError, MissingBackendError, UsageError
 from onnx_mdp.files import check_output
 from onnx_mdp.large_models import save_model
@@ -23,6 +25,7 @@ from onnx_mdp.runtime import import_onnxruntime
 from onnx_mdp.torch_backend import require_torch
 
 if TYPE_CHECKING:
+    from onnx_mdp.training.distributed import Group
     from onnx_mdp.training.finetuning import FinetuneRequest, FinetuneResult
 
 __all__ = [
@@ -31,7 +34,10 @@ __all__ = [
     "check_finetuning",
     "finetune_model",
     "run_finetune",
+    "training_inputs",
     "training_of",
+    "training_process",
+    "training_summary",
 ]
 
 _Shapes = Mapping[str, tuple[int, ...]]
@@ -172,28 +178,40 @@ def finetune_model(
     """
     request = wanted.request(options.seed, overwrite=overwrite)
     import_onnxruntime()
-    from onnx_mdp.training.distributed import process_group
     from onnx_mdp.training.finetuning import finetune
 
-    bound, types = _inputs(model, shapes)
+    bound, types = training_inputs(model, shapes)
     if teacher is not None:
         _check_teacher(teacher, bound)
+    with training_process(options, wanted) as (group, screen):
+        with screen.progress() as progress:
+            result = finetune(model, teacher, bound, types, request, group, progress, screen.note)
+        if group.main:
+            save_model(result.model, output, overwrite=overwrite)
+        line, document = training_summary(result, request, group)
+        return Trained(f"{line} → {output}", document | {"output": str(output)}, group.main)
+
+
+@contextmanager
+def training_process(options: Options, wanted: FinetuneOptions) -> Iterator[tuple[Group, Screen]]:
+    """The group to train in, and a screen that is silent in processes that only help.
+
+    Raises:
+        MdpError: torch fails, out of memory for example.
+        KeyboardInterrupt: after a note of how to go on.
+    """
+    from onnx_mdp.training.distributed import process_group
+
     with process_group(wanted.device) as group:
         screen = options.screen if group.main else replace(options.screen, quiet=True)
         try:
-            with screen.progress() as progress:
-                result = finetune(model, teacher, bound, types, request, group, progress, screen.note)
+            yield group, screen
         except KeyboardInterrupt:
             if wanted.checkpoint is not None:
                 screen.note(f"{wanted.checkpoint} holds the run; the same with --resume goes on")
             raise
         except RuntimeError as error:
             raise MdpError(_reason(error)) from error
-        if group.main:
-            save_model(result.model, output, overwrite=overwrite)
-        place = {"device": str(group.device), "processes": group.share.size}
-        document = _document(result, request) | place | {"output": str(output)}
-        return Trained(f"{_line(result, str(group.device))} → {output}", document, group.main)
 
 
 def check_finetuning(model: ir.Model, shapes: _Shapes, options: Options, wanted: FinetuneOptions) -> None:
@@ -211,11 +229,11 @@ def check_finetuning(model: ir.Model, shapes: _Shapes, options: Options, wanted:
     from onnx_mdp.training.bridge import to_torch
     from onnx_mdp.training.data import open_data
 
-    open_data(request.data, *_inputs(model, shapes), Share())
+    open_data(request.data, *training_inputs(model, shapes), Share())
     to_torch(model)
 
 
-def _inputs(model: ir.Model, shapes: _Shapes) -> tuple[_Shapes, _Types]:
+def training_inputs(model: ir.Model, shapes: _Shapes) -> tuple[_Shapes, _Types]:
     """Shapes with a batch of one wherever the file leaves it open, and types with halves as float32."""
     bound = bind_shapes(model, shapes, 1)
     for value in graph_inputs(model):
@@ -249,6 +267,14 @@ def _reason(error: RuntimeError) -> str:
     if "out of memory" in text.lower() or "can't allocate memory" in text:
         return f"the memory of the device is exhausted; choose a smaller --batch-size ({text})"
     return f"torch could not train this model: {text}"
+
+
+def training_summary(
+    result: FinetuneResult, request: FinetuneRequest, group: Group
+) -> tuple[str, dict[str, Any]]:
+    """A line and a document for what a run came to."""
+    place = {"device": str(group.device), "processes": group.share.size}
+    return _line(result, str(group.device)), _document(result, request) | place
 
 
 def _metric(result: FinetuneResult) -> str:

@@ -9,8 +9,9 @@ from onnx_mdp.cli_parameters import Labels
 
 if TYPE_CHECKING:
     from onnx_mdp.finetune_commands import FinetuneOptions
+    from onnx_mdp.mask_commands import MaskOptions
 
-__all__ = ["training_options"]
+__all__ = ["masking_options", "training_options"]
 
 _Float = float | None
 Validation = Annotated[
@@ -122,3 +123,27 @@ def training_options(
         every=checkpoint_every,
         device=device,
     )
+
+
+def masking_options(
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="one-shot: prune, then train; soft or iterative: prune while training, with masks that are "
+            "decided again; units may come back in soft."
+        ),
+    ] = "one-shot",
+    redecide: Annotated[int | None, typer.Option(min=1, help="Steps between decisions.")] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIGHTEN,SETTLE",
+            help="Shares of the steps until the budget is the target's, and until the structure is final.",
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+) -> "MaskOptions":
+    """How pruning and training meet."""
+    from onnx_mdp.mask_commands import MaskOptions
+
+    return MaskOptions(mode, redecide, schedule, resume)

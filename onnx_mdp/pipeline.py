@@ -37,7 +37,7 @@ from onnx_mdp.structure import Structure, analyze_shadow, macs
 from onnx_mdp.timing import Timing
 from onnx_mdp.verification import Evidence, require, verify
 
-__all__ = ["PruneResult", "Status", "analyze", "apply_plan", "prune"]
+__all__ = ["PruneResult", "Status", "analyze", "apply_plan", "prune", "stamp", "with_model"]
 
 Progress = Callable[[str, int, int], None]
 Status = Literal["met", "missed", "infeasible", "nothing_to_do"]
@@ -134,7 +134,7 @@ def prune(
     if found.best is None:
         return replace(unpruned, status="infeasible", fastest_ms=found.fastest_ms, table=table)
     best = found.best
-    model = _finish(best.model, best.plan)
+    model = stamp(best.model, best.plan)
     progress("verify", 0, 1)
     evidence = verify(original, structure, model, best.plan, feeds=feeds[:2])
     require(evidence)
@@ -148,24 +148,29 @@ def prune(
         plan = replace(plan, provenance={**plan.provenance, "repair": ",".join(request.repair)})
         clock.lap("repair")
     return replace(
-        unpruned,
+        with_model(unpruned, model, plan, evidence),
         status="met" if met else "missed",
         base_now_ms=best.base_now_ms,
-        predicted_ms=best.predicted_ms,
         measured_ms=best.measured_ms,
         noise=best.noise,
         iterations=found.iterations,
-        params=(unpruned.params[0], parameter_count(model)),
-        macs=(
-            unpruned.macs[0],
-            macs(prepare(model, kept_shapes(structure, removed_classes(best.plan, structure)))),
-        ),
         fastest_ms=found.fastest_ms,
+        table=table,
+        repaired=repaired,
+    )
+
+
+def with_model(result: PruneResult, model: ir.Model, plan: PruningPlan, evidence: Evidence) -> PruneResult:
+    """A result with this model, and how large it is; measured it is not yet."""
+    shapes = kept_shapes(result.structure, removed_classes(plan, result.structure))
+    return replace(
+        result,
+        predicted_ms=plan.predicted_ms,
+        params=(result.params[0], parameter_count(model)),
+        macs=(result.macs[0], macs(prepare(model, shapes))),
         evidence=evidence,
         plan=plan,
         model=model,
-        table=table,
-        repaired=repaired,
     )
 
 
@@ -174,7 +179,7 @@ def _why_frozen(structure: Structure) -> str:
     return "; ".join(reasons[:3]) if reasons else "it has no convolution or linear layer with weights"
 
 
-def _finish(model: ir.Model, plan: PruningPlan) -> ir.Model:
+def stamp(model: ir.Model, plan: PruningPlan) -> ir.Model:
     """Stamp a rewritten model with where it came from; the same plan gives the same bytes."""
     model.metadata_props["onnx_mdp.version"] = __version__
     model.metadata_props["onnx_mdp.plan"] = plan_identity(plan)
@@ -190,7 +195,7 @@ def apply_plan(original: ir.Model, structure: Structure, plan: PruningPlan) -> t
         UsageError: the plan was made for another model.
         VerificationError: the pruned model is not what the plan says.
     """
-    model = _finish(rewrite(structure, plan), plan)
+    model = stamp(rewrite(structure, plan), plan)
     evidence = verify(original, structure, model, plan)
     require(evidence)
     return model, evidence

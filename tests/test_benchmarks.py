@@ -68,6 +68,7 @@ def test_the_benchmarks_are_scripts() -> None:
         "latency_prediction",
         "peers_on_transformers",
         "prune_cells",
+        "soft_masking",
         "solver",
         "torch_roundtrip",
         "zoo_coverage",

@@ -164,6 +164,7 @@ ORDER = (
     "console",
     "command_options",
     "finetune_commands",
+    "mask_commands",
     "commands",
     "repair_commands",
     "plan_report",

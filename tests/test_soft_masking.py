@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from command_line import Run, is_refused
 from zoo import analyse, text_model
 
 from onnx_mdp.closed_loop import Request
@@ -20,6 +23,7 @@ from onnx_mdp.model_io import model_bytes
 from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.scoring import Importance, score
+from onnx_mdp.shapes_data import shapes
 from onnx_mdp.structure import Structure
 
 torch = pytest.importorskip("torch")
@@ -58,6 +62,7 @@ ALONE = Group(Share(), torch.device("cpu"))
 QUICK = Recipe(steps=24, batch=16, lr=5e-3, warmup=0.1)
 TYPES = {"x": np.dtype("float32")}
 STEP = 4
+DEMO = Path(str(files("onnx_mdp") / "demo_model" / "shapes_resnet.onnx"))
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +123,7 @@ def masked(pictures: str, mode: str = "soft", ratio: float = 0.5, **more: Any) -
     return train_with_masks(
         net(),
         None,
+        net().shadow.inputs,
         TYPES,
         request,
         Schedule(mode, redecide=3),
@@ -136,6 +142,7 @@ def kept(plan: PruningPlan) -> np.ndarray:
 @pytest.mark.parametrize("mode", ["iterative", "one-shot", "soft"])
 def test_the_slim_model_is_the_masked_one_and_within_its_budget(pictures: str, mode: str) -> None:
     result = masked(pictures, mode)
+    assert result.evidence is not None
     assert result.evidence.verified
     assert result.training.error < 1e-5  # ONNX Runtime of the slim file, torch of the masked network
     full = predict_ms(table(), net(), variant_of_plan(net(), PruningPlan(keep={})))
@@ -145,6 +152,14 @@ def test_the_slim_model_is_the_masked_one_and_within_its_budget(pictures: str, m
     last = result.decisions[-1]
     assert last.step == (0 if mode == "one-shot" else 16) <= run.best_step
     assert last.masked == int((~kept(result.plan)).sum())
+
+
+def test_inserted_batch_norms_fold_back_into_what_is_sliced(pictures: str) -> None:
+    result = masked(pictures, insert_norms=True)
+    assert result.evidence is not None
+    assert result.evidence.verified
+    assert result.training.error < 1e-5
+    assert result.training.run.after.loss < result.training.run.before.loss
 
 
 def test_budgets_come_down_to_the_target(pictures: str) -> None:
@@ -160,7 +175,7 @@ def test_one_shot_is_the_training_of_the_sliced_model(pictures: str) -> None:
     """To rounding, for sums over zeros are sums in another order; AdamW would make signs of it."""
     recipe = replace(QUICK, optimizer="sgd", lr=0.02)
     result = masked(pictures, "one-shot", recipe=recipe)
-    slim = rewrite(net(), replace(result.plan, provenance={}))
+    slim = rewrite(net(), result.plan)
     request = FinetuneRequest(recipe, DataOptions(pictures, batch=16))
     shapes = net().shadow.inputs
     alone = finetune(slim, None, shapes, TYPES, request, ALONE, lambda *_: None, lambda line: None)
@@ -281,8 +296,49 @@ def test_a_target_that_nothing_meets_is_refused(pictures: str) -> None:
         ({"redecide": 0}, "--redecide 0"),
         ({"settle": 1.0}, "--schedule needs two shares"),
         ({"tighten": 0.9}, "--schedule needs two shares"),
+        ({"comeback": 0.0}, "comeback is a share"),
     ],
 )
 def test_a_schedule_without_sense_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         replace(Schedule(), **wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--mode", "soft"), "need --finetune"),
+        (("--finetune", "--redecide", 5), "need --mode soft or iterative"),
+        (("--finetune", "--mode", "hard"), "--mode 'hard' is unknown"),
+        (("--finetune", "--mode", "soft", "--schedule", "0.5"), "is not TIGHTEN,SETTLE"),
+        (("--finetune", "--mode", "soft", "--schedule", "0.9,0.5"), "--schedule needs two shares"),
+        (("--finetune", "--mode", "soft", "--features", "*"), "before they are masked"),
+        (("--finetune", "--mode", "soft", "--repair", "bias"), "--repair is for a model that is sliced"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_are_refused_before_measuring(
+    run: Run, pictures: str, tmp_path: Path, given: tuple[object, ...], message: str
+) -> None:
+    onnx.save(text_model(NET), tmp_path / "m.onnx")
+    found = run("prune", "m.onnx", "--target-ratio", 0.5, "--data", pictures, "-q", *given)
+    is_refused(found, 2, message)
+    assert not (tmp_path / "lut.sqlite").exists()
+
+
+@pytest.mark.slow
+def test_one_command_prunes_while_it_trains_to_the_measured_target(run: Run, tmp_path: Path) -> None:
+    images, labels = shapes(200, 7)
+    np.savez(tmp_path / "train.npz", image=images, labels=labels)
+    how = ("--data", "train.npz", "--finetune", "--steps", 24, "--batch-size", 16, "--samples", 8)
+    masked = ("--mode", "soft", "--redecide", 4, "--checkpoint", "kept")
+    found = run("prune", DEMO, "--target-ratio", 0.6, *how, *masked, "-o", "slim.onnx", "--json")
+    assert found.code == 0, found.err
+    assert found.document["verified"]
+    assert len(found.document["finetuning"]["decisions"]) == 4
+    checked = run("verify", DEMO, "slim.onnx", "slim.plan.json")
+    assert checked.code == 0, checked.err
+    again = run(
+        "prune", DEMO, "--target-ratio", 0.6, *how, *masked, "--resume", "-o", "slim.onnx", "--overwrite"
+    )
+    assert again.code == 0, again.err

@@ -72,12 +72,13 @@ class FinetuneRequest:
 class Masking:
     """How a model is pruned while it trains.
 
-    ``masks`` makes the masks for a number of steps, and ``slim`` the file from the trained model and the plan
-    that the masks came to; ``identity`` must be equal for a checkpoint to be resumed.
+    ``network`` makes the network, with inserted batch norms where it is given inputs; ``masks`` its masks for
+    a number of steps, and ``slim`` the file from the trained model and the plan that the masks came to;
+    ``identity`` must be equal for a checkpoint to be resumed.
     """
 
-    network: MaskedNetwork
-    masks: Callable[[int], Masks]
+    network: Callable[[Mapping[str, Any] | None], MaskedNetwork]
+    masks: Callable[[MaskedNetwork, int], Masks]
     slim: Callable[[ir.Model, PruningPlan], ir.Model]
     identity: Mapping[str, Any] = field(default_factory=dict)
 
@@ -125,7 +126,7 @@ def finetune(
     feeds = _feeds(probe, group)
     names = () if teacher is None else _features(model, teacher, request.features)
     rows = next(iter(shapes.values()))[0]
-    network = _trainable(model, request, probe, rows) if masking is None else masking.network
+    network = _trainable(model, request, probe, rows, masking)
     student = _batched(network, names, feeds, rows, group)
     expert = None if teacher is None else _batched(to_torch(teacher), names, feeds, rows, group)
     if expert is not None:
@@ -136,7 +137,9 @@ def finetune(
     for note in notes:
         report(note)
     report(f"learning from {objective.words()}; {data.description}")
-    masks = None if masking is None else masking.masks(total_steps(request.recipe, data))
+    masks = None
+    if masking is not None and isinstance(network, MaskedNetwork):
+        masks = masking.masks(network, total_steps(request.recipe, data))
     run = Run(
         student,
         expert,
@@ -152,8 +155,7 @@ def finetune(
         masks=masks,
     )
     result = train(run, data, progress, report)
-    module = student.module.module if isinstance(student.module, MaskedNetwork) else student.module
-    assert isinstance(module, OnnxModule)
+    module = network.module if isinstance(network, MaskedNetwork) else network
     trained = (fold_batchnorm if request.insert_norms else write_back)(model, module)
     if masking is not None and masks is not None and group.main:
         trained = masking.slim(trained, masks.plan)
@@ -164,8 +166,10 @@ def finetune(
     return FinetuneResult(trained, result, objective.words(), data.description, labelled, error, notes)
 
 
-def _trainable(model: ir.Model, request: FinetuneRequest, probe: Batch, rows: int) -> OnnxModule:
-    module = to_torch(model)
+def _trainable(
+    model: ir.Model, request: FinetuneRequest, probe: Batch, rows: int, masking: Masking | None
+) -> OnnxModule | MaskedNetwork:
+    module = to_torch(model) if masking is None else masking.network(None)
     if not request.insert_norms:
         return module
     if not takes_batches(module, {n: torch.from_numpy(a) for n, a in probe.inputs.items()}, rows):
@@ -173,6 +177,8 @@ def _trainable(model: ir.Model, request: FinetuneRequest, probe: Batch, rows: in
             f"--insert-bn: the file fixes its batch at {rows}, and statistics need more; export it with a "
             "symbolic batch"
         )
+    if masking is not None:
+        return masking.network(probe.inputs)
     return to_torch(insert_batchnorm(model, [probe.inputs]))
 
 

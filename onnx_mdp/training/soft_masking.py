@@ -20,24 +20,24 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_mdp.closed_loop import Candidate, Clock, Loop, Request, close_loop
-from onnx_mdp.errors import MdpError
+from onnx_mdp.closed_loop import Clock, Loop, Request, close_loop
+from onnx_mdp.errors import MdpError, UnsupportedModelError, UsageError
 from onnx_mdp.formulation import formulate, to_ns
 from onnx_mdp.large_models import for_session
 from onnx_mdp.latency import LatencyTable, full_variant, predict_ms, variant_of_plan
 from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.scoring import Importance
-from onnx_mdp.shadow import prepare
 from onnx_mdp.solution_plan import plan_from_solution
 from onnx_mdp.solvers import solve
-from onnx_mdp.structure import Structure, analyze_shadow
+from onnx_mdp.structure import Structure
+from onnx_mdp.training.batchnorm import normalised_layers
 from onnx_mdp.training.distributed import Group
 from onnx_mdp.training.finetuning import FinetuneRequest, FinetuneResult, Masking, finetune
 from onnx_mdp.training.masks import Decision, MaskedNetwork, Masks, Schedule
 from onnx_mdp.verification import Evidence, require, verify
 
-__all__ = ["Budgets", "MaskedResult", "train_with_masks"]
+__all__ = ["Budgets", "MaskedResult", "require_maskable", "train_with_masks"]
 
 Progress = Callable[[str, int, int], None]
 _TINY = 1e-30
@@ -47,15 +47,14 @@ _TINY = 1e-30
 class MaskedResult:
     """What training with masks came to; ``dense`` has the trained weights of all units.
 
-    ``measured`` is the candidate that the closed loop chose, if latency was measured.
+    ``dense`` and ``evidence`` are None in processes that only help.
     """
 
     training: FinetuneResult
     plan: PruningPlan
-    dense: ir.Model
-    evidence: Evidence
     decisions: tuple[Decision, ...]
-    measured: Candidate | None
+    dense: ir.Model | None
+    evidence: Evidence | None
 
 
 class Budgets:
@@ -72,9 +71,13 @@ class Budgets:
         """With ``base_ms``, measured now, the last decision closes the loop; else the table is trusted."""
         self.structure, self.table, self.request = structure, table, request
         self.base_ms, self.progress = base_ms, progress
-        self.measured: Candidate | None = None
         self.full_ms = predict_ms(table, structure, full_variant(structure))
         self.goal_ms = request.goal_ms(base_ms or self.full_ms)
+
+    @property
+    def target(self) -> tuple[float | None, float | None]:
+        """Milliseconds, or a share, as it was asked for."""
+        return self.request.target_ms, self.request.target_ratio
 
     def __call__(
         self, importance: Importance, share: float, before: PruningPlan | None, last: bool
@@ -127,7 +130,6 @@ class Budgets:
         found = close_loop(loop, self.goal_ms, self.base_ms, self.progress)
         if found.best is None:
             raise self._unreachable(found.fastest_ms)
-        self.measured = found.best
         return found.best.plan
 
     def _without(self, importance: Importance, before: PruningPlan) -> tuple[Importance, LatencyTable]:
@@ -154,6 +156,7 @@ class Budgets:
 def train_with_masks(
     structure: Structure,
     teacher: ir.Model | None,
+    shapes: Mapping[str, tuple[int, ...]],
     types: Mapping[str, np.dtype[Any]],
     request: FinetuneRequest,
     schedule: Schedule,
@@ -167,44 +170,71 @@ def train_with_masks(
 ) -> MaskedResult:
     """Prune a model while it trains; ``first`` are the scores of the mode ``one-shot``.
 
+    ``shapes`` and ``types`` are those of the inputs, as `finetuning.finetune` takes them. The result is that
+    of the process that decides; in others it is of no use.
+
     Raises:
+        UnsupportedModelError: the model is quantized or in half precision.
         MdpError: one of those of `finetuning.finetune`, or no structure meets the target.
         VerificationError: the slim model is not the masked one; nothing of it is returned.
     """
-    network = MaskedNetwork(structure, group.device)
+    require_maskable(structure, request.features)
     made: list[Masks] = []
     held: dict[str, Any] = {}
 
-    def masks(steps: int) -> Masks:
+    def network(norms: Mapping[str, Any] | None) -> MaskedNetwork:
+        bare = [n for n in normalised_layers(structure.shadow.model) if len(n.inputs) < 3 or not n.inputs[2]]
+        if norms is not None and bare:
+            layer = bare[0].name or bare[0].outputs[0].name
+            raise UsageError(
+                f"--insert-bn would give {layer} a bias, of which masks know nothing; use --mode one-shot"
+            )
+        return MaskedNetwork(structure, group.device, norms)
+
+    def masks(network: MaskedNetwork, steps: int) -> Masks:
         made.append(Masks(structure, network, schedule, steps, budgets, group, first))
         return made[-1]
 
     def slim(trained: ir.Model, plan: PruningPlan) -> ir.Model:
-        again = analyze_shadow(prepare(trained, structure.shadow.inputs, structure.shadow.states))
-        plan = replace(plan, provenance={**plan.provenance, "model": again.shadow.source})
-        model = rewrite(again, plan)
-        evidence = verify(trained, again, model, plan, feeds=feeds)
+        after = _with_weights(structure, trained)
+        model = rewrite(after, plan)
+        evidence = verify(trained, after, model, plan, feeds=feeds)
         require(evidence)
-        held.update(dense=trained, plan=plan, evidence=evidence)
+        held.update(dense=trained, evidence=evidence)
         return model
 
-    masking = Masking(network, masks, slim, {"masks": str(schedule), "goal": f"{budgets.goal_ms:.6g} ms"})
+    identity = {"masks": str(schedule), "target": str(budgets.target)}
+    masking = Masking(network, masks, slim, identity)
     result = finetune(
-        structure.shadow.model,
-        teacher,
-        structure.shadow.inputs,
-        types,
-        request,
-        group,
-        progress,
-        report,
-        masking,
+        structure.shadow.model, teacher, shapes, types, request, group, progress, report, masking
     )
     return MaskedResult(
-        result,
-        held["plan"],
-        held["dense"],
-        held["evidence"],
-        tuple(made[-1].decisions),
-        budgets.measured,
+        result, made[-1].plan, tuple(made[-1].decisions), held.get("dense"), held.get("evidence")
     )
+
+
+def require_maskable(structure: Structure, features: Sequence[str]) -> None:
+    """Refuse what cannot be trained with masks.
+
+    Raises:
+        UnsupportedModelError: the model is quantized or in half precision.
+        UsageError: inner tensors shall be matched.
+    """
+    if not structure.shadow.plain:
+        raise UnsupportedModelError("training with masks needs a model in float32; use --mode one-shot")
+    if features:
+        raise UsageError(
+            "--features compares tensors before they are masked; leave it out, or use --mode one-shot"
+        )
+
+
+def _with_weights(structure: Structure, trained: ir.Model) -> Structure:
+    """The structure of the same graph with other weights."""
+    shadow = structure.shadow
+    stored = {
+        name: value.const_value.numpy()
+        for name, value in trained.graph.initializers.items()
+        if value.const_value is not None
+    }
+    shadow = replace(shadow, model=trained, constants={**shadow.constants, **stored})
+    return replace(structure, graph=replace(structure.graph, shadow=shadow))
