@@ -15,9 +15,10 @@ import pytest
 from test_precision import in_halves
 from zoo import SMALL_MODELS, SmallModel, analyse, random_plan, small_model, text_model
 
-from onnx_mdp import to_torch, write_back
+from onnx_mdp import model_io, to_torch, write_back
 from onnx_mdp.binding import bind_shapes
 from onnx_mdp.errors import UnsupportedModelError, UsageError
+from onnx_mdp.large_models import save_model
 from onnx_mdp.model_io import content_hash, load_model, model_bytes
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import Runtime, open_session
@@ -249,7 +250,15 @@ def test_a_module_learns_in_bfloat16_under_autocast(tmp_path: Path) -> None:
     assert all(bool(w.grad.any()) and w.grad.dtype == torch.float32 for w in module.weights().values())
 
 
-@pytest.mark.parametrize("name", ["shufflenet_v2_small-torchscript-9", "deit_micro-torchscript-14"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "shufflenet_v2_small-torchscript-9",
+        "deit_micro-torchscript-14",
+        pytest.param("streampetr_micro-torchscript-17", marks=pytest.mark.slow),
+        pytest.param("yolov8n_small-torchscript-12", marks=pytest.mark.slow),
+    ],
+)
 def test_on_another_device_sizes_stay_on_the_cpu_and_nothing_else_does(name: str, tmp_path: Path) -> None:
     """A meta tensor has a shape, no numbers, and refuses to meet tensors of another device."""
     made = next(model for model in SMALL_MODELS if str(model) == name)
@@ -305,6 +314,21 @@ def test_half_precision_is_trained_in_float32_and_stored_as_it_was(half: str) ->
     written = write_back(model, module)
     assert without_values(written) == without_values(model)
     assert content_hash(written) != content_hash(model)
+
+
+def test_a_model_above_the_limit_of_protobuf_comes_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(model_io, "_MOST_BYTES", 10_000)
+    model = load_model(text_model("(float[1,64] x) => (float[1,64] y) <float[64,64] w> { y = MatMul(x, w) }"))
+    save_model(model, tmp_path / "large.onnx")
+    assert len(list(tmp_path.glob("large.onnx.*.data"))) == 1
+    module = to_torch(tmp_path / "large.onnx")
+    with torch.no_grad():
+        module.weights()["w"] += 1
+    save_model(write_back(tmp_path / "large.onnx", module), tmp_path / "trained.onnx")
+    w = load_model(tmp_path / "trained.onnx").graph.initializers["w"].const_value
+    np.testing.assert_array_equal(w.numpy(), module.weights()["w"].detach().numpy())
 
 
 @pytest.mark.slow

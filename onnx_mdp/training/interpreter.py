@@ -80,8 +80,9 @@ class OnnxModule(nn.Module):
             self.register_buffer(key, _tensor(stored.statistics[name]))
         self._tables: dict[str, str] = {}  # constants that move with the module
         self._numbers: dict[str, Tensor] = {}  # constants that stay on the CPU
+        numbers = _read_as_numbers(graph)
         for name, array in stored.constants.items():
-            self._add_constant(name, _tensor(array))
+            self._add_constant(name, _tensor(array), moves=name not in numbers)
         self._placed: dict[tuple[str, torch.device], Tensor] = {}
         initial = set(graph.initializers)
         self.input_names = tuple(str(v.name) for v in graph.inputs if v.name not in initial)
@@ -90,8 +91,8 @@ class OnnxModule(nn.Module):
         made = (name for step in self._program.steps for name in step.outputs)
         self._made = frozenset((*self.input_names, *made)) - {""}
 
-    def _add_constant(self, name: str, tensor: Tensor) -> None:
-        if tensor.is_floating_point() and tensor.numel() > 1:
+    def _add_constant(self, name: str, tensor: Tensor, *, moves: bool) -> None:
+        if moves and tensor.is_floating_point() and tensor.numel() > 1:
             self._tables[name] = f"constant:{_escaped(name)}"
             self.register_buffer(self._tables[name], tensor, persistent=False)
         else:
@@ -220,6 +221,18 @@ def _tensor(array: npt.NDArray[Any]) -> Tensor:
             f"the model stores numbers of the type {array.dtype}, which torch does not compute with: the "
             "model can be pruned but not fine-tuned"
         ) from error
+
+
+def _read_as_numbers(graph: ir.Graph) -> set[str]:
+    """Names of tensors that kernels read as numbers only, such as the scales of a Resize."""
+    found, elsewhere = set[str](), set[str]()
+    for node in graph.all_nodes():
+        kernel = KERNELS.get(operator_key(node))
+        host = kernel.host if kernel else frozenset[int]()
+        for slot, value in enumerate(node.inputs):
+            if value is not None:
+                (found if slot in host else elsewhere).add(str(value.name))
+    return found - elsewhere
 
 
 def _refuse_missing(model: ir.Model) -> None:

@@ -1,7 +1,11 @@
-"""Kernels that pool regions of a map: RoiAlign and MaxRoiPool. Gradients reach the map, not the regions."""
+"""Kernels of regions: what RoiAlign and MaxRoiPool pool from a map, and which boxes NonMaxSuppression keeps.
+
+Gradients reach the map, not the regions.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -94,3 +98,48 @@ def _bins(first: int, last: int, count: int, extent: int) -> list[tuple[int, int
         )
         for k in range(count)
     ]
+
+
+@kernel("NonMaxSuppression", host=(2, 3, 4))
+def _non_max_suppression(
+    call: Call,
+    boxes: Tensor,
+    scores: Tensor,
+    most: Tensor | None = None,
+    overlap: Tensor | None = None,
+    least: Tensor | None = None,
+) -> Tensor:
+    """``int64[kept, 3]``: image, class and box, the best first, without those that overlap a better one."""
+    count = int(most) if most is not None else 0
+    limit = float(overlap) if overlap is not None else 0.0
+    corners, values = _corners(call, boxes.detach().cpu()), scores.detach().cpu()
+    kept: list[tuple[int, int, int]] = []
+    for image, label in itertools.product(range(values.shape[0]), range(values.shape[1])):
+        order = torch.sort(values[image, label], descending=True, stable=True).indices
+        if least is not None:
+            order = order[values[image, label, order] > float(least)]
+        chosen: list[int] = []
+        while len(chosen) < count and order.numel():
+            chosen.append(int(order[0]))
+            order = order[1:][_overlaps(corners[image], chosen[-1], order[1:]) <= limit]
+        kept += [(image, label, box) for box in chosen]
+    return torch.tensor(kept, dtype=torch.int64, device=boxes.device).reshape(-1, 3)
+
+
+def _corners(call: Call, boxes: Tensor) -> Tensor:
+    """``[..., 4]``: the lower and the upper corner of each box."""
+    if call.get("center_point_box", 0):
+        center, half = boxes[..., :2], boxes[..., 2:] / 2
+        return torch.cat([center - half, center + half], -1)
+    first, second = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([torch.minimum(first, second), torch.maximum(first, second)], -1)
+
+
+def _overlaps(corners: Tensor, box: int, others: Tensor) -> Tensor:
+    """Intersection over union of one box with others."""
+    low = torch.maximum(corners[box, :2], corners[others, :2])
+    high = torch.minimum(corners[box, 2:], corners[others, 2:])
+    common = (high - low).clamp(min=0).prod(-1)
+    areas = (corners[..., 2:] - corners[..., :2]).prod(-1)
+    union = areas[box] + areas[others] - common
+    return torch.where(union > 0, common / union, 0)
