@@ -208,6 +208,10 @@ def test_training_moves_the_statistics_and_evaluation_does_not() -> None:
     [
         ("y = Unique(x)", "Unique 'unique_0' has no form in torch here"),
         (
+            "a = Cast<to=12>(x) b = Add(a, a) y = Cast<to=1>(b)",
+            "Add 'add_1' has operands of types (uint32, uint32), which has no form",
+        ),
+        (
             "s = Constant<value=float {0.5}>() z = Constant<value=uint8 {3}>() q = QuantizeLinear(x, s, z) "
             "y = DequantizeLinear(q, s, z)",
             "quantized",
@@ -216,7 +220,7 @@ def test_training_moves_the_statistics_and_evaluation_does_not() -> None:
 )
 def test_a_model_that_torch_cannot_train_is_refused_by_the_operator(text: str, said: str) -> None:
     with pytest.raises(UnsupportedModelError, match=re.escape(said)):
-        to_torch(text_model(f"(float[4] x) => (float[M] y) {{ {text} }}"))
+        to_torch(text_model(f"(float[4] x) => (float[M] y) {{ {text} }}"))(torch.zeros(4))
 
 
 def test_a_module_of_another_model_is_refused() -> None:

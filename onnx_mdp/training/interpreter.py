@@ -167,7 +167,7 @@ class OnnxModule(nn.Module):
             if step.kernel is None:
                 results: Any = self._branch(call, step, values)
             else:
-                results = step.kernel.compute(call, *self._operands(step, step.kernel, values))
+                results = _computed(call, step.kernel, self._operands(step, step.kernel, values))
             if not isinstance(results, (tuple, list)):
                 results = (results,)
             for name, result in zip(step.outputs, results, strict=False):
@@ -206,6 +206,14 @@ class OnnxModule(nn.Module):
         if (name, device) not in self._placed:
             self._placed[name, device] = operand.to(device)
         return self._placed[name, device]
+
+
+def _computed(call: Call, kernel: Kernel, operands: Sequence[Any]) -> Any:
+    try:
+        return kernel.compute(call, *operands)
+    except NotImplementedError as error:  # of torch, for integers without sign and the like
+        kinds = ", ".join(str(x.dtype).removeprefix("torch.") for x in operands if isinstance(x, Tensor))
+        raise call.unsupported(f"operands of types ({kinds})") from error
 
 
 def _escaped(name: str) -> str:
