@@ -48,7 +48,7 @@ _LAYER_SLOTS: Mapping[str, frozenset[int]] = {
     "com.microsoft::FusedMatMul": frozenset({0, 1}),
 }
 _STATISTIC_SLOTS = (3, 4)
-# Operators whose outputs do not follow their inputs smoothly, and operands that name places or exponents.
+# Operators whose outputs do not follow their inputs smoothly, and operands that name places.
 _STEPS = frozenset(
     (
         "And ArgMax ArgMin BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Ceil Equal Floor Greater "
@@ -64,7 +64,6 @@ _PLACE_SLOTS: Mapping[str, frozenset[int]] = {
     "GatherND": frozenset({1}),
     "MaxRoiPool": frozenset({1}),
     "OneHot": frozenset({0, 1, 2}),
-    "Pow": frozenset({1}),
     "ReverseSequence": frozenset({1}),
     "RoiAlign": frozenset({1, 2}),
     "Scatter": frozenset({1}),

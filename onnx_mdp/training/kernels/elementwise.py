@@ -122,11 +122,12 @@ def _mod(call: Call, x: Tensor, y: Tensor) -> Tensor:
     return torch.fmod(x, y) if call.get("fmod", 0) else torch.remainder(x, y)
 
 
-@kernel("Pow")
+@kernel("Pow", host=(1,))
 def _pow(call: Call, x: Tensor, y: Tensor) -> Tensor:
-    if y.numel() == 1 and y.device.type == "cpu" and not y.requires_grad and y.dim() <= x.dim():
+    """A single number as the exponent stays on the CPU: squares and roots have faster forms."""
+    if y.numel() == 1 and y.device.type == "cpu" and y.dim() <= x.dim():
         return torch.pow(x, y.item()).to(x.dtype)
-    return torch.pow(x, y).to(x.dtype)
+    return torch.pow(x, y.to(x.device)).to(x.dtype)
 
 
 @kernel("BitShift")
