@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_mdp.errors import UsageError
-from onnx_mdp.images import image_files, image_input, parse_preprocessing, pixels_of_file
+from onnx_mdp.images import image_files, image_input, parse_preprocessing, pixels_of_array, pixels_of_file
 from onnx_mdp.targets import TARGET_NAMES, folder_targets
 
 __all__ = ["CalibrationData", "array_header", "fitted", "load_data"]
@@ -86,10 +86,11 @@ def load_data(
     """Read at most ``samples`` samples of ``path``, in feeds of ``shapes``; an incomplete batch is dropped.
 
     An ``.npz`` archive holds one array ``[n, ...]`` per model input (of any name if there is one input), with
-    values as the model takes them; arrays that are called as ``TARGET_NAMES`` say are left to training. A
-    folder holds images (.jpg, .jpeg, .png, .bmp, .webp) at any depth, for a model with one float input ``[n,
-    c, h, w]`` or ``[n, h, w, c]`` of 1 or 3 channels; ``preprocess`` then is a name in
-    ``images.PREPROCESSINGS`` or such as ``mean=0.5,0.5,0.5;std=0.5,0.5,0.5[;crop=0.875][;order=rgb]``.
+    values as the model takes them; arrays that are called as ``TARGET_NAMES`` say are left to training. With
+    ``preprocess`` the input is images ``uint8[n, h, w, c]``. A folder holds images (.jpg, .jpeg, .png, .bmp,
+    .webp) at any depth, for a model with one float input ``[n, c, h, w]`` or ``[n, h, w, c]`` of 1 or 3
+    channels; ``preprocess`` then is a name in ``images.PREPROCESSINGS`` or such as
+    ``mean=0.5,0.5,0.5;std=0.5,0.5,0.5[;crop=0.875][;order=rgb]``.
 
     Labels are an array of class numbers, called as ``targets.TARGET_NAMES`` or ``labels`` say; those of
     images are subfolders in order (``labels="folder"``) or lie in a CSV or JSON file.
@@ -105,10 +106,10 @@ def load_data(
         return _load_images(request, preprocess)
     if not path.is_file():
         raise UsageError(f"{path} does not exist; --data takes an .npz file or a folder of images")
-    if preprocess is not None:
-        raise UsageError(f"--preprocess is for a folder of images, but {path} is a file; leave it out")
     try:
         with zipfile.ZipFile(path) as archive:
+            if preprocess is not None:
+                return _load_levels(archive, request, preprocess)
             return _load_npz(archive, request)
     except UsageError:
         raise
@@ -126,6 +127,25 @@ def _load_npz(archive: zipfile.ZipFile, request: _Request) -> CalibrationData:
     arrays = {n: fitted(_rows(archive, members[n], rows), n, request.dtypes[n]) for n in request.shapes}
     source = f"{len(rows)} of {total} samples in {request.path}"
     return CalibrationData(request.feeds(arrays), source, _labels(archive, request, total, rows))
+
+
+def _load_levels(archive: zipfile.ZipFile, request: _Request, preprocess: str) -> CalibrationData:
+    """Images that an archive holds as levels ``uint8[n, h, w, c]``."""
+    target = image_input(request.shapes, request.dtypes)
+    recipe, member = parse_preprocessing(preprocess, target), _members(archive, request)[target.name]
+    with archive.open(member) as stream:
+        shape, _, dtype = array_header(stream)
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3):
+        raise UsageError(
+            f"--preprocess is for images, in a folder or as uint8[n, h, w, c], but {request.path} holds "
+            f"{dtype}{list(shape)}; leave it out if these are the model's inputs"
+        )
+    rows = request.chosen(shape[0])
+    levels = _rows(archive, member, rows)
+    pixels = np.stack([pixels_of_array(image, target, recipe) for image in levels])
+    source = f"{len(rows)} of {shape[0]} images in {request.path}, {preprocess}"
+    feeds = request.feeds({target.name: pixels.astype(request.dtypes[target.name])})
+    return CalibrationData(feeds, source, _labels(archive, request, shape[0], rows))
 
 
 def _labels(

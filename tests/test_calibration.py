@@ -391,8 +391,18 @@ def test_archives_must_be_complete_and_take_no_recipe(tmp_path: Path) -> None:
         load_data(save_npz(tmp_path, a=np.ones((3, 2)), b=np.ones((4, 2))), shapes, dtypes, preprocess=None)
     with pytest.raises(UsageError, match="holds a, but the model takes a, b"):
         load_data(save_npz(tmp_path, a=np.ones((3, 2))), shapes, dtypes, preprocess=None)
-    with pytest.raises(UsageError, match="--preprocess is for a folder of images"):
-        load(EIGHT(tmp_path), (1, 4), "half")
+    with pytest.raises(UsageError, match="--preprocess is for images, in a folder or as uint8"):
+        load(EIGHT(tmp_path), IMAGE, "half")
+
+
+def test_images_of_an_archive_are_those_of_a_folder(tmp_path: Path) -> None:
+    images = RNG.integers(0, 256, (6, 20, 30, 3), np.uint8)
+    for number, image in enumerate(images):
+        save(tmp_path / "files" / f"{number}.png", image)
+    archive = save_npz(tmp_path, pixels=images, labels=np.arange(6))
+    for how in ("imagenet", "bgr"):
+        ours = np.concatenate([feed["x"] for feed in load(archive, IMAGE, how).feeds])
+        assert np.array_equal(ours, pixels(tmp_path / "files", IMAGE, how))
 
 
 def test_labels_follow_the_chosen_rows(tmp_path: Path) -> None:
