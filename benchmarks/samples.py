@@ -1,8 +1,8 @@
 """Labelled images of the development zoo, split into calibration inputs and evaluation samples.
 
-ImageNet: one image per class, the file name begins with the class; calibration takes even classes and
-evaluation odd ones. CIFAR-10: one lossless mosaic of the 10,000 test images; calibration takes 64 of the
-first 1000, evaluation the other 9000.
+ImageNet: one image per class, the file name begins with the class; calibration takes even classes (at most
+500) and evaluation odd ones. CIFAR-10: one lossless mosaic of the 10,000 test images; calibration takes some
+of the first 1000, evaluation the other 9000.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from onnx_mdp.errors import UsageError
 from onnx_mdp.images import PREPROCESSINGS
 from onnx_mdp.runtime import Runtime, open_session
 
-__all__ = ["Samples", "samples_for", "top1"]
+__all__ = ["CALIBRATION", "Samples", "samples_for", "top1"]
 
 Images = npt.NDArray[np.float32]
 
-_CALIBRATION = 64
+CALIBRATION = 64
 _CIFAR_HELD_BACK = 1000
 _SIDE = 224
 _BATCH = 25
@@ -48,8 +48,8 @@ class Samples:
     load: Callable[[slice], Images]
 
 
-def samples_for(name: str, limit: int | None = None) -> Samples:
-    """The samples of a zoo model, at most ``limit`` of them to evaluate on.
+def samples_for(name: str, limit: int | None = None, calibration: int = CALIBRATION) -> Samples:
+    """The samples of a zoo model, at most ``limit`` of them to evaluate on, and inputs to calibrate on.
 
     Raises:
         UsageError: the model has no labelled data, or the zoo is missing.
@@ -57,7 +57,7 @@ def samples_for(name: str, limit: int | None = None) -> Samples:
     if name not in _TASKS:
         raise UsageError(f"{name} has no labelled images here; there are {', '.join(_TASKS)}")
     task, preprocessing = _TASKS[name]
-    return (_imagenet if task == "imagenet" else _cifar)(preprocessing, limit)
+    return (_imagenet if task == "imagenet" else _cifar)(preprocessing, limit, calibration)
 
 
 def top1(model: bytes, samples: Samples, threads: int = 1) -> float:
@@ -87,7 +87,7 @@ def _feeds(images: Images) -> tuple[dict[str, Images], ...]:
     return tuple({"input": image[None]} for image in images)
 
 
-def _imagenet(preprocessing: str, limit: int | None) -> Samples:
+def _imagenet(preprocessing: str, limit: int | None, calibration: int) -> Samples:
     archive = zipfile.ZipFile(zoo_file("data/imagenet1000_256.zip"))
     names = sorted(archive.namelist())
 
@@ -95,7 +95,7 @@ def _imagenet(preprocessing: str, limit: int | None) -> Samples:
         pixels = np.stack([_centre(archive.read(names[number])) for number in classes.tolist()])
         return _normalised(pixels, preprocessing)
 
-    even = 2 * (np.arange(_CALIBRATION) * (len(names) // 2) // _CALIBRATION)
+    even = 2 * (np.arange(calibration) * (len(names) // 2) // calibration)
     odd = np.arange(1, len(names), 2)[:limit]
     return Samples(_feeds(load(even)), even, odd, lambda batch: load(odd[batch]))
 
@@ -107,12 +107,12 @@ def _centre(data: bytes) -> npt.NDArray[np.uint8]:
     return np.asarray(image.crop((left, top, left + _SIDE, top + _SIDE)))
 
 
-def _cifar(preprocessing: str, limit: int | None) -> Samples:
+def _cifar(preprocessing: str, limit: int | None, calibration: int) -> Samples:
     mosaic = np.asarray(Image.open(zoo_file("data/cifar10_test.webp")).convert("RGB"))
     rows, columns = mosaic.shape[0] // 32, mosaic.shape[1] // 32
     tiles = mosaic.reshape(rows, 32, columns, 32, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 32, 32, 3)
     labels = np.load(zoo_file("data/cifar10_test_labels.npy")).astype(np.int64)
-    chosen = np.arange(_CALIBRATION) * _CIFAR_HELD_BACK // _CALIBRATION
+    chosen = np.arange(calibration) * _CIFAR_HELD_BACK // calibration
     pixels = tiles[_CIFAR_HELD_BACK:]
     return Samples(
         _feeds(_normalised(tiles[chosen], preprocessing)),

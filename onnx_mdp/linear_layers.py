@@ -27,6 +27,7 @@ Vector = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 _LINEAR = ("Conv", "Gemm", "MatMul")
+_UNBOUNDED = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,8 @@ class Layer:
     is judged by, in which ``other`` is added to ``own`` unless it is None. ``axis`` is that of the outputs in
     all three, and ``kept`` says which outputs of the original are left. ``bias`` is what is added in the node
     or after it, if anything; ``fixed`` why nothing else can be added to the outputs, or None. A normalisation
-    of something else than one layer is a layer itself, whose weight is its scale.
+    of something else than one layer is a layer itself, whose weight is its scale. ``bounds`` are those that
+    a Relu or Clip, which alone reads the target, holds it to.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Layer:
     bias: ir.Value | None
     normalization: Normalization | None
     fixed: str | None
+    bounds: tuple[float, float] = _UNBOUNDED
 
     @property
     def offset(self) -> Vector:
@@ -227,6 +230,7 @@ def _layer(
         bias=bias,
         normalization=normalization,
         fixed=fixed,
+        bounds=_bounds(target),
     )
 
 
@@ -264,6 +268,25 @@ def _sum(
     if latest.get(other, -1) >= place or shapes.get(str(other.name)) not in alike:
         return own, None
     return total, other
+
+
+def _bounds(value: ir.Value) -> tuple[float, float]:
+    """What a Relu or a Clip holds a value to, if nothing else reads it."""
+    reader = _only_reader(value)
+    if reader is None or reader.op_type not in ("Clip", "Relu"):
+        return _UNBOUNDED
+    if reader.op_type == "Relu":
+        return 0.0, math.inf
+    low, high = (_limit(reader, slot, name) for slot, name in ((1, "min"), (2, "max")))
+    return (-math.inf if low is None else low), (math.inf if high is None else high)
+
+
+def _limit(node: ir.Node, slot: int, name: str) -> float | None:
+    """A limit of a Clip: an attribute before opset 11, an input since."""
+    value = node.inputs[slot] if slot < len(node.inputs) else None
+    if value is not None and _is_stored(value):
+        return float(numbers(value).reshape(-1)[0])
+    return node.attributes[name].as_float() if name in node.attributes else None
 
 
 def _normalization(node: ir.Node, value: ir.Value, kept: Mask) -> Normalization | None:

@@ -60,6 +60,7 @@ def given(output: Path) -> argparse.Namespace:
 
 def test_the_benchmarks_are_scripts() -> None:
     assert SCRIPTS == [
+        "accuracy_after_repair",
         "accuracy_before_finetuning",
         "cifar_accuracy",
         "cold_and_warm",

@@ -18,7 +18,7 @@ from onnx_mdp.changed_weights import mark_weights
 from onnx_mdp.errors import UnsupportedModelError, UsageError
 from onnx_mdp.large_models import for_session, save_model
 from onnx_mdp.layer_samples import inputs_at, outputs_at, store_matrix, weight_matrix
-from onnx_mdp.linear_layers import Layer, linear_layers
+from onnx_mdp.linear_layers import Layer, linear_layers, numbers, store
 from onnx_mdp.model_io import clone, content_hash, load_model
 from onnx_mdp.pipeline import analyze
 from onnx_mdp.plan import PruningPlan, plan_json, removed_classes
@@ -83,7 +83,8 @@ SUMS = """
 SHARED = """
 (float[1,3,6,6] x) => (float[1,4,6,6] y, float[1,4,3,3] z)
 <float[8,3,1,1] w0, float[8] b0, float[8,3,3,3] w1, float[16] s, float[16] h, float[16] m, float[16] var,
- float[8,16,1,1] w2, float[8] b2, float[8,16,3,3] w3, float[4,8,1,1] w4>
+ float[8,16,1,1] w2, float[8] b2, float[8,16,3,3] w3, float[4,8,1,1] w4,
+ float least = {-1}, float most = {2}>
 {
   a0 = Conv (x, w0, b0)
   a1 = Conv <pads: ints = [1,1,1,1]> (x, w1, b0)
@@ -94,11 +95,18 @@ SHARED = """
   b = Relu (b0_)
   y = Conv (b, w4)
   c0 = Conv <pads: ints = [1,1,1,1], strides: ints = [2,2]> (a, w3)
-  c = Relu (c0)
+  c = Clip (c0, least, most)
   z = Conv (c, w4)
 }
 """
 TEXTS = {"net": NET, "plain": PLAIN, "sums": SUMS, "shared": SHARED}
+FREE, POSITIVE = (-np.inf, np.inf), (0.0, np.inf)
+BOUNDS = {
+    "net": {FREE, POSITIVE},
+    "plain": {FREE, POSITIVE},
+    "sums": {FREE, POSITIVE},
+    "shared": {FREE, POSITIVE, (-1.0, 2.0)},
+}
 Feeds = list[dict[str, npt.NDArray[np.float32]]]
 
 
@@ -262,25 +270,25 @@ def demo_plan(share: float) -> tuple[Structure, PruningPlan]:
 
 
 def test_the_commands_mark_what_they_repaired(run: Callable[..., Outcome], tmp_path: Path) -> None:
-    np.savez(tmp_path / "inputs.npz", image=shapes(8, 7)[0])
+    np.savez(tmp_path / "inputs.npz", image=shapes(16, 7)[0])
     structure, plan = demo_plan(0.9)
     Path("slim.plan.json").write_text(plan_json(plan))
     save_model(rewrite(structure, plan), Path("slim.onnx"))
     asked = (str(DEMO), "slim.onnx", "slim.plan.json", "--data", "inputs.npz")
-    repaired = run("repair", *asked, "-o", "better.onnx", "--repair", "bias,lstsq", "--json")
+    repaired = run("repair", *asked, "-o", "better.onnx", "--repair", "bn,lstsq", "--json")
     assert repaired.code == 0, repaired.err
     drifts = repaired.document["output_drifts"]
     assert drifts[2] < drifts[0]
     checked = run("verify", str(DEMO), "better.onnx", "slim.plan.json", "--json")
     assert checked.code == 0
     assert checked.document["verified"]
-    assert checked.document["weights"]["how"] == "repaired: bias, lstsq"
+    assert checked.document["weights"]["how"] == "repaired: bn, lstsq"
     assert 0 < checked.document["weights"]["changed"] <= checked.document["weights"]["total"]
     line = run("verify", str(DEMO), "better.onnx", "slim.plan.json").out
-    assert "repaired: bias, lstsq" in line
+    assert "repaired: bn, lstsq" in line
     assert "which the law does not cover" in line
     assert run("verify", str(DEMO), "slim.onnx", "slim.plan.json", "--json").document["weights"] is None
-    again = run("repair", *asked, "-o", "again.onnx", "--repair", "bias,lstsq")
+    again = run("repair", *asked, "-o", "again.onnx", "--repair", "bn,lstsq")
     assert again.code == 0
     assert Path("again.onnx").read_bytes() == Path("better.onnx").read_bytes()
 
@@ -374,15 +382,18 @@ def test_no_refit_is_worse_on_its_own_layer(text: str) -> None:
     def error(model: ir.Model, layer: Layer) -> float:
         wanted = values(structure.shadow.model, feeds[4:5], [layer.target])[layer.target]
         found = values(model, feeds[4:5], [layer.target])[layer.target]
-        return float(((found - wanted.compress(layer.kept, layer.axis)) ** 2).sum())
+        wanted = wanted.compress(layer.kept, layer.axis)
+        return float(((found.clip(*layer.bounds) - wanted.clip(*layer.bounds)) ** 2).sum())
 
+    assert {layer.bounds for layer in layers} == BOUNDS[text]
     for layer in (layer for layer in layers if layer.name in reports):
         back = clone(repaired.model)
         norm = layer.normalization
         for value in (layer.weight, layer.bias, norm and norm.bias):
-            if value is not None and value.name in slim.graph.initializers:
-                held = slim.graph.initializers[value.name].const_value
-                back.graph.initializers[value.name].const_value = held
+            if value is not None:
+                held = slim.graph.initializers.get(value.name)
+                zero = np.zeros_like(value.const_value.numpy())
+                store(back.graph.initializers[value.name], zero if held is None else numbers(held))
         assert error(repaired.model, layer) < error(back, layer), layer.name
         assert reports[layer.name].after < reports[layer.name].before
     assert reports
