@@ -104,7 +104,7 @@ def _results(name: str, given: argparse.Namespace, folder: Path) -> Iterator[Res
                         group,
                         lambda stage, done, total: None,
                         note,
-                        first=first,
+                        first=lambda: first,
                     )
                 yield Result(
                     model=name,

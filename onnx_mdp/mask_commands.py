@@ -22,6 +22,7 @@ from onnx_mdp.finetune_commands import (
 from onnx_mdp.large_models import for_session
 from onnx_mdp.latency import measure_models
 from onnx_mdp.pipeline import PruneResult, stamp, with_model
+from onnx_mdp.scoring import score
 from onnx_mdp.structure import Structure
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ def prune_in_training(
             group,
             progress,
             screen.note,
+            first=lambda: score(structure, request.criterion, feeds, progress),
             feeds=feeds[:2],
         )
     line, document = training_summary(found.training, training, group)

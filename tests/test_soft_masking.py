@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from command_line import Run, is_refused
-from zoo import analyse, text_model
+from zoo import analyse, random_plan, text_model
 
 from onnx_mdp.closed_loop import Request
 from onnx_mdp.cost_terms import cost_terms
@@ -81,18 +82,22 @@ def net() -> Structure:
 @functools.cache
 def table() -> LatencyTable:
     """A device whose time is the number of multiplications, in blocks of four channels."""
-    structure = net()
-    coefficients = {}
+    structure, areas = net(), {}
     for term in cost_terms(structure):
         operation = structure.shadow.operations[term.operation]
         if operation.op_type in ("Conv", "Gemm"):
-            area = 64 if operation.op_type == "Conv" else 1
             kernel = float(np.prod(structure.shadow.shapes[operation.inputs[1]][2:]))
-            coefficients[term.key] = (0.0, 0.0, 0.0, 1e-6 * STEP * STEP * area * kernel)
+            areas[term.key] = kernel * (64 if operation.op_type == "Conv" else 1)
+    return ideal(structure, areas)
+
+
+def ideal(structure: Structure, areas: Mapping[str, float]) -> LatencyTable:
+    """A table of an exact device; ``areas`` is what each pair of channels takes."""
+    coefficients = {key: (0.0, 0.0, 0.0, 1e-6 * STEP * STEP * area) for key, area in areas.items()}
     choices = {i: unit_choices(structure.dimensions[i], STEP, 16) for i in structure.prunable}
-    ideal = Calibration(1.0, 0.001, 0.0, 0.0, 0.0, 0.0)
+    exact = Calibration(1.0, 0.001, 0.0, 0.0, 0.0, 0.0)
     terms = cost_terms(structure)
-    return LatencyTable({"device": "ideal"}, "table", STEP, terms, coefficients, ideal, choices, 0, 0.0)
+    return LatencyTable({"device": "ideal"}, "table", STEP, terms, coefficients, exact, choices, 0, 0.0)
 
 
 @functools.cache
@@ -131,7 +136,7 @@ def masked(pictures: str, mode: str = "soft", ratio: float = 0.5, **more: Any) -
         ALONE,
         progress,
         lambda line: None,
-        first=magnitudes(),
+        first=magnitudes,
     )
 
 
@@ -152,6 +157,50 @@ def test_the_slim_model_is_the_masked_one_and_within_its_budget(pictures: str, m
     last = result.decisions[-1]
     assert last.step == (0 if mode == "one-shot" else 16) <= run.best_step
     assert last.masked == int((~kept(result.plan)).sum())
+
+
+class Drawn(Budgets):
+    """Decides at random, for the law holds of any plan."""
+
+    calls = 0
+
+    def __call__(
+        self, importance: Importance, share: float, before: PruningPlan | None, last: bool
+    ) -> PruningPlan:
+        """Without labels the first slopes are those of a model at its own minimum."""
+        assert all(np.isfinite(scores).all() for scores in importance.units.values())
+        assert importance.total > 1e-9
+        assert (importance.criterion == "magnitude") == (self.calls == 0)
+        self.calls += 1
+        return random_plan(self.structure, np.random.default_rng(round(1000 * share) + last))
+
+
+@pytest.mark.parametrize("exporter", ["torchscript", pytest.param("dynamo", marks=pytest.mark.slow)])
+def test_a_transformer_is_trained_as_it_is_sliced(
+    exported: Callable[..., Path], tmp_path: Path, exporter: str
+) -> None:
+    model, structure = analyse(exported("deit_micro", exporter, dynamic_batch=exporter == "torchscript"))
+    ((name, shape),) = structure.shadow.inputs.items()
+    images = np.random.default_rng(0).standard_normal((40, *shape[1:])).astype(np.float32)
+    np.savez(tmp_path / "images.npz", **{name: images})
+    request = FinetuneRequest(replace(QUICK, steps=6, batch=4), DataOptions(str(tmp_path / "images.npz")))
+    areas = dict.fromkeys((term.key for term in cost_terms(structure)), 1.0)
+    result = train_with_masks(
+        structure,
+        model,
+        structure.shadow.inputs,
+        {name: np.dtype("float32")},
+        request,
+        Schedule(redecide=1),
+        Drawn(structure, ideal(structure, areas), Request(target_ratio=0.5)),
+        ALONE,
+        lambda *_: None,
+        lambda line: None,
+    )
+    assert result.evidence is not None
+    assert result.evidence.verified
+    assert result.training.error < 1e-5
+    assert len({structure.dimensions[structure.index(d)].kind for d in result.plan.keep}) >= 3
 
 
 def test_inserted_batch_norms_fold_back_into_what_is_sliced(pictures: str) -> None:

@@ -73,12 +73,12 @@ class Masking:
     """How a model is pruned while it trains.
 
     ``network`` makes the network, with inserted batch norms where it is given inputs; ``masks`` its masks for
-    a number of steps, and ``slim`` the file from the trained model and the plan that the masks came to;
-    ``identity`` must be equal for a checkpoint to be resumed.
+    a number of steps, with labels or without; ``slim`` the file from the trained model and the plan that the
+    masks came to. ``identity`` must be equal for a checkpoint to be resumed.
     """
 
     network: Callable[[Mapping[str, Any] | None], MaskedNetwork]
-    masks: Callable[[MaskedNetwork, int], Masks]
+    masks: Callable[[MaskedNetwork, int, bool], Masks]
     slim: Callable[[ir.Model, PruningPlan], ir.Model]
     identity: Mapping[str, Any] = field(default_factory=dict)
 
@@ -139,7 +139,7 @@ def finetune(
     report(f"learning from {objective.words()}; {data.description}")
     masks = None
     if masking is not None and isinstance(network, MaskedNetwork):
-        masks = masking.masks(network, total_steps(request.recipe, data))
+        masks = masking.masks(network, total_steps(request.recipe, data), objective.labelled is not None)
     run = Run(
         student,
         expert,

@@ -22,7 +22,7 @@ from onnx_mdp.structure import Structure
 from onnx_mdp.training.bridge import to_torch
 from onnx_mdp.training.score_losses import SampleLoss, UserLoss, loss_of
 
-__all__ = ["GateGradients"]
+__all__ = ["GateGradients", "held_units"]
 
 Vector = npt.NDArray[np.float64]
 Feed = Mapping[str, npt.NDArray[Any]]
@@ -48,7 +48,7 @@ class GateGradients:
             name: torch.from_numpy(labels.astype(np.int64)).to(self._device)
             for name, labels in self.gated.units.items()
         }
-        self._heads = _heads(structure)
+        self._heads = held_units(structure)
 
     def loss(
         self,
@@ -135,8 +135,8 @@ def _norm(rows: Tensor) -> float:
     return float(rows.square().sum().div(len(rows)).sqrt())
 
 
-def _heads(structure: Structure) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Pairs (head, unit): what is summed to a head."""
+def held_units(structure: Structure) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Pairs (head, unit), ``int64[pairs]`` each: what is summed to a head."""
     graph = structure.graph
     held: dict[int, list[int]] = {}
     for number in np.flatnonzero(graph.head).tolist():

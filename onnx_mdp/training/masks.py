@@ -36,6 +36,7 @@ from onnx_mdp.structure import Structure
 from onnx_mdp.training.batchnorm import insert_batchnorm
 from onnx_mdp.training.bridge import to_torch
 from onnx_mdp.training.distributed import Group
+from onnx_mdp.training.gradients import held_units
 from onnx_mdp.training.interpreter import OnnxModule
 
 __all__ = ["MODES", "Decide", "Decision", "MaskedNetwork", "Masks", "Schedule"]
@@ -180,14 +181,14 @@ class Masks:
         group: Group,
         first: Importance | None = None,
     ) -> None:
-        """Begin with all units; ``first`` are the scores before the first step, for ``one-shot``."""
+        """Begin with all units; ``first`` are the scores of the first decision, where slopes tell nothing."""
         self.structure, self.network, self.schedule, self.steps = structure, network, schedule, steps
         self.decide, self.group, self.first = decide, group, first
         self.plan = PruningPlan(keep={})
         self.decisions: list[Decision] = []
         self._means = torch.zeros_like(network.gates, dtype=torch.float64)
         self._seen = 0
-        self._heads = _heads(structure, network.gates.device)
+        self._heads = tuple(_tensor(part).to(network.gates.device) for part in held_units(structure))
         self._inside = _inside(structure, network.gates.device)
         self._mask(network.gates, step=0)
 
@@ -248,7 +249,7 @@ class Masks:
 
     def _decide(self, step: int) -> None:
         """One process decides, for measurements and time limits differ, and tells the others."""
-        importance = self.first if not self._seen and self.first is not None else self.importance()
+        importance = self.importance() if self.decisions or self.first is None else self.first
         share, last = self.schedule.share(step, self.steps), step == self.settled
         before = self.network.gates.detach()
         gates = torch.zeros_like(before)
@@ -290,18 +291,6 @@ def _plan(values: Mapping[str, Any]) -> PruningPlan:
     """The plan as it was before it went through JSON."""
     keep = {name: tuple(units) for name, units in values["keep"].items()}
     return PruningPlan(**{**values, "keep": keep, "removed_blocks": tuple(values["removed_blocks"])})
-
-
-def _heads(structure: Structure, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pairs (head, unit): a head is the widths that it holds, of its values alone where it has any."""
-    graph = structure.graph
-    pairs = []
-    for head in np.unique(graph.head[graph.head > 0]).tolist():
-        held = np.flatnonzero(graph.head == head).tolist()
-        values = [unit for unit in held if graph.kinds.get(unit) != "qk"]
-        pairs += [(head, unit) for unit in values or held]
-    rows = torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2)
-    return rows[:, 0], rows[:, 1]
 
 
 def _inside(structure: Structure, device: torch.device) -> Tensor:

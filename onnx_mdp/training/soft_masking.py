@@ -27,7 +27,7 @@ from onnx_mdp.large_models import for_session
 from onnx_mdp.latency import LatencyTable, full_variant, predict_ms, variant_of_plan
 from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.rewriting import rewrite
-from onnx_mdp.scoring import Importance
+from onnx_mdp.scoring import Importance, score
 from onnx_mdp.solution_plan import plan_from_solution
 from onnx_mdp.solvers import solve
 from onnx_mdp.structure import Structure
@@ -165,10 +165,13 @@ def train_with_masks(
     progress: Progress,
     report: Callable[[str], None],
     *,
-    first: Importance | None = None,
+    first: Callable[[], Importance] | None = None,
     feeds: Sequence[Mapping[str, npt.NDArray[Any]]] = (),
 ) -> MaskedResult:
-    """Prune a model while it trains; ``first`` are the scores of the mode ``one-shot``.
+    """Prune a model while it trains.
+
+    ``first``, by default magnitudes, ranks for the first decision where slopes tell nothing: in ``one-shot``,
+    and without labels, for a model that is compared with itself has no loss until something is masked.
 
     ``shapes`` and ``types`` are those of the inputs, as `finetuning.finetune` takes them. The result is that
     of the process that decides; in others it is of no use.
@@ -191,8 +194,10 @@ def train_with_masks(
             )
         return MaskedNetwork(structure, group.device, norms)
 
-    def masks(network: MaskedNetwork, steps: int) -> Masks:
-        made.append(Masks(structure, network, schedule, steps, budgets, group, first))
+    def masks(network: MaskedNetwork, steps: int, labelled: bool) -> Masks:
+        blind = schedule.mode == "one-shot" or not labelled
+        begin = (first() if first else score(structure, "magnitude")) if blind and group.main else None
+        made.append(Masks(structure, network, schedule, steps, budgets, group, begin))
         return made[-1]
 
     def slim(trained: ir.Model, plan: PruningPlan) -> ir.Model:
