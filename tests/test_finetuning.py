@@ -203,6 +203,28 @@ def test_half_precision_is_trained_in_float32_and_stored_as_it_was(run: Run, tmp
     assert {array.dtype for array in weights(tmp_path / "o.onnx").values()} == {np.dtype(np.float16)}
 
 
+LOADER = """
+import numpy as np
+
+def batches(request):
+    rng = np.random.default_rng((request.seed, request.epoch, request.split == "val"))
+    for _ in range(4):
+        rows = rng.standard_normal((request.batch, *request.shapes["x"]))
+        yield rows.astype(np.float32), rng.integers(0, 4, request.batch)
+"""
+
+
+def test_a_function_of_the_users_makes_the_batches(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(LOADER)
+    model = small(NORMED, tmp_path / "m.onnx")
+    how = ("finetune", model, "--data", "mine.py:batches", "--batch-size", 8, "-o", "o.onnx", "--json")
+    is_refused(run(*how, "--epochs", 1, "-q"), 2, "does not say how many batches it has; give --steps")
+    found = run(*how, "--steps", 6)
+    assert found.code == 0, found.err
+    assert found.document["metric"] == "top1"
+    assert [entry["epoch"] for entry in found.document["history"]] == [0, 0, 0, 0, 0, 1, 1]
+
+
 def test_features_of_equal_width_are_matched(run: Run, tmp_path: Path) -> None:
     model, teacher = small(NORMED, tmp_path / "m.onnx"), small(NORMED, tmp_path / "t.onnx", seed=1)
     how = ("--data", table(tmp_path), "--steps", 4, "--features", "[cd]", "--teacher", teacher)
