@@ -24,9 +24,9 @@ import onnx_ir as ir
 
 from onnx_mdp.integer_form import without_rounding
 from onnx_mdp.model_io import clone
-from onnx_mdp.precision import in_float32
+from onnx_mdp.precision import in_float32, is_float
 from onnx_mdp.rules import Labels
-from onnx_mdp.shadow import Operation, add_initializer, unique_name
+from onnx_mdp.shadow import Operation, add_initializer, drop_unread, unique_name
 from onnx_mdp.structure import Structure
 
 __all__ = ["GatedModel", "gated_model"]
@@ -63,6 +63,7 @@ def gated_model(structure: Structure) -> GatedModel:
     shadow = structure.shadow
     ranks = {name: len(shape) for name, shape in shadow.shapes.items()}
     model = clone(without_rounding(in_float32(shadow.model), ranks))
+    _unpack(model, structure)
     writer = _Writer(model)
     makers = {str(value.name): node for node in model.graph for value in node.outputs}
     units: dict[str, Labels] = {}
@@ -79,6 +80,17 @@ def gated_model(structure: Structure) -> GatedModel:
         slot = list(joint.inputs).index(block.branch)
         writer.multiply(makers[joint.outputs[0]], slot, gate)
     return GatedModel(model, units, blocks)
+
+
+def _unpack(model: ir.Model, structure: Structure) -> None:
+    """Store weights as what their readers see, where the file stores integers or another type."""
+    constants = structure.shadow.constants
+    made = [value for node in model.graph for value in node.outputs if value.name in structure.shadow.chains]
+    for value in made:
+        array = constants[str(value.name)]
+        kind = np.float32 if is_float(array.dtype) else array.dtype
+        value.replace_all_uses_with(add_initializer(model, f"{value.name}__unpacked", array.astype(kind)))
+    drop_unread(model)
 
 
 def _ends(structure: Structure) -> Iterator[tuple[Operation, int, Labels]]:

@@ -15,6 +15,7 @@ import onnx
 import pytest
 from command_line import Outcome
 from mutations import made_up_table
+from test_quantisation import stored_model
 from test_scoring import FEEDS, edited
 from zoo import analyse
 
@@ -22,8 +23,10 @@ pytest.importorskip("torch")
 import torch
 
 from onnx_mdp import gradient_scores as gradient_module
+from onnx_mdp.computation import Computation
 from onnx_mdp.errors import UsageError
 from onnx_mdp.gradient_scores import GradientOptions, gradient_scores
+from onnx_mdp.integer_form import without_rounding
 from onnx_mdp.scoring import gradient_criterion, score
 from onnx_mdp.structure import Structure
 from onnx_mdp.table_file import table_json
@@ -270,6 +273,22 @@ def test_samples_of_a_batch_are_scored_one_by_one() -> None:
     swapped, _ = engine.of(0, turned, engine.loss("labels", [turned], [labels[0][::-1].copy()]))
     np.testing.assert_allclose(signed, swapped[::-1], rtol=1e-3, atol=1e-5)
     assert np.abs(signed[0] - signed[1]).max() > 1e-3
+
+
+def test_a_quantized_model_has_gradients_of_what_it_computes_in_real_numbers() -> None:
+    _, structure = analyse(stored_model())
+    feeds = feeds_of(structure)
+    importance = score(structure, "taylor", feeds)
+    (units,) = importance.units.values()
+    assert (units > 0).all()
+    engine = GateGradients(structure)
+    signed, _ = engine.of(0, feeds[0], engine.loss(lambda inputs, outputs: outputs["y"].sum(), feeds))
+    plain = Computation(without_rounding(structure.shadow.model, {"t": 4, "q": 4, "u": 4}), ["u"])
+    (seen,) = plain.run(["u"], feeds[0])
+    weight = structure.shadow.constants["c"]
+    wanted = np.einsum("nchw,oc->c", seen, weight[:, :, 0, 0])
+    dimension = structure.dimensions[structure.prunable[0]]
+    np.testing.assert_allclose(signed[0, list(dimension.units)], wanted, rtol=1e-3, atol=1e-3)
 
 
 def save_net(folder: Path) -> tuple[str, ...]:
