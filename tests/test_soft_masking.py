@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.resources import files
@@ -32,7 +35,7 @@ torch = pytest.importorskip("torch")
 from onnx_mdp.training.batches import Share  # noqa: E402
 from onnx_mdp.training.bridge import to_torch  # noqa: E402
 from onnx_mdp.training.data import DataOptions  # noqa: E402
-from onnx_mdp.training.distributed import Group  # noqa: E402
+from onnx_mdp.training.distributed import Group, process_group  # noqa: E402
 from onnx_mdp.training.finetuning import FinetuneRequest, finetune  # noqa: E402
 from onnx_mdp.training.masks import MaskedNetwork, Masks, Schedule  # noqa: E402
 from onnx_mdp.training.recipes import Recipe  # noqa: E402
@@ -391,3 +394,45 @@ def test_one_command_prunes_while_it_trains_to_the_measured_target(run: Run, tmp
         "prune", DEMO, "--target-ratio", 0.6, *how, *masked, "--resume", "-o", "slim.onnx", "--overwrite"
     )
     assert again.code == 0, again.err
+
+
+SHARED = replace(QUICK, optimizer="sgd", lr=0.02)
+
+
+def shared(pictures: str, group: Group) -> MaskedResult:
+    """Batch norms keep their statistics, for each process would see those of its own half."""
+    request = FinetuneRequest(SHARED, DataOptions(pictures, batch=16), frozen_statistics=True)
+    budgets = Budgets(net(), table(), Request(target_ratio=0.5))
+    schedule = Schedule(redecide=3)
+    inputs = net().shadow.inputs
+    return train_with_masks(
+        net(), None, inputs, TYPES, request, schedule, budgets, group, lambda *_: None, lambda line: None
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_prune_what_one_prunes(pictures: str, tmp_path: Path) -> None:
+    alone = shared(pictures, ALONE)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    line = [*torchrun, __file__, pictures, str(tmp_path / "weights.npz")]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = dict(np.load(tmp_path / "weights.npz"))
+    ours = to_torch(alone.training.model).weights()
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        np.testing.assert_allclose(theirs[name], weight.detach().numpy(), rtol=1e-3, atol=1e-4)
+
+
+def main(pictures: str, output: str) -> None:
+    """What each of the two processes runs."""
+    with process_group("cpu") as group:
+        result = shared(pictures, group)
+        if group.main:
+            weights = to_torch(result.training.model).weights()
+            np.savez(output, **{name: weight.detach().numpy() for name, weight in weights.items()})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
