@@ -8,7 +8,8 @@ Plans come from the table alone, without measuring and solving again, so the mea
 predicted one is that of a first shot. ImageNet models are calibrated on 64 images of even classes and
 evaluated on the 500 of odd classes (mostly training images: look at differences); CIFAR models on 64 of the
 first 1000 test images and the other 9000. ``magnitude`` reads only the weights; ``taylor`` and ``hessian``
-take gradients of a random projection of the outputs, with ``--labels`` of the loss of the labels.
+take gradients of a random projection of the outputs, with ``--labels`` of the loss of the labels. As
+``taylor-alone`` and ``hessian-alone`` they are not scaled by measured drift.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from benchmarks.harness import (
@@ -34,12 +36,13 @@ from benchmarks.model_files import model_path
 from benchmarks.plans import solved_plans
 from benchmarks.samples import Samples, samples_for, top1
 from onnx_mdp.closed_loop import tolerance
-from onnx_mdp.gradient_scores import GRADIENT_CRITERIA, GradientOptions
+from onnx_mdp.gradient_scores import GRADIENT_CRITERIA, GradientOptions, gradient_scores
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.pipeline import analyze
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import Runtime
-from onnx_mdp.scoring import Criterion, gradient_criterion
+from onnx_mdp.scoring import Criterion, Feeds, Progress, Scores, gradient_criterion
+from onnx_mdp.structure import Structure
 
 __all__ = ["Result", "main"]
 
@@ -110,10 +113,25 @@ def _results(name: str, given: argparse.Namespace) -> Iterator[Result]:
 
 
 def _criterion(name: str, data: Samples, given: argparse.Namespace) -> str | Criterion:
-    if name not in GRADIENT_CRITERIA:
+    known, _, alone = name.partition("-")
+    if known not in GRADIENT_CRITERIA:
         return name
     labels = tuple(data.calibration_labels[:, None]) if given.labels else None
-    return gradient_criterion(name, GradientOptions(labels=labels, seed=given.seed))
+    options = GradientOptions(labels=labels, seed=given.seed)
+    return _alone(known, options) if alone else gradient_criterion(known, options)
+
+
+def _alone(name: str, options: GradientOptions) -> Criterion:
+    """The means of |s| or s², as they are; a block is worth what its units are."""
+
+    def criterion(structure: Structure, feeds: Feeds, progress: Progress) -> Scores:
+        none = np.zeros(len(structure.blocks))
+        return Scores(
+            gradient_scores(structure, name, feeds, options, lambda means: (means, none), progress)[0]
+        )
+
+    criterion.__name__ = f"{name}-alone"
+    return criterion
 
 
 def _accuracy(model: ir.Model, data: Samples, name: str, what: str, threads: int) -> float:

@@ -59,12 +59,12 @@ def test_gates_of_zero_and_one_are_masks_on_exports(name: str, exported: Exporte
     assert_masked(*analyse(exported(name)), 0, 1, 2)
 
 
-def test_a_unit_that_passes_a_layer_and_one_that_meets_another_have_one_gate(exported: Exported) -> None:
-    for name in ("mobilenet_v2_small", "deit_micro"):
-        _, structure = analyse(exported(name))
-        gated = gated_model(structure)
-        where = [set(np.unique(labels[labels > 0]).tolist()) for labels in gated.units.values()]
-        for dimension in (structure.dimensions[i] for i in structure.prunable):
-            gates = sum(bool(where_ & set(dimension.units)) for where_ in where)
-            if dimension.block is not None and dimension.kind != "heads":
-                assert gates == 1, dimension.name
+@pytest.mark.parametrize("name", ["deit_micro", pytest.param("mobilenet_v2_small", marks=pytest.mark.slow)])
+def test_a_unit_that_passes_a_layer_and_one_that_meets_another_have_one_gate(
+    name: str, exported: Exported
+) -> None:
+    _, structure = analyse(exported(name))
+    where = [set(labels[labels > 0].tolist()) for labels in gated_model(structure).units.values()]
+    for dimension in (structure.dimensions[i] for i in structure.prunable):
+        if dimension.block is not None and dimension.kind != "heads":
+            assert sum(not gate.isdisjoint(dimension.units) for gate in where) == 1, dimension.name
