@@ -34,7 +34,6 @@ _STEPS = 4
 _HELD_OUT = 5  # of so many inputs one
 _ROWS = 8192
 _ROWS_FOR_EACH = 16  # samples for each unknown of an output
-_LEAST_ROWS = 2  # for each unknown: what fewer tell does not hold for other inputs
 _MOST_NUMBERS = 2**27  # of all samples: half a gigabyte
 _MOST_UNKNOWNS = 8192  # of an output: a matrix of half a gigabyte
 _UNCHANGED = 1e-10  # of the variance
@@ -116,8 +115,6 @@ def refit(model: ir.Model, layer: Layer, dense: Walk, slim: Walk) -> LayerRepair
     held = _Problem(found[_HELD_OUT - 1 :: _HELD_OUT] or found[-1:], layer.bounds, shifts)
     known = {id(part) for part in held.parts}
     fitted = _Problem([part for part in found if id(part) not in known], layer.bounds, shifts)
-    if sum(part.x.shape[1] for part in fitted.parts) < _LEAST_ROWS * found[0].x.shape[2]:
-        return LayerRepair("lstsq", layer.name, kept="there are too few samples for its weights")
     before, spread = held.error(), held.spread()
     if before <= _UNCHANGED * spread:
         return LayerRepair("lstsq", layer.name, kept="its outputs did not move")
