@@ -311,9 +311,10 @@ def _added(node: ir.Node, value: ir.Value, axis: int, kept: Mask) -> ir.Value | 
 
 def _along(value: ir.Value, axis: int, kept: Mask) -> bool:
     """Whether a value is stored, nobody else's, and holds a number for each output along an axis."""
-    if not _is_stored(value) or len(list(value.uses())) > 1 or value.is_graph_output():
+    stored = value.const_value if _is_stored(value) else None
+    if stored is None or len(list(value.uses())) > 1 or value.is_graph_output():
         return False
-    sizes = value.const_value.shape.numpy()  # type: ignore[union-attr]
+    sizes = stored.shape.numpy()
     return len(sizes) >= -axis and sizes[axis] == math.prod(sizes) == kept.sum()
 
 

@@ -247,7 +247,8 @@ def _split(part: _Part, options: DataOptions) -> tuple[_Part, _Part]:
     order = np.random.default_rng((options.seed, _SPLIT)).permutation(len(part.numbers))
     aside = max(1, round(options.validation_share * len(order)))
     learn, check = np.sort(order[aside:]), np.sort(order[:aside])
-    return (_Part(part.source, part.targets, n, part.group) for n in (learn, check))  # type: ignore[return-value]
+    source, targets, group = part.source, part.targets, part.group
+    return _Part(source, targets, learn, group), _Part(source, targets, check, group)
 
 
 def _image_target(

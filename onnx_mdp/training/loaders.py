@@ -59,10 +59,10 @@ def load_function(text: str) -> Callable[..., Any]:
         loaded = _from_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
     except Exception as error:  # the module is the user's and may raise anything
         raise UsageError(f"{text}: importing {module} failed: {type(error).__name__}: {error}") from error
-    function = getattr(loaded, name, None)
+    function: Callable[..., Any] | None = getattr(loaded, name, None)
     if not callable(function):
         raise UsageError(f"{text}: {module} has no function {name}")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _from_file(path: Path) -> Any:
@@ -145,12 +145,12 @@ def open_loader(
 
 def _called(function: Callable[..., Any], request: LoaderRequest, described: str) -> Iterable[Any]:
     try:
-        made = function(request)
+        made: Iterable[Any] = function(request)
     except Exception as error:  # the function is the user's and may raise anything
         raise UsageError(f"{described} failed: {type(error).__name__}: {error}") from error
     if not hasattr(made, "__iter__"):
         raise UsageError(f"{described} returned {type(made).__name__}; return an iterable of batches")
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def _checked(batch: Any, data: LoaderData) -> Batch:
