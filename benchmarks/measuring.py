@@ -13,9 +13,10 @@ from onnx_mdp.console import Screen
 from onnx_mdp.latency import LatencyTable, build_table
 from onnx_mdp.lut_store import open_store
 from onnx_mdp.model_io import model_bytes
+from onnx_mdp.placement import open_placed
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.rewriting import rewrite
-from onnx_mdp.runtime import InferenceSession, Runtime, open_session
+from onnx_mdp.runtime import InferenceSession, Runtime
 from onnx_mdp.structure import Structure
 from onnx_mdp.timing import Timing, measure, random_feeds
 
@@ -59,7 +60,7 @@ def measured_ratios(
     for start in range(0, len(plans), _TOGETHER):
         on_group(start, len(plans))
         group = plans[start : start + _TOGETHER]
-        sessions = [open_session(base, runtime), *_opened(structure, group, runtime)]
+        sessions = [open_placed(base, runtime, structure.shadow.inputs), *_opened(structure, group, runtime)]
         feeds = [random_feeds(session, structure.shadow.inputs, seed) for session in sessions]
         timing = measure(sessions, feeds, budget_s=budget_s, seed=seed + start, threads=runtime.threads)
         timings.append(timing)
@@ -73,4 +74,4 @@ def _opened(
 ) -> Iterator[InferenceSession]:
     """Open one after the other, so that only one serialised model exists at a time."""
     for plan in plans:
-        yield open_session(model_bytes(rewrite(structure, plan)), runtime)
+        yield open_placed(model_bytes(rewrite(structure, plan)), runtime, structure.shadow.inputs)

@@ -46,9 +46,17 @@ State = Annotated[
     list[str] | None,
     typer.Option(metavar="IN=OUT", help="An input that is this output one frame later; repeatable."),
 ]
-Provider = Annotated[str, typer.Option("--ep", help="Execution provider: cpu, or a full name.")]
+Provider = Annotated[
+    str, typer.Option("--ep", help="Execution provider: cpu, openvino, cuda, tensorrt …, or a full name.")
+]
 ProviderOption = Annotated[
     list[str] | None, typer.Option("--ep-option", metavar="KEY=VALUE", help="Provider option; repeatable.")
+]
+ProviderLibrary = Annotated[
+    Path | None, typer.Option("--ep-library", metavar="FILE", help="Shared library of a plugin provider.")
+]
+AllowFallback = Annotated[
+    bool, typer.Option("--allow-fallback", help="Accept nodes that the provider leaves to the CPU.")
 ]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of the runtime.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")]
@@ -167,13 +175,21 @@ def store_options(store: Store = None, as_json: AsJson = False, quiet: Quiet = F
 def runtime_options(
     ep: Provider = "cpu",
     ep_option: ProviderOption = None,
+    ep_library: ProviderLibrary = None,
+    allow_fallback: AllowFallback = False,
     threads: Threads = 1,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> "Options":
     """What a model is measured on."""
-    options = tuple(ep_option or ())
-    return replace(output_options(as_json, quiet), provider=ep, provider_options=options, threads=threads)
+    return replace(
+        output_options(as_json, quiet),
+        provider=ep,
+        provider_options=tuple(ep_option or ()),
+        provider_library=ep_library,
+        allow_fallback=allow_fallback,
+        threads=threads,
+    )
 
 
 def measuring_options(
@@ -182,6 +198,8 @@ def measuring_options(
     state: State = None,
     ep: Provider = "cpu",
     ep_option: ProviderOption = None,
+    ep_library: ProviderLibrary = None,
+    allow_fallback: AllowFallback = False,
     threads: Threads = 1,
     seed: Seed = 0,
     store: Store = None,
@@ -190,7 +208,7 @@ def measuring_options(
 ) -> "Options":
     """How a model is read and measured."""
     return replace(
-        runtime_options(ep, ep_option, threads, as_json, quiet),
+        runtime_options(ep, ep_option, ep_library, allow_fallback, threads, as_json, quiet),
         input_shapes=tuple(input_shape or ()),
         batch=batch,
         states=tuple(state or ()),

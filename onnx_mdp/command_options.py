@@ -20,8 +20,10 @@ from onnx_mdp.console import Screen
 from onnx_mdp.errors import UsageError
 from onnx_mdp.formulation import Caps
 from onnx_mdp.gradient_scores import GRADIENT_CRITERIA, LOSSES, GradientOptions
+from onnx_mdp.large_models import for_session
 from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import analyze
+from onnx_mdp.placement import fallback_of
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.problem import SolveLimits
 from onnx_mdp.report import printable
@@ -36,6 +38,7 @@ from onnx_mdp.width_rules import WidthRules
 __all__ = [
     "Options",
     "PlanOptions",
+    "accepted_fallback",
     "calibration",
     "command_line",
     "input_types",
@@ -59,13 +62,21 @@ class Options:
     threads: int = 1
     seed: int = 0
     store: Path | None = None
+    provider_library: Path | None = None
+    allow_fallback: bool = False
 
     def runtime(self) -> Runtime:
         """The runtime that models are measured on."""
         pairs = [option.partition("=") for option in self.provider_options]
         if any(not equals for _, equals, _ in pairs):
             raise UsageError("--ep-option takes KEY=VALUE")
-        return runtime(self.provider, self.threads, [(key, value) for key, _, value in pairs])
+        return runtime(
+            self.provider,
+            self.threads,
+            [(key, value) for key, _, value in pairs],
+            library="" if self.provider_library is None else str(self.provider_library),
+            allow_fallback=self.allow_fallback,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +206,18 @@ def load_structure(path: Path, options: Options) -> tuple[ir.Model, Structure]:
     for key in structure.graph.unsupported:
         options.screen.warn(f"no rule for operator {printable(key)}: what it touches is not pruned")
     return model, structure
+
+
+def accepted_fallback(model: ir.Model, structure: Structure, options: Options) -> dict[str, Any]:
+    """What of the model the CPU computes, if that is accepted: a warning, and keys for the document."""
+    if not options.allow_fallback:
+        return {}
+    found = fallback_of(for_session(model), options.runtime(), structure.shadow.inputs)
+    if found is None:
+        return {"fallback": None}
+    options.screen.warn(f"{printable(str(found))}; accepted")
+    nodes = [list(node) for node in found.nodes]
+    return {"fallback": {"nodes": nodes, "of_nodes": found.total, "share_of_time": found.share}}
 
 
 def with_plan_inputs(options: Options, plan: PruningPlan) -> Options:

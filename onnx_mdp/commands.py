@@ -19,6 +19,7 @@ from onnx_mdp.closed_loop import Request, tolerance
 from onnx_mdp.command_options import (
     Options,
     PlanOptions,
+    accepted_fallback,
     calibration,
     command_line,
     load_structure,
@@ -100,7 +101,8 @@ def run_profile(
     """Measure the latency table of a model, or show the stored one; write it to a file if wanted."""
     if output is not None:
         check_output(output, overwrite=overwrite)
-    _, structure = load_structure(path, options)
+    model, structure = load_structure(path, options)
+    fallback = accepted_fallback(model, structure, options)
     with open_store(options.store) as store, options.screen.progress() as progress:
         table = build_table(
             structure, options.runtime(), store, seed=options.seed, max_choices=choices, progress=progress
@@ -121,6 +123,7 @@ def run_profile(
         f"noise F {calibration.noise:.1%} · {source} in {table.seconds:.1f} s"
     )
     document = profile_document(structure, table) | {"output": None if output is None else str(output)}
+    document |= fallback
     options.screen.result(line if output is None else f"{line} → {output}", document)
     return 0
 
@@ -162,6 +165,7 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
         check_finetuning(model, parse_shapes(options.input_shapes, model), options, wanted.finetune)
         if wanted.masks.masked:
             check_masking(structure, wanted.finetune, wanted.masks)
+    fallback = accepted_fallback(model, structure, options)
     data = calibration(structure, model, wanted.plan, options)
     request = Request(
         target_ms=wanted.target_ms,
@@ -195,7 +199,7 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
     written = _write(result, outputs, wanted)
     if result.plan is not None and not options.screen.as_json:
         options.screen.table(plan_table(structure, result.plan))
-    line, document = _summary(result, written[0]), prune_document(result, written)
+    line, document = _summary(result, written[0]), prune_document(result, written) | fallback
     if not wanted.masks.masked:
         trained = _finetuned(model, result, written, options, wanted)
     if trained is not None:

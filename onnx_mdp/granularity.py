@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_mdp.files import scratch_folder
+from onnx_mdp.placement import open_placed
 from onnx_mdp.runtime import Runtime, open_session
 from onnx_mdp.structure import Dimension
 from onnx_mdp.timing import measure, random_feeds
@@ -44,8 +45,9 @@ def granularity(runtime: Runtime) -> int:
 def _measured(runtime: Runtime) -> int:
     """The largest candidate block whose last channel is nearly free."""
     widths = sorted({96 + offset for block in _CANDIDATES for offset in (1, block)})
-    sessions = [open_session(_convolution(64, w).SerializeToString(), runtime) for w in widths]
-    feeds = [random_feeds(session, {"x": (1, 64, 56, 56)}, 0) for session in sessions]
+    shapes = {"x": (1, 64, 56, 56)}
+    sessions = [open_placed(_convolution(64, w).SerializeToString(), runtime, shapes) for w in widths]
+    feeds = [random_feeds(session, shapes, 0) for session in sessions]
     ms = dict(zip(widths, measure(sessions, feeds, budget_s=4.0, threads=runtime.threads).ms, strict=True))
     flat = [block for block in _CANDIDATES if ms[96 + block] <= 1.03 * ms[97]]
     return max(flat, default=_CANDIDATES[0])

@@ -27,10 +27,11 @@ from onnx_mdp.granularity import granularity, unit_choices
 from onnx_mdp.large_models import LargeModel, for_session
 from onnx_mdp.lut_store import LutStore, Run
 from onnx_mdp.model_io import topology_hash
+from onnx_mdp.placement import open_placed
 from onnx_mdp.plan import PruningPlan, kept_count
 from onnx_mdp.profiling import profile_variant
 from onnx_mdp.rewriting import rewrite
-from onnx_mdp.runtime import Runtime, context, open_session
+from onnx_mdp.runtime import Runtime, context
 from onnx_mdp.structure import Structure
 from onnx_mdp.timing import Timing, measure, random_feeds
 
@@ -224,7 +225,7 @@ def _profile(
     else:
         variant = random_variant(structure, choices, rng)
     model = rewrite(structure, plan_of_variant(structure, variant), split=True)
-    probe = open_session(for_session(model), runtime)
+    probe = open_placed(for_session(model), runtime, structure.shadow.inputs)
     feeds = random_feeds(probe, structure.shadow.inputs, seed)
     first = measure([probe], [feeds], rounds=4, threads=runtime.threads).ms[0]
     runs = 6 if first > 25 else 12 if first > 8 else 24
@@ -342,7 +343,7 @@ def measure_models(
     on_round: Callable[[int, int], None] | None = None,
 ) -> Timing:
     """Interleaved, drift-corrected milliseconds of whole models."""
-    sessions = [open_session(data, runtime) for data in models]
+    sessions = [open_placed(data, runtime, shapes) for data in models]
     feeds = [random_feeds(session, shapes, seed) for session in sessions]
     return measure(sessions, feeds, budget_s=budget_s, seed=seed, threads=runtime.threads, on_round=on_round)
 

@@ -24,7 +24,8 @@ from onnx_mdp.errors import MeasurementError
 from onnx_mdp.files import scratch_folder
 from onnx_mdp.large_models import for_session
 from onnx_mdp.lut_store import Run, Sample
-from onnx_mdp.runtime import Runtime, open_session
+from onnx_mdp.placement import open_placed
+from onnx_mdp.runtime import Runtime
 from onnx_mdp.structure import Structure
 from onnx_mdp.timing import random_feeds, run_times, undisturbed
 
@@ -69,9 +70,10 @@ def profile_variant(
     _tag(structure, model)
     data = for_session(model)
     with scratch_folder() as folder:
-        profiled = open_session(data, runtime, profile_prefix=str(folder / "profile"))
-        plain = open_session(data, runtime)
-        feeds = random_feeds(plain, structure.shadow.inputs, seed)
+        inputs = structure.shadow.inputs
+        profiled = open_placed(data, runtime, inputs, profile_prefix=str(folder / "profile"))
+        plain = open_placed(data, runtime, inputs)
+        feeds = random_feeds(plain, inputs, seed)
         walls: dict[str, list[npt.NDArray[Any]]] = {"profiled": [], "plain": []}
         for _ in range(max(2, -(-runs // (_BLOCK - 1)))):
             walls["profiled"].append(np.stack(run_times(profiled, feeds, _BLOCK)))

@@ -22,10 +22,10 @@ import onnx
 
 from onnx_mdp.errors import MeasurementError, MissingBackendError, UsageError
 from onnx_mdp.large_models import LargeModel
+from onnx_mdp.providers import SHORT_NAMES, add_plugin, missing_provider, plugin_library
 from onnx_mdp.supervision import deadline
 
 __all__ = [
-    "SHORT_NAMES",
     "InferenceSession",
     "NodeArg",
     "Runtime",
@@ -37,25 +37,6 @@ __all__ = [
     "open_session",
     "runtime",
 ]
-
-SHORT_NAMES = {
-    "coreml": "CoreMLExecutionProvider",
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "directml": "DmlExecutionProvider",
-    "migraphx": "MIGraphXExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
-    "qnn": "QNNExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-    "xnnpack": "XnnpackExecutionProvider",
-}
-
-_EXTRAS = {
-    "CPUExecutionProvider": "cpu",
-    "CUDAExecutionProvider": "gpu",
-    "OpenVINOExecutionProvider": "openvino",
-    "TensorrtExecutionProvider": "gpu",
-}
 
 _ERROR_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (?:Fatal error: )?")
 _SOURCE_LOCATION = re.compile(r"\S+\.(?:cc|cpp|cu|cuh|h):\d+\s*")
@@ -94,14 +75,27 @@ class InferenceSession(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """Where models run: a provider by its full name, its options sorted by key, its threads."""
+    """Where models run: a provider by its full name, its options sorted by key, its threads.
+
+    ``library`` is the file of a plugin provider, empty for one that ONNX Runtime contains;
+    ``allow_fallback`` accepts that part of a model runs on the CPU instead.
+    """
 
     provider: str = "CPUExecutionProvider"
     options: tuple[tuple[str, str], ...] = ()
     threads: int = 1
+    library: str = ""
+    allow_fallback: bool = False
 
 
-def runtime(name: str = "cpu", threads: int = 1, options: Sequence[tuple[str, str]] = ()) -> Runtime:
+def runtime(
+    name: str = "cpu",
+    threads: int = 1,
+    options: Sequence[tuple[str, str]] = (),
+    *,
+    library: str = "",
+    allow_fallback: bool = False,
+) -> Runtime:
     """Make a ``Runtime`` from a short name such as ``cpu``, or a full provider name.
 
     >>> runtime("cpu").provider
@@ -118,7 +112,8 @@ def runtime(name: str = "cpu", threads: int = 1, options: Sequence[tuple[str, st
         )
     if threads < 1:
         raise UsageError(f"A model cannot run on {threads} threads: use at least 1.")
-    return Runtime(provider, tuple(sorted((str(key), str(value)) for key, value in options)), threads)
+    pairs = tuple(sorted((str(key), str(value)) for key, value in options))
+    return Runtime(provider, pairs, threads, library, allow_fallback)
 
 
 def has_onnxruntime() -> bool:
@@ -149,28 +144,35 @@ def open_session(
     runtime: Runtime,
     *,
     optimize: bool = True,
+    fallback: bool = True,
     profile_prefix: str | None = None,
     optimized_model_path: Path | None = None,
 ) -> InferenceSession:
     """Open a silent session of `model` (serialised bytes or a file) that runs on `runtime`.
 
-    `optimize=False` disables every graph optimisation; `profile_prefix` switches the profiler on
+    `optimize=False` disables every graph optimisation; `fallback=False` refuses a model of which ONNX
+    Runtime gives a node to the CPU instead; `profile_prefix` switches the profiler on
     and starts its file name; `optimized_model_path` receives the optimised model.
     Raises ``MissingBackendError`` if the provider is absent or does not start, ``MeasurementError``
     if the model cannot be loaded.
     """
     ort = import_onnxruntime()
-    if runtime.provider not in ort.get_available_providers():
-        raise _missing(runtime.provider, "is not part of this ONNX Runtime")
+    library = plugin_library(runtime.provider, runtime.library)
+    if library is None and runtime.provider not in ort.get_available_providers():
+        raise missing_provider(runtime.provider, "is not part of this ONNX Runtime")
     # Providers that fail to start complain through the process-wide logger, not the session's.
     ort.set_default_logger_severity(_FATAL)
     options = _session_options(ort, runtime, optimize, profile_prefix, optimized_model_path)
+    if not fallback:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
         session = _create(ort, model, runtime, options)
+    except MissingBackendError:
+        raise
     except Exception as error:
         reason = one_line(error, model)
         if not _starts(ort, runtime):
-            raise _missing(runtime.provider, f"does not start ({reason.rstrip('.')})") from error
+            raise missing_provider(runtime.provider, f"does not start ({reason.rstrip('.')})") from error
         name = "the model" if isinstance(model, (bytes, LargeModel)) else f"'{Path(model).name}'"
         if _NO_KERNEL.search(reason):
             reason += (
@@ -181,7 +183,8 @@ def open_session(
             reason += " It has no kernels for bfloat16: measure with --ep where there are."
         raise MeasurementError(f"ONNX Runtime cannot load {name} on {runtime.provider}: {reason}") from error
     if runtime.provider not in session.get_providers():
-        raise _missing(runtime.provider, f"did not start and fell back to {session.get_providers()[0]}")
+        fact = f"did not start and fell back to {session.get_providers()[0]}"
+        raise missing_provider(runtime.provider, fact)
     return session
 
 
@@ -193,11 +196,15 @@ def _create(
         values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
         options.add_external_initializers(list(arrays), values)
         model = model.data
+    library = plugin_library(runtime.provider, runtime.library)
+    if library is not None:
+        add_plugin(ort, options, runtime.provider, library, dict(runtime.options))
+    providers = None if library is not None else [(runtime.provider, dict(runtime.options))]
     with deadline(_MOST_SECONDS):
         session: InferenceSession = ort.InferenceSession(
             model if isinstance(model, bytes) else str(model),
             options,
-            providers=[(runtime.provider, dict(runtime.options))],
+            providers=providers,
             # On by default, it prints to stdout and retries on the CPU.
             enable_fallback=0,
         )
@@ -210,10 +217,10 @@ def _starts(ort: Any, runtime: Runtime) -> bool:
     graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "probe", [value], [result])
     probe = onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 17)])
     try:
-        _create(ort, probe.SerializeToString(), runtime, _session_options(ort, runtime, True, None, None))
+        options = _session_options(ort, runtime, True, None, None)
+        return runtime.provider in _create(ort, probe.SerializeToString(), runtime, options).get_providers()
     except Exception:
         return False
-    return True
 
 
 def _session_options(
@@ -235,16 +242,6 @@ def _session_options(
     if optimized_model_path is not None:
         options.optimized_model_filepath = str(optimized_model_path)
     return options
-
-
-def _missing(provider: str, fact: str) -> MissingBackendError:
-    extra = _EXTRAS.get(provider)
-    remedy = (
-        f"install it with `pip install onnx-mdp[{extra}]` and its drivers"
-        if extra
-        else "install the ONNX Runtime build that contains it"
-    )
-    return MissingBackendError(f"{provider} {fact}: {remedy}, or choose another provider.")
 
 
 def one_line(error: BaseException, model: bytes | LargeModel | str | Path = b"") -> str:
