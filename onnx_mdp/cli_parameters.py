@@ -55,6 +55,10 @@ ProviderOption = Annotated[
 ProviderLibrary = Annotated[
     Path | None, typer.Option("--ep-library", metavar="FILE", help="Shared library of a plugin provider.")
 ]
+ProviderPrecision = Annotated[
+    str,
+    typer.Option("--ep-precision", help="What the provider is told to compute in: float32, float16 or int8."),
+]
 AllowFallback = Annotated[
     bool, typer.Option("--allow-fallback", help="Accept nodes that the provider leaves to the CPU.")
 ]
@@ -175,6 +179,7 @@ def store_options(store: Store = None, as_json: AsJson = False, quiet: Quiet = F
 def runtime_options(
     ep: Provider = "cpu",
     ep_option: ProviderOption = None,
+    ep_precision: ProviderPrecision = "float32",
     ep_library: ProviderLibrary = None,
     allow_fallback: AllowFallback = False,
     threads: Threads = 1,
@@ -186,6 +191,7 @@ def runtime_options(
         output_options(as_json, quiet),
         provider=ep,
         provider_options=tuple(ep_option or ()),
+        provider_precision=ep_precision,
         provider_library=ep_library,
         allow_fallback=allow_fallback,
         threads=threads,
@@ -198,6 +204,7 @@ def measuring_options(
     state: State = None,
     ep: Provider = "cpu",
     ep_option: ProviderOption = None,
+    ep_precision: ProviderPrecision = "float32",
     ep_library: ProviderLibrary = None,
     allow_fallback: AllowFallback = False,
     threads: Threads = 1,
@@ -208,7 +215,7 @@ def measuring_options(
 ) -> "Options":
     """How a model is read and measured."""
     return replace(
-        runtime_options(ep, ep_option, ep_library, allow_fallback, threads, as_json, quiet),
+        runtime_options(ep, ep_option, ep_precision, ep_library, allow_fallback, threads, as_json, quiet),
         input_shapes=tuple(input_shape or ()),
         batch=batch,
         states=tuple(state or ()),

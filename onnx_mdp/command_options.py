@@ -64,6 +64,7 @@ class Options:
     store: Path | None = None
     provider_library: Path | None = None
     allow_fallback: bool = False
+    provider_precision: str = "float32"
 
     def runtime(self) -> Runtime:
         """The runtime that models are measured on."""
@@ -76,6 +77,8 @@ class Options:
             [(key, value) for key, _, value in pairs],
             library="" if self.provider_library is None else str(self.provider_library),
             allow_fallback=self.allow_fallback,
+            precision=self.provider_precision,
+            store="" if self.store is None else str(self.store),
         )
 
 

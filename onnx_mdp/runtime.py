@@ -13,15 +13,17 @@ import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import onnx
 
-from onnx_mdp.errors import MeasurementError, MissingBackendError, UsageError
+from onnx_mdp.accelerators import gpu_of
+from onnx_mdp.errors import MdpError, MeasurementError, MissingBackendError, UsageError
 from onnx_mdp.large_models import LargeModel
+from onnx_mdp.provider_options import check_precision, session_provider_options
 from onnx_mdp.providers import SHORT_NAMES, add_plugin, missing_provider, plugin_library
 from onnx_mdp.supervision import deadline
 
@@ -77,15 +79,19 @@ class InferenceSession(Protocol):
 class Runtime:
     """Where models run: a provider by its full name, its options sorted by key, its threads.
 
+    ``precision`` is what the provider is told to compute in, whatever the types of the model;
     ``library`` is the file of a plugin provider, empty for one that ONNX Runtime contains;
-    ``allow_fallback`` accepts that part of a model runs on the CPU instead.
+    ``allow_fallback`` accepts that part of a model runs on the CPU instead; compiled engines are kept
+    beside ``store``, if empty the default one.
     """
 
     provider: str = "CPUExecutionProvider"
     options: tuple[tuple[str, str], ...] = ()
     threads: int = 1
+    precision: str = "float32"
     library: str = ""
     allow_fallback: bool = False
+    store: str = ""
 
 
 def runtime(
@@ -93,16 +99,18 @@ def runtime(
     threads: int = 1,
     options: Sequence[tuple[str, str]] = (),
     *,
+    precision: str = "float32",
     library: str = "",
     allow_fallback: bool = False,
+    store: str = "",
 ) -> Runtime:
     """Make a ``Runtime`` from a short name such as ``cpu``, or a full provider name.
 
     >>> runtime("cpu").provider
     'CPUExecutionProvider'
 
-    Raises ``UsageError`` for an unknown name or fewer than one thread. Whether the provider is
-    installed is found out by ``open_session``.
+    Raises ``UsageError`` for an unknown name, a precision that it has no flag for, or fewer than one
+    thread. Whether the provider is installed is found out by ``open_session``.
     """
     provider = SHORT_NAMES.get(name.lower(), name)
     if not provider.endswith("ExecutionProvider"):
@@ -113,7 +121,8 @@ def runtime(
     if threads < 1:
         raise UsageError(f"A model cannot run on {threads} threads: use at least 1.")
     pairs = tuple(sorted((str(key), str(value)) for key, value in options))
-    return Runtime(provider, pairs, threads, library, allow_fallback)
+    check_precision(provider, precision)
+    return Runtime(provider, pairs, threads, precision, library, allow_fallback, store)
 
 
 def has_onnxruntime() -> bool:
@@ -172,7 +181,7 @@ def open_session(
     except Exception as error:
         reason = one_line(error, model)
         if not _starts(ort, runtime):
-            raise missing_provider(runtime.provider, f"does not start ({reason.rstrip('.')})") from error
+            raise _refused(ort, runtime, f"does not start ({reason.rstrip('.')})") from error
         name = "the model" if isinstance(model, (bytes, LargeModel)) else f"'{Path(model).name}'"
         if _NO_KERNEL.search(reason):
             reason += (
@@ -184,7 +193,7 @@ def open_session(
         raise MeasurementError(f"ONNX Runtime cannot load {name} on {runtime.provider}: {reason}") from error
     if runtime.provider not in session.get_providers():
         fact = f"did not start and fell back to {session.get_providers()[0]}"
-        raise missing_provider(runtime.provider, fact)
+        raise _refused(ort, runtime, fact)
     return session
 
 
@@ -197,9 +206,17 @@ def _create(
         options.add_external_initializers(list(arrays), values)
         model = model.data
     library = plugin_library(runtime.provider, runtime.library)
+    told = session_provider_options(
+        runtime.provider,
+        runtime.options,
+        threads=runtime.threads,
+        precision=runtime.precision,
+        store=runtime.store,
+        model=model if isinstance(model, bytes) else str(model).encode(),
+    )
     if library is not None:
-        add_plugin(ort, options, runtime.provider, library, dict(runtime.options))
-    providers = None if library is not None else [(runtime.provider, dict(runtime.options))]
+        add_plugin(ort, options, runtime.provider, library, told)
+    providers = None if library is not None else [(runtime.provider, told)]
     with deadline(_MOST_SECONDS):
         session: InferenceSession = ort.InferenceSession(
             model if isinstance(model, bytes) else str(model),
@@ -221,6 +238,16 @@ def _starts(ort: Any, runtime: Runtime) -> bool:
         return runtime.provider in _create(ort, probe.SerializeToString(), runtime, options).get_providers()
     except Exception:
         return False
+
+
+def _refused(ort: Any, runtime: Runtime, fact: str) -> MdpError:
+    """Why a provider does not start: the precision alone, or all of it."""
+    if runtime.precision != "float32" and _starts(ort, replace(runtime, precision="float32")):
+        return UsageError(
+            f"{runtime.provider} does not compute in {runtime.precision} on this device: "
+            "leave --ep-precision out."
+        )
+    return missing_provider(runtime.provider, fact)
 
 
 def _session_options(
@@ -270,11 +297,13 @@ def _cpu_model() -> str:
 
 def context(runtime: Runtime) -> dict[str, str | int]:
     """Return everything that a latency depends on besides the model: the key of stored measurements."""
-    return {
-        "device": device_name(),
+    gpu = gpu_of(runtime.provider, runtime.options)
+    found: dict[str, str | int] = {} if gpu is None else {"driver": gpu.driver}
+    return found | {
+        "device": device_name() if gpu is None else gpu.name,
         "options": ",".join(f"{key}={value}" for key, value in runtime.options),
         "ort_version": str(import_onnxruntime().__version__),
-        "precision": "float32",
+        "precision": runtime.precision,
         "provider": runtime.provider,
         "threads": runtime.threads,
     }

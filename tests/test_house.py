@@ -32,6 +32,8 @@ ORDER = (
     "qdq_form",
     "precision",
     "double_precision",
+    "accelerators",
+    "provider_options",
     "providers",
     "runtime",
     "computation",
