@@ -7,7 +7,8 @@ the original.
 Every pruner of benchmarks/cifar_pruners.py is turned until its file, measured beside the original, is as fast
 as asked. Then all are trained alike by `onnx_mdp.training`: labels and the original as teacher, random crops
 and flips, the same seed and number of steps, on 45,000 training images; the weights that are best on the
-other 5,000 are tested on the 10,000 test images. The training images come from ``get_cifar10.py`` of the zoo:
+other 5,000 are tested on the 10,000 test images. All measuring comes before all training, so only the
+first minutes need a quiet machine. The training images come from ``get_cifar10.py`` of the zoo:
 ``python ../shared/zoo/get_cifar10.py cifar10.npz``, then ``--data cifar10.npz``.
 """
 
@@ -18,12 +19,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
 
 from benchmarks.cifar_images import BATCH, PREPROCESSING, Cifar
-from benchmarks.cifar_pruners import SHAPES, Pruner, at_speed, planner, torch_pruning, uniform
+from benchmarks.cifar_pruners import SHAPES, Fast, Pruner, at_speed, planner, torch_pruning, uniform
+from benchmarks.finetuned import finetuned
 from benchmarks.harness import Verdict, arguments, combined, judge, note, print_table, publish, run_main
 from benchmarks.measuring import table_from_nothing
 from benchmarks.model_files import model_path
@@ -34,6 +36,9 @@ from onnx_mdp.pipeline import analyze
 from onnx_mdp.runtime import Runtime
 from onnx_mdp.scoring import Importance, gradient_criterion, score
 from onnx_mdp.structure import Structure
+
+if TYPE_CHECKING:
+    from onnx_mdp.training.finetuning import FinetuneRequest
 
 __all__ = ["Result", "main"]
 
@@ -79,38 +84,30 @@ def _importance(structure: Structure, images: Cifar) -> Importance:
     return score(structure, gradient_criterion("taylor", GradientOptions(labels=labels)), feeds)
 
 
-def _trained(model: bytes, teacher: bytes, images: Cifar, given: argparse.Namespace) -> tuple[bytes, float]:
-    """The model after fine-tuning, and the seconds that it took."""
+def _request(images: Cifar, given: argparse.Namespace) -> FinetuneRequest:
     from onnx_mdp.training.data import DataOptions
-    from onnx_mdp.training.distributed import process_group
-    from onnx_mdp.training.finetuning import FinetuneRequest, finetune
+    from onnx_mdp.training.finetuning import FinetuneRequest
     from onnx_mdp.training.recipes import recipe
 
     options = DataOptions(str(images.archive), preprocess=PREPROCESSING, augment="crop", seed=given.seed)
-    request = FinetuneRequest(recipe("default", {"steps": given.steps, "lr": given.lr}), options)
-    student, expert = (load_model(onnx.load_from_string(data)) for data in (model, teacher))
-    with process_group("auto") as group:
-        found = finetune(
-            student, expert, SHAPES, {"input": np.dtype(np.float32)}, request, group, _silent, note
-        )
-    return model_bytes(found.model), found.run.seconds
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Show no progress but the lines of the run."""
+    return FinetuneRequest(recipe("default", {"steps": given.steps, "lr": given.lr}), options)
 
 
 def _results(name: str, given: argparse.Namespace, images: Cifar) -> Iterator[Result]:
     model = load_model(model_path(name))
     structure, base = analyze(model, {}), model_bytes(model)
+    request = _request(images, given)
     dense, runtime = images.accuracy(base), Runtime(threads=given.threads)
-    pruners = _pruners(name, structure, images, given)
-    for speedup in given.speedups:
-        found: dict[str, Result] = {}
-        for method, pruner in pruners.items():
+    pruned: dict[float, dict[str, Fast]] = {speedup: {} for speedup in given.speedups}
+    for method, pruner in _pruners(name, structure, images, given).items():
+        for speedup in given.speedups:
             note(f"{name}, {method} at {speedup:g} times the speed")
-            fast = at_speed(pruner, base, speedup, runtime, given.seed)
-            trained, seconds = _trained(fast.model, base, images, given)
+            pruned[speedup][method] = at_speed(pruner, base, speedup, runtime, given.seed)
+    for speedup, files in pruned.items():
+        found: dict[str, Result] = {}
+        for method, fast in files.items():
+            note(f"{name}, {method} at {speedup:g} times the speed: {given.steps} steps")
+            trained, seconds = finetuned(fast.model, base, SHAPES, request)
             found[method] = Result(
                 model=name,
                 asked=speedup,

@@ -11,6 +11,7 @@ import io
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +22,13 @@ from onnx_mdp.errors import UsageError
 from onnx_mdp.images import PREPROCESSINGS
 from onnx_mdp.runtime import Runtime, open_session
 
-__all__ = ["CALIBRATION", "Samples", "samples_for", "top1"]
+__all__ = ["CALIBRATION", "Samples", "samples_for", "save_training_images", "top1"]
 
 Images = npt.NDArray[np.float32]
 
 CALIBRATION = 64
 _CIFAR_HELD_BACK = 1000
-_SIDE = 224
+_SIDE, _SHORT_SIDE = 224, 256
 _BATCH = 25
 # What each model was trained with; the zoo's ResNets on CIFAR-10 took ImageNet's mean and std.
 _TASKS = {
@@ -58,6 +59,17 @@ def samples_for(name: str, limit: int | None = None, calibration: int = CALIBRAT
         raise UsageError(f"{name} has no labelled images here; there are {', '.join(_TASKS)}")
     task, preprocessing = _TASKS[name]
     return (_imagenet if task == "imagenet" else _cifar)(preprocessing, limit, calibration)
+
+
+def save_training_images(name: str, path: Path) -> tuple[Path, str]:
+    """Write the ImageNet images of even classes as levels ``uint8[500, 256, 256, 3]``, without labels.
+
+    Returns the file and what to preprocess it with.
+    """
+    archive = zipfile.ZipFile(zoo_file("data/imagenet1000_256.zip"))
+    levels = [_centre(archive.read(member), _SHORT_SIDE) for member in sorted(archive.namelist())[::2]]
+    np.savez(path, input=np.stack(levels))
+    return path, _TASKS[name][1]
 
 
 def top1(model: bytes, samples: Samples, threads: int = 1) -> float:
@@ -100,11 +112,11 @@ def _imagenet(preprocessing: str, limit: int | None, calibration: int) -> Sample
     return Samples(_feeds(load(even)), even, odd, lambda batch: load(odd[batch]))
 
 
-def _centre(data: bytes) -> npt.NDArray[np.uint8]:
+def _centre(data: bytes, side: int = _SIDE) -> npt.NDArray[np.uint8]:
     """The centre of an image whose short side already is 256 pixels."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    left, top = (image.width - _SIDE) // 2, (image.height - _SIDE) // 2
-    return np.asarray(image.crop((left, top, left + _SIDE, top + _SIDE)))
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
 def _cifar(preprocessing: str, limit: int | None, calibration: int) -> Samples:

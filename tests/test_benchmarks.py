@@ -62,6 +62,7 @@ def test_the_benchmarks_are_scripts() -> None:
     assert SCRIPTS == [
         "accuracy_after_repair",
         "accuracy_before_finetuning",
+        "accuracy_by_stage",
         "cifar_accuracy",
         "cold_and_warm",
         "full_size",
