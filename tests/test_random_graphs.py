@@ -151,7 +151,7 @@ def _worker(number: int) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_twenty_thousand_random_graphs() -> None:
     with multiprocessing.get_context("spawn").Pool(WORKERS) as pool:
         seen = sum(map(Counter, pool.map(_worker, range(1, WORKERS + 1))), Counter())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,35 +68,23 @@ class _Arrays:
 
 
 @dataclass(frozen=True, slots=True)
-class _Levels:
-    """Levels ``uint8[n, h, w, c]`` that are preprocessed as files are."""
+class _Pictures:
+    """Images, as files or as levels ``uint8[n, h, w, c]``, and the function that makes an input of one."""
 
-    levels: npt.NDArray[np.uint8]
+    images: Sequence[Path] | npt.NDArray[np.uint8]
+    pixels: Callable[[Any, ImageInput, Preprocessing, Framing | None], Array]
     target: ImageInput
     recipe: Preprocessing
     dtype: np.dtype[Any]
-    size: int
     pictures: bool = True
 
-    def read(self, index: int, framing: Framing | None) -> dict[str, Array]:
-        pixels = pixels_of_array(self.levels[index], self.target, self.recipe, framing)
-        return {self.target.name: pixels.astype(self.dtype)}
-
-
-@dataclass(frozen=True, slots=True)
-class _Files:
-    """Image files."""
-
-    files: Sequence[Path]
-    target: ImageInput
-    recipe: Preprocessing
-    dtype: np.dtype[Any]
-    size: int
-    pictures: bool = True
+    @property
+    def size(self) -> int:
+        return len(self.images)
 
     def read(self, index: int, framing: Framing | None) -> dict[str, Array]:
-        pixels = pixels_of_file(self.files[index], self.target, self.recipe, framing)
-        return {self.target.name: pixels.astype(self.dtype)}
+        made = self.pixels(self.images[index], self.target, self.recipe, framing)
+        return {self.target.name: made.astype(self.dtype)}
 
 
 def open_source(
@@ -122,7 +110,7 @@ def open_source(
     if path.is_dir():
         target = image_input(shapes, dtypes)
         recipe, files = parse_preprocessing(preprocess, target), image_files(path)
-        source = _Files(files, target, recipe, dtypes[target.name], len(files))
+        source = _Pictures(files, pixels_of_file, target, recipe, dtypes[target.name])
         return source, None if labels is None else folder_targets(labels, path, files, classes)
     if not path.is_file():
         raise UsageError(
@@ -168,7 +156,7 @@ def _levels_source(
             f"--preprocess is for images uint8[n, h, w, c], but {path} holds {levels.dtype}"
             f"{list(levels.shape)}; leave it out if these are the model's inputs"
         )
-    return _Levels(levels, target, recipe, dtypes[target.name], len(levels))
+    return _Pictures(levels, pixels_of_array, target, recipe, dtypes[target.name])
 
 
 def _read_archive(path: Path) -> dict[str, Array]:
