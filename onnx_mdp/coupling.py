@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from onnx_mdp.rules import Labelling, Labels, couple, squash, varying
 
@@ -74,12 +72,15 @@ def settle(state: Labelling) -> Coupling:
 
 def _components(state: Labelling) -> Classes:
     """``int32[atoms]``: the class of each atom, numbered by first atom; atom 0 is class 0."""
-    pairs = np.concatenate(state.edges, axis=1) if state.edges else np.zeros((2, 0), np.int32)
-    matrix = coo_matrix((np.ones(pairs.shape[1], np.int8), (pairs[0], pairs[1])), shape=(state.atoms,) * 2)
-    _, labels = connected_components(matrix, directed=False)
-    _, first = np.unique(labels, return_index=True)
-    order = np.argsort(np.argsort(first))
-    return np.asarray(order[labels], np.int32)
+    root = np.arange(state.atoms, dtype=np.int32)
+    ends = np.concatenate([np.zeros((2, 0), np.int32), *state.edges], axis=1)
+    while (ends := ends[:, ends[0] != ends[1]]).size:
+        # The larger root of an edge gets the smallest that it meets, then each atom the root of its root.
+        np.minimum.at(root, ends.max(0), ends.min(0))
+        while (root != root[root]).any():
+            root = root[root]
+        ends = root[ends]
+    return np.asarray(np.unique(root, return_inverse=True)[1], np.int32)
 
 
 def _held(state: Labelling, classes: Classes) -> Classes:

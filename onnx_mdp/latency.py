@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import lsq_linear, nnls
 
 from onnx_mdp.cost_terms import HEADS, SUMMED_HEADS, CostTerm, cost_terms, width
 from onnx_mdp.granularity import granularity, unit_choices
 from onnx_mdp.large_models import LargeModel, for_session
 from onnx_mdp.lut_store import LutStore, Run
 from onnx_mdp.model_io import topology_hash
+from onnx_mdp.nonnegative import nonnegative_least_squares
 from onnx_mdp.placement import open_placed
 from onnx_mdp.plan import PruningPlan, kept_count
 from onnx_mdp.profiling import profile_variant
@@ -280,10 +280,10 @@ def _fit_one(
     span = features.max(0)
     weight = 1.0 / np.maximum(observed, 0.1 * np.median(observed))
     system, target = features / span * weight[:, None], observed * weight
-    solution, _ = nnls(system, target)
+    solution = nonnegative_least_squares(system, target)
     residual = np.abs(system @ solution - target)
     trust = np.sqrt(np.minimum(1.0, (3.0 * np.median(residual) + 1e-4) / np.maximum(residual, 1e-9)))
-    solution, _ = nnls(system * trust[:, None], target * trust)
+    solution = nonnegative_least_squares(system * trust[:, None], target * trust)
     return tuple((solution / span).tolist())
 
 
@@ -388,5 +388,6 @@ def _affine(predicted: npt.NDArray[np.float64], measured: npt.NDArray[np.float64
     not by more than half of the fastest measurement: every plan must cost something.
     """
     system = np.stack([predicted, np.ones_like(predicted)], 1) / measured[:, None]
-    fit = lsq_linear(system, np.ones_like(measured), ([0.0, -0.5 * measured.min()], [np.inf, np.inf]))
-    return float(fit.x[0]), float(fit.x[1])
+    least = -0.5 * float(measured.min())
+    scale, above = nonnegative_least_squares(system, 1.0 - least * system[:, 1]).tolist()
+    return scale, least + above

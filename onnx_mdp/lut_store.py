@@ -20,8 +20,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from onnx_mdp.errors import OutputError
 from onnx_mdp.files import write_files
 from onnx_mdp.lut_records import (
@@ -260,6 +258,8 @@ def _default_path() -> Path:
     chosen = os.environ.get("ONNX_MDP_STORE")
     if chosen:
         return Path(chosen).expanduser()
+    import platformdirs
+
     return Path(platformdirs.user_cache_dir("onnx-mdp")) / "latency.sqlite"
 
 

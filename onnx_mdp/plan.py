@@ -7,16 +7,14 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
 
 from onnx_mdp.errors import UsageError
-from onnx_mdp.json_input import read_document
 from onnx_mdp.structure import Dimension, Structure
 
 __all__ = [
@@ -71,27 +69,6 @@ class PruningPlan:
         return not self.keep and not self.removed_blocks
 
 
-class _Document(BaseModel):
-    """The JSON form; an unknown key is an error, so that a misspelt plan is never half applied."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    schema_version: int
-    keep: dict[str, str]
-    removed_blocks: list[str] = []
-    rescale_attention: bool = False
-    states: dict[str, str] = {}
-    predicted_ms: float | None = None
-    importance_share: float | None = None
-    status: Literal["optimal", "feasible", "infeasible", "manual"] = "manual"
-    bound: float | None = None
-    gap: float | None = None
-    solver: str | None = None
-    seconds: float | None = None
-    fastest_ms: float | None = None
-    provenance: dict[str, Any] = {}
-
-
 def to_ranges(indices: Iterable[int]) -> str:
     """Write ascending indices as ranges.
 
@@ -128,16 +105,14 @@ def from_ranges(text: str, limit: int = _MOST_UNITS) -> tuple[int, ...]:
 
 def plan_json(plan: PruningPlan) -> str:
     """The plan as JSON with sorted keys, ready for review in a diff."""
-    return json.dumps(_document_of(plan), indent=2, sort_keys=True) + "\n"
+    return json.dumps(_document_of(plan), indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
 def _document_of(plan: PruningPlan) -> dict[str, Any]:
     """The plan as a JSON-ready dictionary."""
-    same = {
-        name: getattr(plan, name) for name in _Document.model_fields if name not in ("schema_version", "keep")
-    }
+    same = {f.name: getattr(plan, f.name) for f in fields(plan) if f.name != "keep"}
     ranges = {name: to_ranges(units) for name, units in plan.keep.items()}
-    return _Document(schema_version=_SCHEMA_VERSION, keep=ranges, **same).model_dump()
+    return {"schema_version": _SCHEMA_VERSION, "keep": ranges, **same}
 
 
 def plan_identity(plan: PruningPlan) -> str:
@@ -157,7 +132,9 @@ def load_plan(path: Path) -> PruningPlan:
     Raises:
         UsageError: missing, not a plan, or of a newer schema.
     """
-    document = read_document(path, _Document, "a pruning plan", "`prune` and `solve` write plans")
+    from onnx_mdp.document_forms import PlanForm, read_document
+
+    document = read_document(path, PlanForm, "a pruning plan", "`prune` and `solve` write plans")
     if document.schema_version > _SCHEMA_VERSION:
         raise UsageError(
             f"{path} was written by a newer onnx-mdp (schema {document.schema_version}); upgrade"

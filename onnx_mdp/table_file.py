@@ -5,63 +5,34 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import TYPE_CHECKING, Any
 
 from onnx_mdp.cost_terms import cost_terms
 from onnx_mdp.errors import UsageError
-from onnx_mdp.json_input import read_document
 from onnx_mdp.latency import Calibration, LatencyTable, table_key
 from onnx_mdp.structure import Structure
+
+if TYPE_CHECKING:
+    from onnx_mdp.document_forms import TableForm
 
 __all__ = ["load_table", "table_json"]
 
 _SCHEMA_VERSION = 1
-_MOST_MS = 1e9
-
-Milliseconds = Annotated[float, Field(ge=0, le=_MOST_MS)]
-Share = Annotated[float, Field(ge=0, le=1e6)]
-
-
-class _Calibration(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    scale: Share
-    offset_ms: Annotated[float, Field(ge=-_MOST_MS, le=_MOST_MS)]
-    base_ms: Milliseconds
-    median_error: float
-    worst_error: float
-    noise: float
-
-
-class _Document(BaseModel):
-    """``choices`` are the widths, in units, that the table was made for, by dimension name."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    schema_version: int
-    context: dict[str, str | int]
-    key: str
-    granularity: Annotated[int, Field(ge=1, le=2**16)]
-    coefficients: dict[str, tuple[Milliseconds, Milliseconds, Milliseconds, Milliseconds]]
-    calibration: _Calibration
-    choices: dict[str, list[int]]
 
 
 def table_json(structure: Structure, table: LatencyTable) -> str:
     """The table as JSON with sorted keys."""
     calibration = table.calibration
-    document = _Document(
-        schema_version=_SCHEMA_VERSION,
-        context=dict(table.context),
-        key=table.key,
-        granularity=table.granularity,
-        coefficients={key: (c[0], c[1], c[2], c[3]) for key, c in table.coefficients.items()},
-        calibration=_Calibration(**{name: getattr(calibration, name) for name in Calibration.__slots__}),
-        choices={structure.dimensions[i].name: list(widths) for i, widths in table.choices.items()},
-    )
-    return json.dumps(document.model_dump(), indent=1, sort_keys=True) + "\n"
+    document: dict[str, Any] = {
+        "schema_version": _SCHEMA_VERSION,
+        "context": dict(table.context),
+        "key": table.key,
+        "granularity": table.granularity,
+        "coefficients": {key: list(four) for key, four in table.coefficients.items()},
+        "calibration": {name: getattr(calibration, name) for name in Calibration.__slots__},
+        "choices": {structure.dimensions[i].name: list(widths) for i, widths in table.choices.items()},
+    }
+    return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def load_table(path: Path, structure: Structure) -> LatencyTable:
@@ -70,7 +41,9 @@ def load_table(path: Path, structure: Structure) -> LatencyTable:
     Raises:
         UsageError: missing, not a table, of a newer schema, or of another model or other input shapes.
     """
-    document = read_document(path, _Document, "a latency table", "`onnx-mdp profile -o` writes one")
+    from onnx_mdp.document_forms import TableForm, read_document
+
+    document = read_document(path, TableForm, "a latency table", "`onnx-mdp profile -o` writes one")
     if document.schema_version > _SCHEMA_VERSION:
         raise UsageError(f"{path} was written by a newer onnx-mdp; upgrade")
     if document.key != table_key(structure):
@@ -88,7 +61,7 @@ def load_table(path: Path, structure: Structure) -> LatencyTable:
     )
 
 
-def _choices(path: Path, document: _Document, structure: Structure) -> dict[int, tuple[int, ...]]:
+def _choices(path: Path, document: TableForm, structure: Structure) -> dict[int, tuple[int, ...]]:
     choices = {}
     for index in structure.prunable:
         dimension = structure.dimensions[index]
