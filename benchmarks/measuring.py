@@ -62,7 +62,14 @@ def measured_ratios(
         group = plans[start : start + _TOGETHER]
         sessions = [open_placed(base, runtime, structure.shadow.inputs), *_opened(structure, group, runtime)]
         feeds = [random_feeds(session, structure.shadow.inputs, seed) for session in sessions]
-        timing = measure(sessions, feeds, budget_s=budget_s, seed=seed + start, threads=runtime.threads)
+        timing = measure(
+            sessions,
+            feeds,
+            budget_s=budget_s,
+            seed=seed + start,
+            threads=runtime.threads,
+            on_cpu=runtime.on_cpu,
+        )
         timings.append(timing)
         values += [ms / timing.ms[0] for ms in timing.ms[1:]]
     base_ms = float(np.median([timing.ms[0] for timing in timings]))

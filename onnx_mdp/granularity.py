@@ -2,64 +2,92 @@
 
 Runtimes work on blocks of B channels: latency is a staircase of period B in either width, and a width
 between two steps costs as much as the next step, or far more where it leaves the blocked layout. So only
-multiples of B (and the full width) are offered. B is read from the filter that the runtime itself lays out.
+multiples of B (and the full width) are offered. B is read from the filter that the runtime itself lays out,
+or measured.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_mdp.files import scratch_folder
+from onnx_mdp.lut_store import LutStore
 from onnx_mdp.placement import open_placed
-from onnx_mdp.runtime import Runtime, open_session
+from onnx_mdp.runtime import Runtime, context, open_session
 from onnx_mdp.structure import Dimension
 from onnx_mdp.timing import measure, random_feeds
 
-__all__ = ["granularity", "unit_choices"]
+__all__ = ["granularity", "step_of", "unit_choices"]
 
 _CANDIDATES = (4, 8, 16, 32)
+_START = 96  # a multiple of all candidates
+_FLAT = 1.03  # of two widths within one block; a block of 8 more takes 8 % more
+_VISIBLE = 1.3  # of twice the width: below it, starting the work takes longer than the work
+_SIDES = (56, 112, 224)
+_UNKNOWN = 8
+_RECORD = "granularity"
 
 
-@functools.lru_cache(maxsize=8)
-def granularity(runtime: Runtime) -> int:
-    """The number of channels that the provider computes at a time.
+def granularity(runtime: Runtime, store: LutStore) -> int:
+    """The number of channels that the provider computes at a time, kept in the store by device.
 
-    A provider that shows its layout is read: a convolution with one output channel is saved as the
-    runtime optimised it, and its filter has B rows. Otherwise B is measured.
+    The CPU provider shows its layout: a convolution with one output channel is saved as it was optimised,
+    and its filter has B rows. Of other providers B is measured: the largest block whose last channel is
+    nearly free.
     """
+    where = context(runtime)
+    known = store.get_calibration(where, _RECORD)
+    if known is not None and isinstance(known.get("step"), int) and 1 <= known["step"] <= max(_CANDIDATES):
+        return int(known["step"])
+    found = _read(runtime) if runtime.provider == "CPUExecutionProvider" else None
+    step, record = _measured(runtime) if found is None else (found, {"how": "read from a filter"})
+    store.put_calibration(where, _RECORD, {"step": step, **record})
+    return step
+
+
+def _read(runtime: Runtime) -> int | None:
     with scratch_folder() as folder:
         path = folder / "optimised.onnx"
-        open_session(_convolution(32, 1).SerializeToString(), runtime, optimized_model_path=path)
-        if path.is_file():
-            laid_out = onnx.load(path)
-            rows = [t.dims[0] for t in laid_out.graph.initializer if len(t.dims) == 4]
-            if rows and rows[0] > 1:
-                return int(rows[0])
-    return _measured(runtime)
+        open_session(_convolution(32, 1, 56).SerializeToString(), runtime, optimized_model_path=path)
+        if not path.is_file():
+            return None
+        rows = [t.dims[0] for t in onnx.load(path).graph.initializer if len(t.dims) == 4]
+    return int(rows[0]) if rows and 1 < rows[0] <= max(_CANDIDATES) else None
 
 
-def _measured(runtime: Runtime) -> int:
-    """The largest candidate block whose last channel is nearly free."""
-    widths = sorted({96 + offset for block in _CANDIDATES for offset in (1, block)})
-    shapes = {"x": (1, 64, 56, 56)}
-    sessions = [open_placed(_convolution(64, w).SerializeToString(), runtime, shapes) for w in widths]
-    feeds = [random_feeds(session, shapes, 0) for session in sessions]
-    ms = dict(zip(widths, measure(sessions, feeds, budget_s=4.0, threads=runtime.threads).ms, strict=True))
-    flat = [block for block in _CANDIDATES if ms[96 + block] <= 1.03 * ms[97]]
+def _measured(runtime: Runtime) -> tuple[int, dict[str, Any]]:
+    """The step, and the milliseconds by width that it follows from; larger images until widths matter."""
+    widths = sorted({_START + offset for block in _CANDIDATES for offset in (1, block)} | {2 * _START})
+    for side in _SIDES:
+        shapes = {"x": (1, 64, side, side)}
+        models = [_convolution(64, width, side).SerializeToString() for width in widths]
+        sessions = [open_placed(model, runtime, shapes) for model in models]
+        feeds = [random_feeds(session, shapes, 0) for session in sessions]
+        timing = measure(sessions, feeds, budget_s=4.0, threads=runtime.threads, on_cpu=runtime.on_cpu)
+        ms = dict(zip(widths, timing.ms, strict=True))
+        if ms[2 * _START] >= _VISIBLE * ms[_START + 1]:
+            return step_of(ms), {"how": "measured", "ms": {str(w): t for w, t in ms.items()}}
+    return _UNKNOWN, {"how": "not visible in any measurement"}
+
+
+def step_of(ms: Mapping[int, float]) -> int:
+    """The largest candidate block for which the widths 96 + 1 and 96 + block take the same time."""
+    flat = [block for block in _CANDIDATES if ms[_START + block] <= _FLAT * ms[_START + 1]]
     return max(flat, default=_CANDIDATES[0])
 
 
-def _convolution(inputs: int, outputs: int) -> onnx.ModelProto:
+def _convolution(inputs: int, outputs: int, side: int) -> onnx.ModelProto:
     weight = np.full((outputs, inputs, 3, 3), 0.01, np.float32)
     graph = helper.make_graph(
         [helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])],
         "granularity",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, inputs, 56, 56])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, outputs, 56, 56])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, inputs, side, side])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, outputs, side, side])],
         [numpy_helper.from_array(weight, "w")],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)

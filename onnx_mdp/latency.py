@@ -121,7 +121,7 @@ def build_table(
     """
     started = time.perf_counter()
     where = context(runtime)
-    step = granularity(runtime)
+    step = granularity(runtime, store)
     choices = {i: unit_choices(structure.dimensions[i], step, max_choices) for i in structure.prunable}
     terms = cost_terms(structure)
     key = table_key(structure)
@@ -227,7 +227,7 @@ def _profile(
     model = rewrite(structure, plan_of_variant(structure, variant), split=True)
     probe = open_placed(for_session(model), runtime, structure.shadow.inputs)
     feeds = random_feeds(probe, structure.shadow.inputs, seed)
-    first = measure([probe], [feeds], rounds=4, threads=runtime.threads).ms[0]
+    first = measure([probe], [feeds], rounds=4, threads=runtime.threads, on_cpu=runtime.on_cpu).ms[0]
     runs = 6 if first > 25 else 12 if first > 8 else 24
     return profile_variant(
         structure, terms, model, variant.kept, runtime, variant=number, seed=seed, runs=runs
@@ -345,7 +345,15 @@ def measure_models(
     """Interleaved, drift-corrected milliseconds of whole models."""
     sessions = [open_placed(data, runtime, shapes) for data in models]
     feeds = [random_feeds(session, shapes, seed) for session in sessions]
-    return measure(sessions, feeds, budget_s=budget_s, seed=seed, threads=runtime.threads, on_round=on_round)
+    return measure(
+        sessions,
+        feeds,
+        budget_s=budget_s,
+        seed=seed,
+        threads=runtime.threads,
+        on_cpu=runtime.on_cpu,
+        on_round=on_round,
+    )
 
 
 def _calibrate(

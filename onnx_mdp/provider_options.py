@@ -17,7 +17,14 @@ import platformdirs
 from onnx_mdp.accelerators import gpu_of
 from onnx_mdp.errors import UsageError
 
-__all__ = ["PRECISIONS", "check_precision", "compiles_slowly", "engine_folder", "session_provider_options"]
+__all__ = [
+    "PRECISIONS",
+    "check_precision",
+    "compiles_slowly",
+    "computes_on_cpu",
+    "engine_folder",
+    "session_provider_options",
+]
 
 PRECISIONS = ("float32", "float16", "int8")
 _FLAGS = {
@@ -50,6 +57,12 @@ def check_precision(provider: str, precision: str) -> None:
     )
 
 
+def computes_on_cpu(provider: str, options: tuple[tuple[str, str], ...]) -> bool:
+    """Whether the CPU time of the process tells when another process held the processor."""
+    device = dict(options).get("device_type", "CPU")
+    return provider == "CPUExecutionProvider" or (provider == "OpenVINOExecutionProvider" and device == "CPU")
+
+
 def compiles_slowly(provider: str) -> bool:
     """Whether opening a session takes the provider seconds to minutes."""
     return provider in _ENGINES
@@ -76,7 +89,7 @@ def session_provider_options(
     """All options of a provider for a session of the serialised ``model``; makes folders that they name."""
     told = dict(_FLAGS.get((provider, precision), {}))
     if provider == "OpenVINOExecutionProvider":
-        told["num_of_threads"] = str(threads)
+        told |= {"device_type": "CPU", "num_of_threads": str(threads)}
     if provider in _ENGINES:
         device = engine_folder(provider, options, store)
         if provider == "TensorrtExecutionProvider":

@@ -23,7 +23,7 @@ import onnx
 from onnx_mdp.accelerators import gpu_of
 from onnx_mdp.errors import MdpError, MeasurementError, MissingBackendError, UsageError
 from onnx_mdp.large_models import LargeModel
-from onnx_mdp.provider_options import check_precision, session_provider_options
+from onnx_mdp.provider_options import check_precision, computes_on_cpu, session_provider_options
 from onnx_mdp.providers import SHORT_NAMES, add_plugin, missing_provider, plugin_library
 from onnx_mdp.supervision import deadline
 
@@ -92,6 +92,11 @@ class Runtime:
     library: str = ""
     allow_fallback: bool = False
     store: str = ""
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the processor itself computes, whatever the provider."""
+        return computes_on_cpu(self.provider, self.options)
 
 
 def runtime(

@@ -97,6 +97,7 @@ def measure(
     budget_s: float = 20.0,
     seed: int = 0,
     threads: int,
+    on_cpu: bool | None = None,
     on_round: Callable[[int, int], None] | None = None,
 ) -> Timing:
     """Time all `sessions` interleaved, each on its own feed, and correct the drift.
@@ -104,8 +105,9 @@ def measure(
     Without `rounds`, the budget decides, between the rounds that the models' speed asks for (10 at
     80 ms, 20 at 30 ms, 50 at 8 ms; more than the budget if need be) and 300; while the machine is
     unsteady, F above 1 %, it takes three times as long. `threads` is the number
-    that the sessions run on: the CPU-time filter against preemption needs one thread and the CPU
-    provider, and is off otherwise. `on_round` receives (rounds done, rounds in all). Raises
+    that the sessions run on: the CPU-time filter against preemption needs one thread and a provider
+    that computes `on_cpu` (None: if it is the CPU provider), and is off otherwise. `on_round` receives
+    (rounds done, rounds in all). Raises
     ``UsageError`` for nothing to measure or fewer than 4 rounds, ``MeasurementError`` if a session
     does not run.
     """
@@ -118,7 +120,8 @@ def measure(
     pairs = tuple(zip(sessions, feeds, strict=True))
     first_ms = [_warm_ms(*pair) for pair in pairs]
     repeats = [_repeats(ms) for ms in first_ms]
-    on_cpu = all(session.get_providers() == ["CPUExecutionProvider"] for session in sessions)
+    if on_cpu is None:
+        on_cpu = all(session.get_providers() == ["CPUExecutionProvider"] for session in sessions)
     # Windows counts CPU time in ticks of 15.6 ms, longer than most samples.
     filtering = threads == 1 and on_cpu and os.name != "nt"
     rng = np.random.default_rng(seed)

@@ -13,13 +13,15 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from test_placement import needs
 from zoo import analyse, random_plan, text_model, zoo_structure
 
+from onnx_mdp import granularity as granularity_module
 from onnx_mdp import latency, profiling
 from onnx_mdp.cost_terms import CostTerm, anchors, cost_terms, width
 from onnx_mdp.errors import MeasurementError
 from onnx_mdp.formulation import formulate
-from onnx_mdp.granularity import granularity, unit_choices
+from onnx_mdp.granularity import granularity, step_of, unit_choices
 from onnx_mdp.latency import (
     Calibration,
     LatencyTable,
@@ -38,7 +40,7 @@ from onnx_mdp.model_io import load_model
 from onnx_mdp.problem import Choice, PruningProblem
 from onnx_mdp.profiling import profile_variant
 from onnx_mdp.rewriting import rewrite
-from onnx_mdp.runtime import open_session, runtime
+from onnx_mdp.runtime import context, open_session, runtime
 from onnx_mdp.scoring import score
 from onnx_mdp.solution_plan import plan_from_choice, variant_from_choice
 from onnx_mdp.structure import Dimension, Extent, Structure
@@ -417,7 +419,8 @@ def test_a_table_is_valid_for_other_weights_but_not_for_other_shapes() -> None:
 
 
 def test_granularity_is_that_of_the_saved_layout(tmp_path: Path) -> None:
-    block = granularity(runtime())
+    with open_store(tmp_path / "store.sqlite") as store:
+        block = granularity(runtime(), store)
     assert block in (4, 8, 16, 32)
     text = """
     (float[1,32,56,56] x) => (float[1,OUT,56,56] y) <float[OUT,32,3,3] w>
@@ -432,6 +435,34 @@ def test_granularity_is_that_of_the_saved_layout(tmp_path: Path) -> None:
             pytest.skip("this processor has no blocked layout")
         (rows,) = {t.dims[0] for t in saved.graph.initializer if len(t.dims) == 4}
         assert rows == -(-outputs // block) * block
+
+
+@pytest.mark.parametrize("block", [4, 8, 16, 32])
+def test_the_step_is_the_block_of_a_staircase(block: int) -> None:
+    rng = np.random.default_rng(block)
+    ms = {w: -(-w // block) * block * rng.uniform(0.998, 1.002) for w in (97, 100, 104, 112, 128, 192)}
+    assert step_of(ms) == block
+
+
+def test_a_device_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(granularity_module, "_read", lambda runtime: None)
+    found = iter([(32, {"how": "measured"})])
+    monkeypatch.setattr(granularity_module, "_measured", lambda runtime: next(found))
+    for _ in range(2):
+        with open_store(tmp_path / "store.sqlite") as store:
+            assert granularity(runtime(), store) == 32
+
+
+@pytest.mark.openvino
+def test_the_step_of_openvino_is_measured(tmp_path: Path) -> None:
+    needs("OpenVINOExecutionProvider")
+    with open_store(tmp_path / "store.sqlite") as store:
+        where = runtime("openvino")
+        assert granularity(where, store) in (8, 16, 32)
+        record = store.get_calibration(context(where), "granularity")
+    assert record is not None
+    assert record["how"] == "measured"
+    assert float(record["ms"]["192"]) > float(record["ms"]["97"])
 
 
 def dimension(units: int, channels: int) -> Dimension:

@@ -30,9 +30,9 @@ def told(
 
 
 def test_openvino_is_told_its_threads_and_precision_unless_the_user_says_other_ones() -> None:
-    assert told("openvino") == {"num_of_threads": "3", "precision": "FP32"}
+    assert told("openvino") == {"device_type": "CPU", "num_of_threads": "3", "precision": "FP32"}
     assert told("openvino", "float16")["precision"] == "FP16"
-    own = {"num_of_threads": "2", "precision": "ACCURACY"}
+    own = {"device_type": "GPU", "num_of_threads": "2", "precision": "ACCURACY"}
     assert told("openvino", options=own) == own
 
 
