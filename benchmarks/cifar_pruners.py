@@ -23,7 +23,7 @@ from benchmarks.harness import note
 from benchmarks.model_files import model_path
 from onnx_mdp.errors import UsageError
 from onnx_mdp.formulation import Formulation, to_ns
-from onnx_mdp.latency import LatencyTable, full_variant, measure_models, predict_ms
+from onnx_mdp.latency import LatencyTable, predict_ms
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.rewriting import rewrite
@@ -32,6 +32,7 @@ from onnx_mdp.scoring import Importance, ranking
 from onnx_mdp.solution_plan import plan_from_choice
 from onnx_mdp.solvers import solve
 from onnx_mdp.structure import Structure
+from onnx_mdp.variants import full_variant, measure_models
 
 __all__ = ["SHAPES", "Fast", "Pruner", "at_speed", "planner", "torch_pruning", "uniform"]
 

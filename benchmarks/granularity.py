@@ -21,7 +21,7 @@ from benchmarks.harness import Verdict, arguments, combined, note, print_table, 
 from benchmarks.measuring import table_from_nothing
 from benchmarks.model_files import model_path
 from onnx_mdp.formulation import formulate, to_ns
-from onnx_mdp.latency import LatencyTable, full_variant, predict_ms
+from onnx_mdp.latency import LatencyTable, predict_ms
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.pipeline import analyze
 from onnx_mdp.rewriting import rewrite
@@ -31,6 +31,7 @@ from onnx_mdp.solution_plan import plan_from_choice
 from onnx_mdp.solvers import SolveLimits, solve
 from onnx_mdp.structure import Structure
 from onnx_mdp.timing import random_feeds
+from onnx_mdp.variants import full_variant
 from onnx_mdp.width_rules import WidthRules
 
 __all__ = ["Result", "main", "only"]

@@ -31,19 +31,14 @@ from benchmarks.harness import (
 from benchmarks.measuring import Ratios, measured_ratios, table_from_nothing
 from benchmarks.model_files import model_path
 from onnx_mdp.documents import plan_totals
-from onnx_mdp.latency import (
-    LatencyTable,
-    Variant,
-    full_variant,
-    plan_of_variant,
-    predict_ms,
-)
+from onnx_mdp.latency import LatencyTable, predict_ms
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.pipeline import analyze
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import Runtime
 from onnx_mdp.structure import Structure
+from onnx_mdp.variants import Variant, full_variant, plan_of_variant
 
 __all__ = ["Prediction", "heterogeneous_variant", "main"]
 

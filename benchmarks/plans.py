@@ -11,12 +11,13 @@ import numpy.typing as npt
 
 from onnx_mdp.errors import UsageError
 from onnx_mdp.formulation import formulate, to_ns
-from onnx_mdp.latency import LatencyTable, full_variant, predict_ms
+from onnx_mdp.latency import LatencyTable, predict_ms
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.scoring import Criterion, score
 from onnx_mdp.solution_plan import plan_from_choice
 from onnx_mdp.solvers import solve
 from onnx_mdp.structure import Structure
+from onnx_mdp.variants import full_variant
 
 __all__ = ["Planned", "random_plan", "solved_plans"]
 

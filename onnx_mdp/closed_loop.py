@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from onnx_mdp.formulation import Caps, Formulation, to_ns
 from onnx_mdp.large_models import LargeModel, for_session
-from onnx_mdp.latency import LatencyTable, full_variant, measure_models, predict_ms
+from onnx_mdp.latency import LatencyTable, predict_ms
 from onnx_mdp.plan import PruningPlan, plan_identity
 from onnx_mdp.problem import Solution, SolveLimits
 from onnx_mdp.rewriting import rewrite
@@ -19,6 +19,7 @@ from onnx_mdp.scoring import Criterion, Importance
 from onnx_mdp.solution_plan import plan_from_solution
 from onnx_mdp.solvers import solve
 from onnx_mdp.structure import Structure
+from onnx_mdp.variants import full_variant, measure_models
 from onnx_mdp.width_rules import WidthRules
 
 __all__ = ["MAX_ROUNDS", "Candidate", "Clock", "Found", "Loop", "Request", "best", "close_loop", "tolerance"]

@@ -34,7 +34,7 @@ from onnx_mdp.figures import structure_svg
 from onnx_mdp.files import Content, check_output, write_text
 from onnx_mdp.finetune_commands import FinetuneOptions, Trained, check_finetuning, finetune_model
 from onnx_mdp.large_models import for_session, save_model
-from onnx_mdp.latency import LatencyTable, build_table, full_variant, measure_models, term_ms
+from onnx_mdp.latency import LatencyTable, build_table, term_ms
 from onnx_mdp.lut_store import open_store
 from onnx_mdp.mask_commands import MaskOptions, check_masking, prune_in_training
 from onnx_mdp.model_io import load_model
@@ -46,6 +46,7 @@ from onnx_mdp.report import analysis_table, cost_table, plan_table, printable
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.structure import Structure
 from onnx_mdp.table_file import load_table, table_json
+from onnx_mdp.variants import full_variant, measure_models
 from onnx_mdp.verification import Evidence, verify
 
 __all__ = [

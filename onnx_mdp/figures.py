@@ -21,11 +21,11 @@ from rich.cells import cell_len, set_cell_size
 
 from onnx_mdp.cost_terms import width
 from onnx_mdp.documents import plan_totals
-from onnx_mdp.latency import variant_of_plan
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.report import compact, printable
 from onnx_mdp.shadow import Operation
 from onnx_mdp.structure import Structure, extent
+from onnx_mdp.variants import variant_of_plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

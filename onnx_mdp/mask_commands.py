@@ -20,10 +20,10 @@ from onnx_mdp.finetune_commands import (
     training_summary,
 )
 from onnx_mdp.large_models import for_session
-from onnx_mdp.latency import measure_models
 from onnx_mdp.pipeline import PruneResult, stamp, with_model
 from onnx_mdp.scoring import score
 from onnx_mdp.structure import Structure
+from onnx_mdp.variants import measure_models
 
 if TYPE_CHECKING:
     from onnx_mdp.training.masks import Schedule

@@ -24,7 +24,7 @@ from onnx_mdp.closed_loop import Clock, Loop, Request, close_loop, tolerance
 from onnx_mdp.errors import UnsupportedModelError
 from onnx_mdp.formulation import formulate
 from onnx_mdp.large_models import for_session
-from onnx_mdp.latency import LatencyTable, build_table, measure_models
+from onnx_mdp.latency import LatencyTable, build_table
 from onnx_mdp.lut_store import LutStore
 from onnx_mdp.model_io import parameter_count
 from onnx_mdp.plan import PruningPlan, plan_identity, removed_classes
@@ -35,6 +35,7 @@ from onnx_mdp.shadow import prepare
 from onnx_mdp.states import kept_shapes
 from onnx_mdp.structure import Structure, analyze_shadow, macs
 from onnx_mdp.timing import Timing
+from onnx_mdp.variants import measure_models
 from onnx_mdp.verification import Evidence, require, verify
 
 __all__ = ["PruneResult", "Status", "analyze", "apply_plan", "prune", "stamp", "with_model"]

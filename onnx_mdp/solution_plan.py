@@ -8,11 +8,12 @@ import numpy as np
 
 from onnx_mdp._version import __version__
 from onnx_mdp.formulation import Formulation
-from onnx_mdp.latency import LatencyTable, Variant
+from onnx_mdp.latency import LatencyTable
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.problem import Choice, Solution
 from onnx_mdp.scoring import Importance, ranked_rows, ranking
 from onnx_mdp.structure import Structure
+from onnx_mdp.variants import Variant
 
 __all__ = ["plan_from_choice", "plan_from_solution", "variant_from_choice"]
 

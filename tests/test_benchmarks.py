@@ -25,13 +25,13 @@ from benchmarks.model_files import model_path
 from benchmarks.samples import samples_for, top1
 from onnx_mdp.double_precision import run_in_double
 from onnx_mdp.errors import MeasurementError, UsageError, VerificationError
-from onnx_mdp.latency import plan_of_variant, random_variant
 from onnx_mdp.model_io import load_model, parameter_count
 from onnx_mdp.pipeline import analyze
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import Runtime
 from onnx_mdp.structure import Structure
+from onnx_mdp.variants import plan_of_variant, random_variant
 from tests.zoo import run, text_model, zoo_path
 
 FOLDER = Path(harness.__file__).parent

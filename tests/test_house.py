@@ -130,6 +130,8 @@ ORDER = (
     "cost_terms",
     "profiling",
     "granularity",
+    "variants",
+    "staircases",
     "latency",
     "problem",
     "solvers.buckets",

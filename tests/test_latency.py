@@ -17,24 +17,12 @@ from test_placement import needs
 from zoo import analyse, random_plan, text_model, zoo_structure
 
 from onnx_mdp import granularity as granularity_module
-from onnx_mdp import latency, profiling
+from onnx_mdp import latency, profiling, staircases
 from onnx_mdp.cost_terms import CostTerm, anchors, cost_terms, width
 from onnx_mdp.errors import MeasurementError
 from onnx_mdp.formulation import formulate
 from onnx_mdp.granularity import granularity, step_of, unit_choices
-from onnx_mdp.latency import (
-    Calibration,
-    LatencyTable,
-    Variant,
-    build_table,
-    full_variant,
-    plan_of_variant,
-    predict_ms,
-    random_variant,
-    table_key,
-    term_ms,
-    variant_of_plan,
-)
+from onnx_mdp.latency import Calibration, LatencyTable, build_table, predict_ms, table_key, term_ms
 from onnx_mdp.lut_store import LutStore, Run, Sample, open_store
 from onnx_mdp.model_io import load_model
 from onnx_mdp.problem import Choice, PruningProblem
@@ -43,7 +31,9 @@ from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import context, open_session, runtime
 from onnx_mdp.scoring import score
 from onnx_mdp.solution_plan import plan_from_choice, variant_from_choice
+from onnx_mdp.staircases import affine, fit_runs
 from onnx_mdp.structure import Dimension, Extent, Structure
+from onnx_mdp.variants import Variant, full_variant, plan_of_variant, random_variant, variant_of_plan
 
 # A dimension of one unit, concats inside and outside of a block, a block with inner dimensions and one
 # without, a strided and a depthwise convolution, two pools, a resize and a linear layer.
@@ -163,7 +153,7 @@ def prediction_errors(coefficients: Mapping[str, Sequence[float]], rng: np.rando
 
 
 def test_clean_runs_give_the_coefficients_back() -> None:
-    coefficients = latency._fit(synthetic_runs(np.random.default_rng(0)), STEP)
+    coefficients = fit_runs(synthetic_runs(np.random.default_rng(0)), STEP)
     for key in KEYS[1:5]:
         assert np.allclose(coefficients[key], TRUE[key], atol=1e-6), key
     assert np.abs(prediction_errors(coefficients, np.random.default_rng(1))).max() < 1e-5
@@ -173,14 +163,14 @@ def test_clean_runs_give_the_coefficients_back() -> None:
 def test_noise_drift_and_profiler_inflation_are_removed(seed: int) -> None:
     rng = np.random.default_rng([11, seed])
     runs = synthetic_runs(rng, noise=0.02, drift=0.08, inflation_ms=0.004)
-    errors = prediction_errors(latency._fit(runs, STEP), rng)
+    errors = prediction_errors(fit_runs(runs, STEP), rng)
     assert np.abs(errors).max() < 0.02
 
 
 def test_the_profiler_does_not_count_as_work() -> None:
     small = {key: tuple(0.01 * c for c in coefficients) for key, coefficients in TRUE.items()}
     runs = synthetic_runs(np.random.default_rng(8), inflation_ms=0.004, scale=0.01)
-    found = latency._fit(runs, STEP)
+    found = fit_runs(runs, STEP)
     for key in KEYS[1:5]:
         fitted, true = (true_ms(key, 128, 128, table) for table in (found, small))
         assert fitted == pytest.approx(true, rel=0.03), key
@@ -188,9 +178,9 @@ def test_the_profiler_does_not_count_as_work() -> None:
 
 def test_without_the_drift_correction_the_same_runs_are_worse(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = synthetic_runs(np.random.default_rng(3), noise=0.02, drift=0.15)
-    corrected = prediction_errors(latency._fit(runs, STEP), np.random.default_rng(4)).std()
-    monkeypatch.setattr(latency, "_drift", lambda rows, fits, count: np.ones(count))
-    assert corrected < prediction_errors(latency._fit(runs, STEP), np.random.default_rng(4)).std()
+    corrected = prediction_errors(fit_runs(runs, STEP), np.random.default_rng(4)).std()
+    monkeypatch.setattr(staircases, "_drift", lambda rows, fits, count: np.ones(count))
+    assert corrected < prediction_errors(fit_runs(runs, STEP), np.random.default_rng(4)).std()
 
 
 def test_a_few_preempted_samples_do_little_harm() -> None:
@@ -208,7 +198,7 @@ def test_a_few_preempted_samples_do_little_harm() -> None:
         )
         for run in runs
     ]
-    assert np.abs(prediction_errors(latency._fit(spoilt, STEP), rng)).max() < 0.02
+    assert np.abs(prediction_errors(fit_runs(spoilt, STEP), rng)).max() < 0.02
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -218,7 +208,7 @@ def test_a_table_is_monotone_in_both_widths_whatever_was_measured(seed: int) -> 
         Run(n, 0, 1.0, 1.0, 9, 1.0, tuple(Sample(k, *ab, float(rng.exponential()), 1) for (k, _), ab in w))
         for n, w in enumerate(widths(rng).items() for _ in range(16))
     ]
-    table = table_of(latency._fit(runs, STEP))
+    table = table_of(fit_runs(runs, STEP))
     grid = range(STEP, 257, STEP)
     for key in KEYS[1:5]:
         ms = np.asarray([[term_ms(table, term_of(key), a, b) for b in grid] for a in grid])
@@ -239,9 +229,9 @@ def test_an_operation_never_seen_costs_nothing() -> None:
 def test_the_affine_map_is_exact_on_affine_data_and_leaves_every_plan_a_cost() -> None:
     predicted = np.asarray([1.0, 2.0, 3.0, 5.0, 8.0])
     for offset in (0.2, 0.0, -0.2):
-        assert latency._affine(predicted, 1.3 * predicted + offset) == pytest.approx((1.3, offset), abs=1e-6)
+        assert affine(predicted, 1.3 * predicted + offset) == pytest.approx((1.3, offset), abs=1e-6)
     measured = 1.3 * predicted - 1.2
-    scale, offset = latency._affine(predicted, measured)
+    scale, offset = affine(predicted, measured)
     assert scale > 0
     assert offset >= -0.5 * measured.min()
 

@@ -20,15 +20,7 @@ from onnx_mdp.errors import MissingBackendError, UsageError
 from onnx_mdp.explain import explain
 from onnx_mdp.formulation import Caps, Formulation, formulate, to_ns
 from onnx_mdp.granularity import unit_choices
-from onnx_mdp.latency import (
-    Calibration,
-    LatencyTable,
-    Variant,
-    full_variant,
-    predict_ms,
-    table_key,
-    variant_of_plan,
-)
+from onnx_mdp.latency import Calibration, LatencyTable, predict_ms, table_key
 from onnx_mdp.model_io import load_model
 from onnx_mdp.plan import load_plan
 from onnx_mdp.plan_commands import parse_targets
@@ -38,6 +30,7 @@ from onnx_mdp.solution_plan import plan_from_choice
 from onnx_mdp.solvers import SolveLimits, cheapest, solve
 from onnx_mdp.structure import Structure
 from onnx_mdp.table_file import load_table, table_json
+from onnx_mdp.variants import Variant, full_variant, variant_of_plan
 from onnx_mdp.width_rules import WidthRules
 
 DEMO = Path(__file__).resolve().parents[1] / "onnx_mdp" / "demo_model" / "shapes_resnet.onnx"

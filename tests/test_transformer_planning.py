@@ -17,16 +17,7 @@ from onnx_mdp.cost_terms import HEADS, SUMMED_HEADS, cost_terms, width
 from onnx_mdp.documents import analyze_document, plan_totals
 from onnx_mdp.formulation import Formulation, formulate
 from onnx_mdp.granularity import unit_choices
-from onnx_mdp.latency import (
-    Calibration,
-    LatencyTable,
-    full_variant,
-    plan_of_variant,
-    predict_ms,
-    random_variant,
-    table_key,
-    variant_of_plan,
-)
+from onnx_mdp.latency import Calibration, LatencyTable, predict_ms, table_key
 from onnx_mdp.lut_store import open_store
 from onnx_mdp.model_io import model_bytes, parameter_count
 from onnx_mdp.pipeline import prune
@@ -40,6 +31,7 @@ from onnx_mdp.solution_plan import plan_from_choice, variant_from_choice
 from onnx_mdp.solvers import SolveLimits, solve
 from onnx_mdp.structure import Structure, extent, macs
 from onnx_mdp.timing import Timing
+from onnx_mdp.variants import full_variant, plan_of_variant, random_variant, variant_of_plan
 from onnx_mdp.width_rules import WidthRules, kept_blocks, tied_blocks
 
 NAMES = ("deit_micro", "swin_micro", "pvt_micro", "detr_micro")
