@@ -1,10 +1,11 @@
 """Pruners of a CIFAR ResNet, each a function from a dial between 0 and 1 to an ONNX model, and their speed.
 
-``mdp`` is our plan; ``linear`` and ``greedy`` replace its solver, ``uniform`` keeps the same share of every
-dimension: all of them rank units by the same scores. ``torch_pruning`` is Torch-Pruning 1.6 (DepGraph, group
-Taylor, global ranking) on the torch module with the zoo's weights. It slices what a zero-padded shortcut adds
-wrongly, so there the shortcut is written as a strided 1x1 convolution with the weights of an identity, which
-computes the same. ``pip install torch-pruning`` brings it.
+``mdp`` is our plan, and ``mdp_lstsq`` also what ``--repair lstsq`` makes of its weights; ``linear`` and
+``greedy`` replace its solver, ``uniform`` keeps the same share of every dimension: all of them rank units
+by the same scores. ``torch_pruning`` is Torch-Pruning 1.6 (DepGraph, group Taylor, global ranking) on the
+torch module with the zoo's weights. It slices what a zero-padded shortcut adds wrongly, so there the
+shortcut is written as a strided 1x1 convolution with the weights of an identity, which computes the same.
+``pip install torch-pruning`` brings it.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from onnx_mdp.formulation import Formulation, to_ns
 from onnx_mdp.latency import LatencyTable, predict_ms
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.plan import PruningPlan
+from onnx_mdp.repair import repair
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import Runtime
-from onnx_mdp.scoring import Importance, ranking
+from onnx_mdp.scoring import Feeds, Importance, ranking
 from onnx_mdp.solution_plan import plan_from_choice
 from onnx_mdp.solvers import solve
 from onnx_mdp.structure import Structure
@@ -82,8 +84,9 @@ def planner(
     importance: Importance,
     table: LatencyTable,
     solver: str,
+    refit: Feeds = (),
 ) -> Pruner:
-    """The dial is the budget, as a share of the predicted latency of the original."""
+    """The dial is the budget, as a share of the predicted latency of the original; ``refit`` feeds `lstsq`."""
     whole = predict_ms(table, structure, full_variant(structure))
 
     def pruned(dial: float) -> bytes:
@@ -91,7 +94,8 @@ def planner(
         if found.choice is None:
             raise UsageError(f"no plan reaches {dial:.2f} of the latency; choose a smaller speed-up")
         plan = plan_from_choice(structure, formulation, importance, found.choice)
-        return model_bytes(rewrite(structure, plan))
+        slim = rewrite(structure, plan)
+        return model_bytes(repair(structure, plan, slim, refit, ("lstsq",)).model if refit else slim)
 
     return pruned
 
