@@ -42,8 +42,7 @@ Pruner = Callable[[float], bytes]
 
 SHAPES = {"input": (1, 3, 32, 32)}
 
-_ROUNDS = 8
-_CLOSE = 0.015  # of the speed-up
+_ROUNDS, _CLOSE = 8, 0.015  # the second of the speed-up
 _MEASURE_S = 4.0
 _DEPTHS = {"resnet20": 20, "resnet56": 56}
 
@@ -86,7 +85,7 @@ def planner(
     solver: str,
     refit: Feeds = (),
 ) -> Pruner:
-    """The dial is the budget, as a share of the predicted latency of the original; ``refit`` feeds `lstsq`."""
+    """The dial is the budget, a share of the predicted latency of the original; ``refit`` feeds `lstsq`."""
     whole = predict_ms(table, structure, full_variant(structure))
 
     def pruned(dial: float) -> bytes:
