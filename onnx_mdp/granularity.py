@@ -25,8 +25,8 @@ from onnx_mdp.timing import measure, random_feeds
 __all__ = ["granularity", "step_of", "unit_choices"]
 
 _CANDIDATES = (4, 8, 16, 32)
-_START = 96  # a multiple of all candidates
-_FLAT = 1.03  # of two widths within one block; a block of 8 more takes 8 % more
+# Both ends of blocks of every candidate, c + 1 and c, over a factor of two.
+_WIDTHS = (97, 100, 104, 105, 112, 113, 120, 128, 129, 160, 161, 192)
 _VISIBLE = 1.3  # of twice the width: below it, starting the work takes longer than the work
 _SIDES = (56, 112, 224)
 _UNKNOWN = 8
@@ -37,8 +37,8 @@ def granularity(runtime: Runtime, store: LutStore) -> int:
     """The number of channels that the provider computes at a time, kept in the store by device.
 
     The CPU provider shows its layout: a convolution with one output channel is saved as it was optimised,
-    and its filter has B rows. Of other providers B is measured: the largest block whose last channel is
-    nearly free.
+    and its filter has B rows. Of other providers B is measured: the
+    block whose staircase fits best.
     """
     where = context(runtime)
     known = store.get_calibration(where, _RECORD)
@@ -62,23 +62,28 @@ def _read(runtime: Runtime) -> int | None:
 
 def _measured(runtime: Runtime) -> tuple[int, dict[str, Any]]:
     """The step, and the milliseconds by width that it follows from; larger images until widths matter."""
-    widths = sorted({_START + offset for block in _CANDIDATES for offset in (1, block)} | {2 * _START})
     for side in _SIDES:
         shapes = {"x": (1, 64, side, side)}
-        models = [_convolution(64, width, side).SerializeToString() for width in widths]
+        models = [_convolution(64, width, side).SerializeToString() for width in _WIDTHS]
         sessions = [open_placed(model, runtime, shapes) for model in models]
         feeds = [random_feeds(session, shapes, 0) for session in sessions]
         timing = measure(sessions, feeds, budget_s=4.0, threads=runtime.threads, on_cpu=runtime.on_cpu)
-        ms = dict(zip(widths, timing.ms, strict=True))
-        if ms[2 * _START] >= _VISIBLE * ms[_START + 1]:
+        ms = dict(zip(_WIDTHS, timing.ms, strict=True))
+        if ms[_WIDTHS[-1]] >= _VISIBLE * ms[_WIDTHS[0]]:
             return step_of(ms), {"how": "measured", "ms": {str(w): t for w, t in ms.items()}}
     return _UNKNOWN, {"how": "not visible in any measurement"}
 
 
 def step_of(ms: Mapping[int, float]) -> int:
-    """The largest candidate block for which the widths 96 + 1 and 96 + block take the same time."""
-    flat = [block for block in _CANDIDATES if ms[_START + block] <= _FLAT * ms[_START + 1]]
-    return max(flat, default=_CANDIDATES[0])
+    """The candidate block B whose staircase ``t = c0 + c1·⌈w/B⌉`` leaves the least relative error."""
+    took = np.asarray(list(ms.values()))
+
+    def error(block: int) -> float:
+        stairs = np.stack([np.ones(len(took)), np.ceil(np.asarray(list(ms)) / block)], 1) / took[:, None]
+        found = np.linalg.lstsq(stairs, np.ones(len(took)), rcond=None)[0]
+        return float(np.abs(stairs @ found - 1.0).sum())
+
+    return min(_CANDIDATES, key=error)
 
 
 def _convolution(inputs: int, outputs: int, side: int) -> onnx.ModelProto:

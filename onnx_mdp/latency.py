@@ -14,19 +14,22 @@ from typing import Any
 
 import numpy as np
 
+from onnx_mdp.compiled_profiling import group_count, group_of, profile_group
 from onnx_mdp.cost_terms import CostTerm, cost_terms, width
 from onnx_mdp.granularity import granularity, unit_choices
 from onnx_mdp.large_models import for_session
 from onnx_mdp.lut_store import LutStore, Run
 from onnx_mdp.model_io import topology_hash
 from onnx_mdp.placement import open_placed
-from onnx_mdp.profiling import profile_variant
+from onnx_mdp.plan import PruningPlan
+from onnx_mdp.profiling import profile_variant, shows_nodes
 from onnx_mdp.rewriting import rewrite
-from onnx_mdp.runtime import Runtime, context
+from onnx_mdp.runtime import InferenceSession, Runtime, context
 from onnx_mdp.staircases import affine, features, fit_runs, regime
 from onnx_mdp.structure import Structure
-from onnx_mdp.timing import measure, random_feeds
+from onnx_mdp.timing import Feeds, measure, random_feeds
 from onnx_mdp.variants import Variant, full_variant, measure_models, plan_of_variant, random_variant
+from onnx_mdp.window_fit import fit_windows
 
 __all__ = [
     "VARIANTS",
@@ -103,15 +106,27 @@ def build_table(
     choices = {i: unit_choices(structure.dimensions[i], step, max_choices) for i in structure.prunable}
     terms = cost_terms(structure)
     key = table_key(structure)
-    known = {run.variant for run in store.runs(where, key) if run.seed == seed}
-    missing = [v for v in range(variants) if v not in known]
+    in_place = _in_place(structure, terms, runtime, store)
+    count = variants if in_place else group_count(variants, runtime.provider)
+    stored = {run.variant: run for run in store.runs(where, key) if run.seed == seed}
+    missing = [v for v in range(count) if v not in stored]
+    base = None if in_place or not missing else _opened(structure, runtime, seed)
     for done, number in enumerate(missing):
         progress("profile", done, len(missing))
-        store.add_run(where, key, _profile(structure, terms, choices, runtime, number, seed))
+        if base is None:
+            measured: tuple[Run, ...] = (_profile(structure, terms, choices, runtime, number, seed),)
+        else:
+            base_ms = stored[0].plain_ms if number else None
+            measured = profile_group(
+                structure, terms, choices, runtime, base, group=number, seed=seed, base_ms=base_ms
+            )
+        for run in measured:
+            store.add_run(where, key, run)
+            stored[run.variant] = run
     if missing:
         progress("profile", len(missing), len(missing))
-    runs = tuple(run for run in store.runs(where, key) if run.seed == seed and run.variant < variants)
-    coefficients = fit_runs(runs, step)
+    runs = tuple(run for number, run in sorted(stored.items()) if group_of(number) < count)
+    coefficients = fit_runs(runs, step) if in_place else fit_windows(structure, terms, runs, step)
     # A calibration belongs to one fit: other seeds or counts of variants have other coefficients.
     fit = f"{key}.{seed}.{variants}"
     saved = store.get_calibration(where, fit)
@@ -138,6 +153,29 @@ def table_key(structure: Structure) -> str:
     if structure.shadow.states:
         text += f" {sorted(structure.shadow.states.items())}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _in_place(structure: Structure, terms: Sequence[CostTerm], runtime: Runtime, store: LutStore) -> bool:
+    """Whether the profiler shows the times of single operations; asked once for each model and device.
+
+    Providers that compile show one node, and others the time that it takes to start a node.
+    """
+    if runtime.provider == "CPUExecutionProvider":
+        return True
+    where, record = context(runtime), f"{table_key(structure)}.profiler"
+    known = store.get_calibration(where, record)
+    if known is None:
+        model, kept = rewrite(structure, PruningPlan(keep={}), split=True), full_variant(structure).kept
+        known = {"in_place": shows_nodes(structure, terms, model, kept, runtime)}
+        store.put_calibration(where, record, known)
+    return bool(known.get("in_place"))
+
+
+def _opened(structure: Structure, runtime: Runtime, seed: int) -> tuple[InferenceSession, Feeds]:
+    """A session of the unpruned model and its feeds."""
+    model = for_session(rewrite(structure, PruningPlan(keep={}), split=True))
+    session = open_placed(model, runtime, structure.shadow.inputs)
+    return session, random_feeds(session, structure.shadow.inputs, seed)
 
 
 def _profile(

@@ -29,11 +29,12 @@ from onnx_mdp.runtime import Runtime
 from onnx_mdp.structure import Structure
 from onnx_mdp.timing import random_feeds, run_times, undisturbed
 
-__all__ = ["profile_variant"]
+__all__ = ["profile_variant", "shows_nodes"]
 
 _TAG = re.compile(r"mdp(\d+)(?!\d)")
 _QUANTILE = 40  # of the runs kept; below the median, because disturbances only ever add time
 _CHARGED_SHARE = 0.98
+_ADDS_UP = 0.25  # how far the times of nodes and of the whole may differ
 _BLOCK = 4  # runs in a row of one session; the first of a block re-warms the caches
 _CONVOLUTIONS = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
 
@@ -99,6 +100,21 @@ def profile_variant(
     return Run(
         variant, seed, plain_ms, total, nodes, spent, samples, {"kept": {str(k): v for k, v in kept.items()}}
     )
+
+
+def shows_nodes(
+    structure: Structure,
+    terms: Sequence[CostTerm],
+    model: ir.Model,
+    kept: Mapping[int, int],
+    runtime: Runtime,
+) -> bool:
+    """Whether the profiler names the operations of a model (edited in place), and their times add up."""
+    try:
+        run = profile_variant(structure, terms, model, kept, runtime, variant=0, seed=0, runs=6)
+    except MeasurementError:
+        return False
+    return abs(run.sum_ms / run.plain_ms - 1.0) < _ADDS_UP
 
 
 def _tag(structure: Structure, model: ir.Model) -> None:
