@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,8 @@ from onnx_mdp.shapes_data import shapes
 
 torch = pytest.importorskip("torch")
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 DEMO = Path(str(files("onnx_mdp") / "demo_model" / "shapes_resnet.onnx"))
 LEARNED, CHECKED = 240, 120
 
@@ -51,14 +52,6 @@ FIXED = (
     .replace("Flatten (e)", "Reshape (e, shape)")
     .replace("float[4,6] w1>", "float[4,6] w1, int64[2] shape = {1, 6}>")
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

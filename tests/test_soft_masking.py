@@ -63,19 +63,13 @@ NET = """
   y = Gemm <transB: int = 1> (h, w4, b4)
 }
 """
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 ALONE = Group(Share(), torch.device("cpu"))
 QUICK = Recipe(steps=24, batch=16, lr=5e-3, warmup=0.1)
 TYPES = {"x": np.dtype("float32")}
 STEP = 4
 DEMO = Path(str(files("onnx_mdp") / "demo_model" / "shapes_resnet.onnx"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from onnx_mdp.training.data import DataOptions, TrainingData, open_data  # noqa:
 from onnx_mdp.training.distributed import Group, process_group  # noqa: E402
 from onnx_mdp.training.loop import Run, TrainResult, train  # noqa: E402
 from onnx_mdp.training.losses import Objective, kinds_of, labelled_output  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 ALONE = Group(Share(), torch.device("cpu"))
 QUICK = Recipe(steps=12, batch=16, lr=0.02, warmup=0.2, ema=0.9)
@@ -66,15 +68,6 @@ class Tiny(nn.Module):
 
     def statistics(self) -> dict[str, Tensor]:
         return dict(self.named_buffers())
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On a busy machine, threads that wait for each other cost more than these tiny networks."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
