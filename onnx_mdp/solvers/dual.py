@@ -34,7 +34,7 @@ class Dual:
     """Multipliers, their bound (inf: none), the best point within the allowance, and the cheapest.
 
     ``cheapest`` is set where one resource is too short for any choice. ``reached`` tells whether ``best``
-    needs no multipliers: then nothing is better.
+    needs no multipliers: then nothing is better. ``beside`` are the points whose mixture reaches the bound.
     """
 
     multipliers: Floats
@@ -42,6 +42,7 @@ class Dual:
     best: Point | None
     cheapest: Point | None = None
     reached: bool = False
+    beside: tuple[Point, ...] = ()
 
 
 class _Passes:
@@ -91,7 +92,10 @@ class _Passes:
 
     def dual(self, allowance: Floats, cheapest: Point | None = None, *, reached: bool = False) -> Dual:
         bound, multipliers = self.lowest(allowance)
-        return Dual(multipliers, bound, self.best(allowance), cheapest, reached)
+        best = self.best(allowance)
+        beside = self.around(float(allowance[0])) if self.network.resources == 1 else (best,)
+        points = tuple(point for point in beside if point is not None)
+        return Dual(multipliers, bound, best, cheapest, reached, points)
 
 
 def solve_dual(

@@ -19,7 +19,7 @@ class Incumbent:
 
     ``allowance`` is float64[resources]. ``least`` is set by a search that looks only at choices worth more:
     then the bound goes no lower. ``multipliers`` are the best known, and ``near`` a limit below which the
-    bound cannot come. ``infeasible`` says that no choice fits, and ``cheapest_ns`` what the cheapest costs.
+    bound cannot come; ``beside`` are the choices that a first look mixed for it. ``infeasible`` says that no choice fits, and ``cheapest_ns`` what the cheapest costs.
     ``alone`` asks for a search of its own.
     """
 
@@ -34,6 +34,7 @@ class Incumbent:
         self.cheapest_ns: int | None = None
         self.multipliers: Floats | None = None
         self.near = -np.inf
+        self.beside: list[Choice] = []
         self.alone = False
 
     @property

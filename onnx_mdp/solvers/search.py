@@ -75,6 +75,8 @@ class Search:
                 one.offer(coarse, dual.best)
                 if dual.cheapest is None and np.isfinite(dual.bound) and dual.bound >= self.compiled.lowest:
                     one.multipliers, one.near = dual.multipliers, dual.bound
+                    count = len(self.compiled.problem.variables)
+                    one.beside = [coarse.choice(point.places, count) for point in dual.beside]
                     able.append(one)
         rest = [one for one in known if one not in able or one.choice is None]
         for one in self._bounded(self.compiled.network, rest):
@@ -82,7 +84,8 @@ class Search:
 
     def _look_closer(self, known: _Known) -> None:
         """Better multipliers and incumbents, from the options around those of the first look."""
-        choices = [one.choice for one in known if one.choice is not None]
+        choices = [choice for one in known for choice in one.beside]
+        choices += [one.choice for one in known if one.choice is not None]
         if not choices:
             return
         near = self.compiled.around(choices)
