@@ -23,12 +23,13 @@ Ints = NDArray[np.intp]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Budgets:
-    """Allowances float64[budgets, resources], and for each the multipliers that it is judged by,
-    float64[budgets, rows, resources].
+    """Allowances float64[budgets, resources], multipliers float64[rows, resources], and which of them each
+    budget is judged by, intp[budgets, judges], its best first.
     """
 
     allowances: Floats
     pool: Floats
+    judges: Ints
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,8 +37,8 @@ class Tuples:
     """The tuples of a bucket that may be part of a choice above the threshold of a budget.
 
     ``flat`` are their indices and ``budget`` whose they are (a tuple may occur for several); ``upper``
-    float64[rows, tuples] is what a choice through them reaches at most, ``least`` float64[resources, tuples]
-    what it costs at least.
+    float64[judges, tuples] is what a choice through them reaches at most, and ``least``
+    float64[resources, tuples] what it costs at least.
     """
 
     flat: Ints
@@ -53,8 +54,8 @@ class Tuples:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Beliefs:
-    """The tuples of every bucket; the upward messages of the value for each budget and row,
-    float64[budgets, rows, separator], and those of the cost, float64[resources, separator].
+    """The tuples of every bucket; the upward messages of the value for each row of the pool,
+    float64[rows, separator], and those of the cost, float64[resources, separator].
     """
 
     network: Network
@@ -83,28 +84,30 @@ class Beliefs:
 
 def find_beliefs(network: Network, budgets: Budgets, thresholds: Floats) -> Beliefs:
     """Bound every tuple; keep those that may be part of a choice above a threshold, float64[budgets]."""
-    count, rows, resources = budgets.pool.shape
-    pool = budgets.pool.reshape(count * rows, resources)
-    weights = np.append(np.ones(len(pool)), np.zeros(resources))
-    theta = network.theta(np.vstack([pool, np.eye(resources)]), weights)
+    rows, resources = budgets.pool.shape
+    weights = np.append(np.ones(rows), np.zeros(resources))
+    theta = network.theta(np.vstack([budgets.pool, np.eye(resources)]), weights)
     messages = network.ascend(theta, len(weights))
-    extra = np.einsum("bpr,br->bp", budgets.pool, budgets.allowances - network.cost) + network.value
+    allowances = budgets.allowances - network.cost
+    extra = (budgets.pool[budgets.judges] * allowances[:, None]).sum(axis=2) + network.value
+    needed = thresholds - extra[:, 0]
     pieces: list[list[tuple[Ints, Ints, Floats, Floats]]] = [[] for _ in network.buckets]
 
     def take(index: int, first: int, block: Floats) -> None:
         lines = block.reshape(len(block), -1)
-        upper = lines[: len(pool)].reshape(count, rows, -1) + extra[..., None]
-        least = network.cost[:, None] - lines[len(pool) :]
-        promising = (upper > thresholds[:, None, None]).all(axis=1)
-        promising &= (least <= budgets.allowances[..., None]).all(axis=1)
-        budget, found = np.nonzero(promising)
+        budget, found = np.nonzero(lines[budgets.judges[:, 0]] > needed[:, None])
+        upper = lines[budgets.judges[budget].T, found] + extra[budget].T
+        least = network.cost[:, None] - lines[rows:, found]
+        promising = (upper > thresholds[budget]).all(axis=0)
+        promising &= (least <= budgets.allowances[budget].T).all(axis=0)
         flat = found + first * (lines.shape[1] // block.shape[1])
-        pieces[index].append((flat, budget, upper[budget, :, found].T, least[:, found]))
+        pieces[index].append((flat[promising], budget[promising], upper[:, promising], least[:, promising]))
 
     network.descend(theta, messages, take)
-    split = [(m[: len(pool)].reshape(count, rows, *m.shape[1:]), m[len(pool) :]) for m in messages]
     tuples = tuple(_tuples(piece) for piece in pieces)
-    return Beliefs(network, budgets, tuples, tuple(up for up, _ in split), tuple(low for _, low in split))
+    return Beliefs(
+        network, budgets, tuples, tuple(m[:rows] for m in messages), tuple(m[rows:] for m in messages)
+    )
 
 
 def _tuples(pieces: Sequence[tuple[Ints, Ints, Floats, Floats]]) -> Tuples:

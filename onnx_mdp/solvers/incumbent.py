@@ -19,8 +19,9 @@ class Incumbent:
 
     ``allowance`` is float64[resources]. ``least`` is set by a search that looks only at choices worth more:
     then the bound goes no lower. ``multipliers`` are the best known, and ``near`` a limit below which the
-    bound cannot come; ``beside`` are the choices that a first look mixed for it. ``infeasible`` says that no choice fits, and ``cheapest_ns`` what the cheapest costs.
-    ``alone`` asks for a search of its own.
+    bound cannot come; ``beside`` are the choices whose mixture reached it on the first look. ``infeasible``
+    says that no choice fits, and ``cheapest_ns`` what the cheapest costs. ``alone`` asks for a search of
+    its own.
     """
 
     def __init__(self, compiled: CompiledProblem, budget_ns: int, gap: float) -> None:

@@ -103,14 +103,15 @@ class _Growth:
             place: tuple[Any, ...] = places.of(network.tables[table].scope)
             value += network.tables[table].value[place]
             cost += network.tables[table].cost[(slice(None), *place)]
-        multipliers = self.beliefs.budgets.pool.transpose(1, 2, 0)[:, :, budget]
+        judges = self.beliefs.budgets.judges[budget].T
+        multipliers = self.beliefs.budgets.pool[judges].transpose(0, 2, 1)
         worth = places.upper - (value - (multipliers * cost).sum(axis=1))
         rest = Rest(budget, worth, places.least - cost, multipliers)
         partial = Partial(np.arange(len(budget)), value, cost, {})
         for group, labels, key in sorted(self._groups(places, children), key=lambda g: len(g[1].value)):
             for child in group:
                 there: tuple[Any, ...] = places.of(network.buckets[child].scope[1:])
-                rest.worth -= self.beliefs.upward[child][(budget, slice(None), *there)].T
+                rest.worth -= self.beliefs.upward[child][(judges, *there)]
                 cheapest = self.beliefs.cheapest[child][(slice(None), *there)]
                 rest.cost += cheapest.reshape(network.resources, -1)
             partial = self._joined(partial, rest, labels, key)
@@ -148,7 +149,8 @@ class _Growth:
     def _grouped(self, partial: Partial, places: Places, key: Ints) -> Labels:
         """Labels by the key of their place, without those that another one there beats."""
         order = undominated(key[partial.owner], partial.value, partial.cost)
-        multipliers = self.beliefs.budgets.pool[places.budget[partial.owner[order]], 0]
+        judges = self.beliefs.budgets.judges[places.budget[partial.owner[order]], 0]
+        multipliers = self.beliefs.budgets.pool[judges]
         reach = partial.value[order] - (multipliers.T * partial.cost[:, order]).sum(axis=0)
         best_first = np.lexsort((-reach, key[partial.owner[order]]))
         order, reach = order[best_first], reach[best_first]

@@ -8,6 +8,7 @@ steps. Where labels crowd, the variable that most buckets see is fixed to each o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -35,9 +36,11 @@ _MOST_LABELS = 300_000  # in one bucket; more are cut to the most promising, and
 _FEW = 6  # options a variable in the first window below the bound
 _WIDER = 3.0
 _NEARLY = 0.7  # of all options in the window: it may as well be open
-# Other multipliers bound other tuples better, most of all where one variable moves all others.
-_POOL = (1.0, 0.7, 0.85, 1.18, 1.4)
+# Other multipliers bound other tuples better: a little beside the best those whose choices cost too much or
+# too little, and far from them those of a network where one variable moves all others.
+_POOL = (1.0, 0.95, 1.05, 0.85, 1.18, 0.7, 1.4)
 _POOL_OF_MANY = (1.0, 0.9, 1.1)
+_ALIKE = 0.3  # of the way to the best: multipliers of a neighbour so near are as good
 
 _Known = Sequence[Incumbent]
 
@@ -304,9 +307,20 @@ def _thresholds(known: _Known) -> Floats:
 
 
 def _judged_by(allowances: Floats, multipliers: Floats) -> Budgets:
-    """Budgets with their best multipliers, float64[budgets, resources], and some beside them."""
-    shares = np.array(_POOL if multipliers.shape[1] == 1 else _POOL_OF_MANY)
-    return Budgets(allowances, shares[:, None] * multipliers[:, None])
+    """Budgets with their best multipliers, float64[budgets, resources], and some beside them, which may be
+    those of their neighbours.
+    """
+    shares = _POOL if multipliers.shape[1] == 1 else _POOL_OF_MANY
+    pool = list(multipliers)
+    judges = np.tile(np.arange(len(pool)), (len(shares), 1)).T
+    for place, share in itertools.product(range(len(multipliers)), range(1, len(shares))):
+        best = multipliers[place]
+        wanted, spare = shares[share] * best, _ALIKE * abs(shares[share] - 1) * best
+        near = [row for row, have in enumerate(pool) if (abs(have - wanted) <= spare).all()]
+        judges[place, share] = near[0] if near else len(pool)
+        if not near:
+            pool.append(wanted)
+    return Budgets(allowances, np.array(pool), judges)
 
 
 def _window(bounds: Sequence[Floats], top: float) -> float:
