@@ -13,10 +13,11 @@ from onnx_mdp.solvers.buckets import Floats
 from onnx_mdp.solvers.compilation import compile_network
 from onnx_mdp.solvers.network import Network
 
-__all__ = ["CompiledProblem", "OptionBounds"]
+__all__ = ["CompiledProblem", "OptionBounds", "Wanted"]
 
 _ROWS, _ENTRIES = 5, 1 << 20  # of a pass for several allowances: what a cache holds
 _COARSE = 12  # options a variable on the first look
+_AS_GOOD = 1e-3  # of the bound: passes for other allowances that come so close are enough
 _ROUNDING = 1e-12  # of the largest possible value
 
 
@@ -27,6 +28,19 @@ class OptionBounds:
     top: float
     floor: float
     options: list[Floats]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wanted:
+    """Bounds for an allowance by its ``multipliers``, unless others come about as close to ``near``.
+
+    They look no further than ``depth`` below their maximum.
+    """
+
+    allowance: Floats
+    multipliers: Floats
+    near: float
+    depth: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,39 +117,27 @@ class CompiledProblem:
         summed = variable in self._in_sums or variable >= len(self.problem.variables)
         return summed or self.network.sizes[v] <= _COARSE
 
-    def bounds_near(
-        self,
-        allowances: Sequence[Floats],
-        multipliers: Sequence[Floats],
-        nears: Sequence[float],
-        as_good: float,
-        depth: float = np.inf,
-    ) -> list[OptionBounds]:
-        """The bounds for several allowances by all passes over the network so far.
-
-        Passes at their ``multipliers`` are added, some at a time, unless those before come within a share of
-        ``nears`` and reach half of ``depth`` below that. They look no further than ``depth`` below their
-        maximum.
-        """
+    def bounds_near(self, wanted: Sequence[Wanted]) -> list[OptionBounds]:
+        """The bounds for several allowances by all passes over the network so far, and by those it takes."""
         rows = max(_ROWS, _ENTRIES // max(1, self.network.entries))
-        asked = list(zip(allowances, multipliers, nears, strict=True))
-        for first in range(0, len(asked), rows):
-            missing = [
-                m for a, m, n in asked[first : first + rows] if not self._suffice(a, m, n, as_good, depth)
-            ]
+        for first in range(0, len(wanted), rows):
+            missing = [one for one in wanted[first : first + rows] if not self._suffice(one)]
             if missing:
-                totals, marginals = self.network.marginals(np.array(missing), depth)
+                depths = np.array([one.depth for one in missing])
+                totals, marginals = self.network.marginals(
+                    np.array([one.multipliers for one in missing]), depths
+                )
                 every = np.concatenate(marginals, axis=1)
-                self._passes += map(_Pass, missing, totals.tolist(), [depth] * len(missing), every)
-        return [self._bounds(allowance) for allowance in allowances]
+                self._passes += map(_Pass, (one.multipliers for one in missing), totals, depths, every)
+        return [self._bounds(one.allowance) for one in wanted]
 
-    def _suffice(
-        self, allowance: Floats, multipliers: Floats, near: float, as_good: float, depth: float
-    ) -> bool:
-        if any((one.multipliers == multipliers).all() and one.depth >= depth for one in self._passes):
+    def _suffice(self, one: Wanted) -> bool:
+        """Whether the passes so far come close to what is wanted, and look half as far below that."""
+        if any((p.multipliers == one.multipliers).all() and p.depth >= one.depth for p in self._passes):
             return True
-        found = self._bounds(allowance)
-        return found.top - near <= as_good * abs(found.top) and found.floor <= near - depth / 2
+        found = self._bounds(one.allowance)
+        spare = min(_AS_GOOD * abs(found.top), one.depth / 3)
+        return found.top - one.near <= spare and found.floor <= one.near - one.depth / 2
 
     def _bounds(self, allowance: Floats) -> OptionBounds:
         if not self._passes:

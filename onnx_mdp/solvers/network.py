@@ -182,11 +182,11 @@ class Network:
             totals = totals + messages[-1]
         return totals, self.points(self._trace(theta, messages, len(pool)))
 
-    def marginals(self, pool: Floats, depth: float = np.inf) -> tuple[Floats, list[Floats]]:
+    def marginals(self, pool: Floats, depths: Floats | None = None) -> tuple[Floats, list[Floats]]:
         """The maxima of ``value − multipliers · cost`` and those of all choices with each option.
 
-        float64[rows], and float64[rows, options] of every variable. Those that are further than ``depth``
-        below the maximum of their row are only bounded by that.
+        float64[rows], and float64[rows, options] of every variable. Those that are further than
+        ``depths``, float64[rows], below the maximum of their row are only bounded by that.
         """
         theta = self.theta(pool, np.ones(len(pool)))
         messages = self.ascend(theta, len(pool))
@@ -197,8 +197,8 @@ class Network:
             variable = self.buckets[index].scope[0]
             found[variable][:, first : first + count] = block.reshape(rows, count, -1).max(axis=2)
 
-        if messages and depth < np.inf:
-            floors = messages[-1] - depth
+        if messages and depths is not None:
+            floors = messages[-1] - depths
             self.descend(theta, messages, take, floors)
             found = [np.maximum(marginal, floors[:, None]) for marginal in found]
         else:

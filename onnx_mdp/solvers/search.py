@@ -15,7 +15,7 @@ import numpy as np
 
 from onnx_mdp.solvers.beliefs import Budgets, Ints, find_beliefs
 from onnx_mdp.solvers.buckets import Floats
-from onnx_mdp.solvers.compiled import CompiledProblem, OptionBounds
+from onnx_mdp.solvers.compiled import CompiledProblem, OptionBounds, Wanted
 from onnx_mdp.solvers.deepening import FIRST_STEP, close
 from onnx_mdp.solvers.dual import Dual, solve_dual, solve_duals
 from onnx_mdp.solvers.incumbent import Incumbent
@@ -28,7 +28,6 @@ _TOGETHER, _LARGE_TOGETHER = 20, 10  # budgets; options and labels add up, while
 _SMALL, _LARGE = 1 << 15, 1 << 20  # entries of a pass
 # Bounds on tuples take the multipliers of all budgets for each: so many budgets, or entries of all of them.
 _CLOSED, _CLOSED_ENTRIES = 10, 1 << 18
-_AS_GOOD = 1e-3  # of the bound: passes for other budgets that come so close are enough
 _DEPTH, _DEEPEST = 3e-4, 2e-3  # of the bound: how far below it passes over a large network look
 _CROWDED = 12_000  # labels in one bucket: then fixing a variable that most buckets see is cheaper
 _HUB_LEAST, _HUB_SHARE = 4, 0.3  # buckets
@@ -104,8 +103,8 @@ class Search:
         if loose or (self.large and any(one.bound < np.inf for one in known)):
             self._look_closer(known)
         windows, tops = {}, {}
-        depth = _DEPTH * min(abs(one.near) for one in known)
-        bounds = dict(zip(known, self._option_bounds(known, depth), strict=True))
+        depths = [_DEPTH * abs(one.near) for one in known]
+        bounds = dict(zip(known, self._option_bounds(known, depths), strict=True))
         for one, found in bounds.items():
             one.alone = False
             one.lower(found.top)
@@ -118,7 +117,7 @@ class Search:
             for one in left:
                 one.least = tops[one] - windows[one]
                 if one.least < bounds[one].floor - one.rounding:
-                    (bounds[one],) = self._option_bounds([one], 2 * windows[one])
+                    (bounds[one],) = self._option_bounds([one], [2 * windows[one]])
                 options = bounds[one].options
                 kept = sum(int((bound > one.least).sum()) for bound in options)
                 nearly = kept > _NEARLY * sum(map(len, options))
@@ -132,13 +131,14 @@ class Search:
                 one.infeasible |= one.least == one.bound == -np.inf and one.choice is None
             left = [one for one in _open(left) if one.least > -np.inf and not (loose or one.alone)]
 
-    def _option_bounds(self, known: _Known, depth: float) -> list[OptionBounds]:
-        """The bounds of the options of the whole network; if it is large, to a depth below their maximum."""
-        allowances, nears = [one.allowance for one in known], [one.near for one in known]
-        multipliers = [one.multipliers for one in known if one.multipliers is not None]
-        if self.large and depth < _DEEPEST * abs(nears[0]):
-            return self.compiled.bounds_near(allowances, multipliers, nears, _DEPTH / 3, depth)
-        return self.compiled.bounds_near(allowances, multipliers, nears, _AS_GOOD)
+    def _option_bounds(self, known: _Known, depths: Sequence[float]) -> list[OptionBounds]:
+        """The bounds of the options of the whole network; if it is large, to depths below their maxima."""
+        wanted = []
+        for one, depth in zip(known, depths, strict=True):
+            assert one.multipliers is not None
+            shallow = self.large and depth < _DEEPEST * abs(one.near)
+            wanted.append(Wanted(one.allowance, one.multipliers, one.near, depth if shallow else np.inf))
+        return self.compiled.bounds_near(wanted)
 
     def _explore(self, network: Network, known: _Known) -> None:
         """Lower the bound of each budget in this network to ``least`` or to the best choice."""
@@ -315,10 +315,11 @@ def _judged_by(allowances: Floats, multipliers: Floats) -> Budgets:
     judges = np.tile(np.arange(len(pool)), (len(shares), 1)).T
     for place, share in itertools.product(range(len(multipliers)), range(1, len(shares))):
         best = multipliers[place]
-        wanted, spare = shares[share] * best, _ALIKE * abs(shares[share] - 1) * best
-        near = [row for row, have in enumerate(pool) if (abs(have - wanted) <= spare).all()]
-        judges[place, share] = near[0] if near else len(pool)
-        if not near:
+        wanted, spare = shares[share] * best, _ALIKE * abs(shares[share] - 1) * float(best.max(initial=0.0))
+        far = [float(abs(have - wanted).max(initial=0.0)) for have in pool]
+        judges[place, share] = int(np.argmin(far))
+        if min(far) > spare:
+            judges[place, share] = len(pool)
             pool.append(wanted)
     return Budgets(allowances, np.array(pool), judges)
 
