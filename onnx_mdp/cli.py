@@ -34,6 +34,7 @@ from onnx_mdp.cli_parameters import (
 )
 from onnx_mdp.errors import MdpError
 from onnx_mdp.finetune_parameters import masking_options, training_options
+from onnx_mdp.lut_cli import lut
 
 if TYPE_CHECKING:
     from onnx_mdp.command_options import Options, PlanOptions
@@ -51,10 +52,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Give it an ONNX file and a latency; get a slimmer ONNX file that runs in that time, with proof.",
 )
-_lut = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Look at and move the measured latencies."
-)
-app.add_typer(_lut, name="lut")
+app.add_typer(lut, name="lut")
 
 
 @app.callback(invoke_without_command=True)
@@ -305,37 +303,6 @@ def demo(
     from onnx_mdp.demo import run_demo
 
     raise typer.Exit(run_demo(output, target_ratio, options, overwrite=overwrite))
-
-
-@_lut.command("ls")
-@given(options=store_options)
-def lut_list(options: "Options") -> None:
-    """List the stored tables."""
-    from onnx_mdp.commands import run_lut_list
-
-    raise typer.Exit(run_lut_list(options))
-
-
-@_lut.command("export")
-@given(options=store_options)
-def lut_export(
-    output: Annotated[Path, typer.Argument(metavar="FILE.jsonl")],
-    options: "Options",
-    overwrite: Overwrite = False,
-) -> None:
-    """Write all measurements as JSON lines."""
-    from onnx_mdp.commands import run_lut_export
-
-    raise typer.Exit(run_lut_export(output, options, overwrite=overwrite))
-
-
-@_lut.command("merge")
-@given(options=store_options)
-def lut_merge(source: Annotated[Path, typer.Argument(metavar="FILE.jsonl")], options: "Options") -> None:
-    """Read measurements that another machine exported."""
-    from onnx_mdp.commands import run_lut_merge
-
-    raise typer.Exit(run_lut_merge(source, options))
 
 
 def main() -> None:

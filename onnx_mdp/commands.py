@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
@@ -53,9 +52,6 @@ __all__ = [
     "PruneOptions",
     "run_analyze",
     "run_apply",
-    "run_lut_export",
-    "run_lut_list",
-    "run_lut_merge",
     "run_profile",
     "run_prune",
     "run_verify",
@@ -335,41 +331,3 @@ def _verdict(evidence: Evidence, measured: float | None, fast: bool, weights: Ch
         )
     speed = "" if measured is None else f" · measured {measured:.3f} ms{'' if fast else ', above --max-ms'}"
     return f"{'PASS' if evidence.verified and fast else 'FAIL'}  {law}{speed}"
-
-
-def run_lut_list(options: Options) -> int:
-    """List what the store holds."""
-    with open_store(options.store) as store:
-        rows = store.summary()
-        document: dict[str, Any] = {
-            "schema_version": 1,
-            "store": str(store.path),
-            "tables": [asdict(row) for row in rows],
-        }
-    lines = [
-        f"{row.model_hash}  {row.context['provider']}  {row.context['threads']} thread(s)  {row.runs} runs  "
-        f"{row.samples} samples  {row.context['device']}"
-        for row in rows
-    ]
-    options.screen.result("\n".join(lines) or "the store is empty", document)
-    return 0
-
-
-def run_lut_export(path: Path, options: Options, *, overwrite: bool) -> int:
-    """Write all measurements as JSON lines."""
-    check_output(path, overwrite=overwrite)
-    with open_store(options.store) as store:
-        count = store.export_jsonl(path)
-    options.screen.result(
-        f"{count} records → {path}", {"schema_version": 1, "records": count, "output": str(path)}
-    )
-    return 0
-
-
-def run_lut_merge(path: Path, options: Options) -> int:
-    """Read measurements that another store exported."""
-    with open_store(options.store) as store:
-        added, skipped = store.merge_jsonl(path)
-    document = {"schema_version": 1, "added": added, "skipped": skipped}
-    options.screen.result(f"{added} records added, {skipped} were there already", document)
-    return 0

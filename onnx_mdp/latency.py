@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from onnx_mdp.plan import PruningPlan
 from onnx_mdp.profiling import profile_variant, shows_nodes
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import InferenceSession, Runtime, context
+from onnx_mdp.session import session
 from onnx_mdp.staircases import affine, features, fit_runs, regime
 from onnx_mdp.structure import Structure
 from onnx_mdp.timing import Feeds, measure, random_feeds
@@ -121,7 +122,7 @@ def build_table(
                 structure, terms, choices, runtime, base, group=number, seed=seed, base_ms=base_ms
             )
         for run in measured:
-            store.add_run(where, key, run)
+            store.add_run(where, key, replace(run, payload={**run.payload, "session": session()}))
             stored[run.variant] = run
     if missing:
         progress("profile", len(missing), len(missing))
@@ -133,7 +134,7 @@ def build_table(
     if saved is None or missing or not saved.keys() >= set(Calibration.__slots__):
         draft = LatencyTable(where, key, step, terms, coefficients, _IDENTITY, choices, len(missing), 0.0)
         calibration = _calibrate(structure, draft, runtime, seed, progress)
-        store.put_calibration(where, fit, _payload(calibration))
+        store.put_calibration(where, fit, _payload(calibration) | {"session": session()})
     else:
         calibration = Calibration(**{name: float(saved[name]) for name in Calibration.__slots__})
     spent = time.perf_counter() - started

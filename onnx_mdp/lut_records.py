@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ __all__ = [
     "Sample",
     "canonical",
     "json_object",
+    "matches",
     "parse_lines",
     "plain_values",
     "run_from",
@@ -118,6 +120,12 @@ def _parse(path: Path, number: int, text: str) -> dict[str, Any]:
         return record | {"run": run_from(run, iter(run["samples"]), json_object(run["payload"]))}
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UsageError(f"Line {number} of '{path}' is not a latency record: {_REMEDY}.") from error
+
+
+def matches(only: str, context: Mapping[str, Any], model_hash: str) -> bool:
+    """Whether the model or a value of the context holds ``only``, a shell pattern without regard to case."""
+    values = (model_hash, *map(str, context.values()))
+    return any(fnmatch.fnmatchcase(value.lower(), f"*{only.lower()}*") for value in values)
 
 
 def json_object(value: Any) -> dict[str, Any]:

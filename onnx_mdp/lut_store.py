@@ -11,17 +11,15 @@ session keeps all it has measured. Stores of several machines are joined through
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from onnx_mdp.errors import OutputError
 from onnx_mdp.files import write_files
+from onnx_mdp.lut_file import connect, decoding, default_path, sentences, transaction
 from onnx_mdp.lut_records import (
     FORMAT,
     RUN_FIELDS,
@@ -30,6 +28,7 @@ from onnx_mdp.lut_records import (
     Sample,
     canonical,
     json_object,
+    matches,
     parse_lines,
     plain_values,
     run_from,
@@ -39,33 +38,9 @@ __all__ = ["LutStore", "Run", "Sample", "StoreSummary", "open_store"]
 
 Context = Mapping[str, str | int]
 
-_SCHEMA_VERSION = 1
-# "MDPL": tells our files from other programs' SQLite files.
-_APPLICATION_ID = 0x4D44504C
-_SCHEMA = (
-    """CREATE TABLE runs (
-        id INTEGER PRIMARY KEY,
-        context_json TEXT NOT NULL, model_hash TEXT NOT NULL,
-        variant INTEGER NOT NULL, seed INTEGER NOT NULL,
-        plain_ms REAL NOT NULL, sum_ms REAL NOT NULL, nodes INTEGER NOT NULL, seconds REAL NOT NULL,
-        created TEXT NOT NULL, payload_json TEXT NOT NULL,
-        UNIQUE (context_json, model_hash, seed, variant)
-    )""",
-    """CREATE TABLE samples (
-        run_id INTEGER NOT NULL REFERENCES runs (id) ON DELETE CASCADE,
-        key_json TEXT NOT NULL,
-        a REAL NOT NULL, b REAL NOT NULL, ms REAL NOT NULL, count INTEGER NOT NULL
-    )""",
-    "CREATE INDEX samples_of_run ON samples (run_id)",
-    """CREATE TABLE calibrations (
-        context_json TEXT NOT NULL, model_hash TEXT NOT NULL,
-        created TEXT NOT NULL, payload_json TEXT NOT NULL,
-        PRIMARY KEY (context_json, model_hash)
-    )""",
-)
-
 _SUMMARY = """
-    SELECT context_json, model_hash, COUNT(*), SUM(samples),
+    SELECT context_json, model_hash, MIN(created), MAX(created),
+        GROUP_CONCAT(DISTINCT json_extract(payload_json, '$.session.host')), COUNT(*), SUM(samples),
         SUM(bytes + LENGTH(CAST(context_json || model_hash || created || payload_json AS BLOB)) + 48)
     FROM runs JOIN (
         SELECT id AS run_id, COUNT(key_json) AS samples,
@@ -76,12 +51,28 @@ _SUMMARY = """
 """
 
 
+# A calibration is named after its table and the fit that it belongs to.
+_REMOVAL = (
+    "DELETE FROM samples WHERE run_id IN "
+    "(SELECT id FROM runs WHERE (context_json, model_hash) = (:context, :key))",
+    "DELETE FROM runs WHERE (context_json, model_hash) = (:context, :key)",
+    "DELETE FROM calibrations WHERE context_json = :context "
+    "AND (model_hash = :key OR SUBSTR(model_hash, 1, LENGTH(:key) + 1) = :key || '.')",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class StoreSummary:
-    """What the store holds for one model in one context; `bytes` approximates its size on disk."""
+    """What the store holds for one model in one context; `bytes` approximates its size on disk.
+
+    `first` and `last` say when its runs were measured, in ISO 8601; `hosts` on which machines, if known.
+    """
 
     context: dict[str, str | int]
     model_hash: str
+    first: str
+    last: str
+    hosts: tuple[str, ...]
     runs: int
     samples: int
     bytes: int
@@ -109,7 +100,7 @@ class LutStore:
 
     def add_run(self, context: Context, model_hash: str, run: Run) -> bool:
         """Commit `run`; False if this variant is already there, which is then left as it is."""
-        with _transaction(self._connection, self.path):
+        with transaction(self._connection, self.path):
             return self._insert_run(canonical(context), model_hash, _now(), run)
 
     def runs(self, context: Context, model_hash: str) -> tuple[Run, ...]:
@@ -128,7 +119,7 @@ class LutStore:
 
     def put_calibration(self, context: Context, model_hash: str, payload: Mapping[str, Any]) -> None:
         """Commit the calibration of one model, in place of an earlier one."""
-        with _transaction(self._connection, self.path):
+        with transaction(self._connection, self.path):
             about = (canonical(context), model_hash)
             # Replaced even if the clock stood still or went back since; a merge keeps the newer one.
             self._connection.execute(
@@ -142,34 +133,57 @@ class LutStore:
             "SELECT payload_json FROM calibrations WHERE context_json = ? AND model_hash = ?",
             (canonical(context), model_hash),
         )
-        with _decoding(self.path):
+        with decoding(self.path):
             return _object(rows[0][0]) if rows else None
 
-    def summary(self) -> tuple[StoreSummary, ...]:
-        """Return one row per context and model that has runs."""
-        with _decoding(self.path):
-            return tuple(
-                StoreSummary(_object(context), *counts) for context, *counts in self._select(_SUMMARY, ())
+    def summary(self, only: str = "") -> tuple[StoreSummary, ...]:
+        """Return one row per context and model that has runs, of those that ``only`` matches."""
+        with decoding(self.path):
+            rows = (
+                StoreSummary(
+                    _object(context),
+                    key,
+                    first,
+                    last,
+                    tuple(sorted(filter(None, (hosts or "").split(",")))),
+                    *counts,
+                )
+                for context, key, first, last, hosts, *counts in self._select(_SUMMARY, ())
             )
+            return tuple(row for row in rows if matches(only, row.context, row.model_hash))
 
-    def export_jsonl(self, path: Path) -> int:
-        """Write all records as JSON lines and return their number; `path` is replaced in one step."""
-        records = tuple(self._records())
+    def export_jsonl(self, path: Path, only: str = "") -> int:
+        """Write the records that ``only`` matches as JSON lines and return their number.
+
+        `path` is replaced in one step.
+        """
+        records = [r for r in self._records() if matches(only, r["context"], r["model_hash"])]
         write_files({path: "".join(canonical(line) + "\n" for line in (FORMAT, *records)).encode()})
         return len(records)
 
     def merge_jsonl(self, path: Path) -> tuple[int, int]:
         """Add the records of an export, all or none; return how many were (added, skipped).
 
-        Known runs and older calibrations are skipped. Raises ``UsageError`` if `path` is no export.
+        Of two measurements of one thing the newer one is kept, so that it does not matter which store is
+        merged into which, or how often. Raises ``UsageError`` if `path` is no export.
         """
         records = parse_lines(path)
-        with _transaction(self._connection, self.path):
-            added = sum(self._insert(record) for record in records)
+        with transaction(self._connection, self.path):
+            added = sum(self._merge(record) for record in records)
         return added, len(records) - added
 
+    def remove(self, tables: Iterable[StoreSummary]) -> None:
+        """Forget the runs and calibrations of these tables, and give their space back."""
+        with transaction(self._connection, self.path):
+            for table in tables:
+                about = {"context": canonical(table.context), "key": table.model_hash}
+                for statement in _REMOVAL:
+                    self._connection.execute(statement, about)
+        with sentences(self.path):
+            self._connection.execute("VACUUM")
+
     def _select(self, query: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        with _sentences(self.path):
+        with sentences(self.path):
             return self._connection.execute(query, values).fetchall()
 
     def _select_runs(self, where: str, values: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
@@ -183,7 +197,7 @@ class LutStore:
                 "SELECT key_json, a, b, ms, count FROM samples WHERE run_id = ? ORDER BY rowid", (identity,)
             )
             rows_of_run = (dict(zip(SAMPLE_FIELDS, row, strict=True)) for row in samples)
-            with _decoding(self.path):
+            with decoding(self.path):
                 run = run_from(dict(zip(RUN_FIELDS, fields, strict=True)), rows_of_run, _object(payload))
                 about = {"context": _object(context), "model_hash": model_hash, "created": created}
             yield {**about, "run": run}
@@ -195,15 +209,29 @@ class LutStore:
             "SELECT context_json, model_hash, created, payload_json FROM calibrations ORDER BY 1, 2", ()
         )
         for context, model_hash, created, payload in calibrations:
-            with _decoding(self.path):
+            with decoding(self.path):
                 record = {"context": _object(context), "calibration": _object(payload)}
             yield {**record, "model_hash": model_hash, "created": created}
 
-    def _insert(self, record: Mapping[str, Any]) -> bool:
+    def _merge(self, record: Mapping[str, Any]) -> bool:
         about = (record["context"], record["model_hash"], record["created"])
         if "run" in record:
-            return self._insert_run(*about, record["run"])
+            return self._merge_run(*about, record["run"])
         return self._insert_calibration(*about, record["calibration"])
+
+    def _merge_run(self, context: str, model_hash: str, created: str, run: Run) -> bool:
+        if self._insert_run(context, model_hash, created, run):
+            return True
+        identity, *known = self._connection.execute(
+            "SELECT id, created, plain_ms, sum_ms, seconds, payload_json FROM runs "
+            "WHERE (context_json, model_hash, seed, variant) = (?, ?, ?, ?)",
+            (context, model_hash, run.seed, run.variant),
+        ).fetchone()
+        if [created, run.plain_ms, run.sum_ms, run.seconds, canonical(run.payload)] <= known:
+            return False
+        self._connection.execute("DELETE FROM samples WHERE run_id = ?", (identity,))
+        self._connection.execute("DELETE FROM runs WHERE id = ?", (identity,))
+        return self._insert_run(context, model_hash, created, run)
 
     def _insert_run(self, context: str, model_hash: str, created: str, run: Run) -> bool:
         cursor = self._connection.execute(
@@ -227,7 +255,8 @@ class LutStore:
             "INSERT INTO calibrations (context_json, model_hash, created, payload_json) VALUES (?, ?, ?, ?) "
             "ON CONFLICT (context_json, model_hash) DO UPDATE "
             "SET created = excluded.created, payload_json = excluded.payload_json "
-            "WHERE excluded.created > calibrations.created",
+            "WHERE (excluded.created, excluded.payload_json) > "
+            "(calibrations.created, calibrations.payload_json)",
             (context, model_hash, created, canonical(payload)),
         )
         return cursor.rowcount == 1
@@ -240,119 +269,12 @@ def open_store(path: Path | None = None) -> LutStore:
     ``OutputError`` if the file is another program's, newer than this version, damaged, or cannot be
     written.
     """
-    path = _default_path() if path is None else path
-    connection: sqlite3.Connection | None = None
-    try:
-        with _sentences(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            connection = sqlite3.connect(path, timeout=30.0, isolation_level=None)
-        _prepare(connection, path)
-    except BaseException:
-        if connection is not None:
-            connection.close()
-        raise
-    return LutStore(connection, path)
-
-
-def _default_path() -> Path:
-    chosen = os.environ.get("ONNX_MDP_STORE")
-    if chosen:
-        return Path(chosen).expanduser()
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("onnx-mdp")) / "latency.sqlite"
-
-
-def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    with _transaction(connection, path):
-        _refuse_foreign(connection, path)
-        if _pragma(connection, "user_version") == 0:
-            for statement in _SCHEMA:
-                connection.execute(statement)
-            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-    with _sentences(path):
-        mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-        connection.execute("PRAGMA synchronous = NORMAL")
-    if mode != "wal":
-        raise OutputError(
-            f"The file system of '{path}' does not support SQLite's write-ahead log: point ONNX_MDP_STORE "
-            "to a file on a local disk."
-        )
-
-
-def _refuse_foreign(connection: sqlite3.Connection, path: Path) -> None:
-    tables = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
-    ours = _pragma(connection, "application_id") == _APPLICATION_ID
-    version = _pragma(connection, "user_version")
-    if (tables or version) and not ours:
-        raise OutputError(
-            f"'{path}' is a database of another program: choose another file with ONNX_MDP_STORE."
-        )
-    if version == _SCHEMA_VERSION and _statements(connection) != set(_SCHEMA):
-        raise OutputError(
-            f"'{path}' holds other tables than onnx-mdp makes: move it away, or choose another file with "
-            "ONNX_MDP_STORE."
-        )
-    if version > _SCHEMA_VERSION:
-        raise OutputError(
-            f"'{path}' has schema {version}, but this version of onnx-mdp knows only {_SCHEMA_VERSION}: "
-            "upgrade onnx-mdp or choose another file with ONNX_MDP_STORE."
-        )
-
-
-def _statements(connection: sqlite3.Connection) -> set[str]:
-    """What made the tables; a view or a trigger in their place could run for ever."""
-    rows = connection.execute(
-        "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%'"
-    )
-    return {str(row[0]) for row in rows}
+    path = default_path() if path is None else path
+    return LutStore(connect(path), path)
 
 
 def _object(text: Any) -> dict[str, Any]:
     return json_object(json.loads(text))
-
-
-def _pragma(connection: sqlite3.Connection, name: str) -> int:
-    return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
-
-
-@contextmanager
-def _sentences(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (sqlite3.Error, OSError) as error:
-        raise OutputError(
-            f"Cannot use '{path}' as the latency store ({getattr(error, 'strerror', None) or error}): "
-            "move it away, or choose another file with ONNX_MDP_STORE."
-        ) from error
-
-
-@contextmanager
-def _decoding(path: Path) -> Iterator[None]:
-    """SQLite stores any type in any column, so that rows are checked when they are read."""
-    try:
-        yield
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise OutputError(
-            f"'{path}' holds a row that is no measurement: move it away, or choose another file with "
-            "ONNX_MDP_STORE."
-        ) from error
-
-
-@contextmanager
-def _transaction(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
-    with _sentences(path):
-        # IMMEDIATE takes the write lock now: a file that cannot be written is refused when opened.
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            # SQLite has already rolled back by itself when the disk is full.
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
-        connection.execute("COMMIT")
 
 
 def _now() -> str:

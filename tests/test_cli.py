@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -653,6 +654,21 @@ def test_lut_round_trip(kit: Run) -> None:
     assert (again["added"], again["skipped"]) == (0, exported["records"])
     assert f"{latency.VARIANTS} runs" in kit("lut", "ls").out
     assert kit("profile", "my model.onnx", "--store", "other.sqlite", "--json").document["profiled"] == 0
+
+
+def test_lut_gc(kit: Run) -> None:
+    table = kit("lut", "ls", "--json").document["tables"][0]
+    assert table["hosts"] == [platform.node()]
+    is_refused(kit("lut", "gc"), 2, "--only", "--older-than")
+    assert kit("lut", "gc", "--older-than", 1, "--json").document["removed"] == 0
+    assert kit("lut", "gc", "--only", "nowhere", "--json").document["removed"] == 0
+    would = kit("lut", "gc", "--only", "cpuexec", "--dry-run", "--json").document
+    assert (would["removed"], would["dry_run"]) == (1, True)
+    assert (
+        kit("lut", "gc", "--only", table["model_hash"], "--older-than", 0, "--json").document["removed"] == 1
+    )
+    assert kit("lut", "ls").out == "the store is empty\n"
+    assert kit("lut", "ls", "--only", "tpu").out == "the store holds nothing that matches 'tpu'\n"
 
 
 def test_lut_refusals(run: Run) -> None:

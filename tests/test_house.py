@@ -126,7 +126,9 @@ ORDER = (
     "training",
     "nonnegative",
     "lut_records",
+    "lut_file",
     "lut_store",
+    "session",
     "cost_terms",
     "profiling",
     "granularity",
@@ -177,6 +179,7 @@ ORDER = (
     "finetune_commands",
     "mask_commands",
     "commands",
+    "lut_commands",
     "repair_commands",
     "plan_report",
     "plan_commands",
@@ -184,11 +187,12 @@ ORDER = (
     "demo",
     "cli_parameters",
     "finetune_parameters",
+    "lut_cli",
     "cli",
     "__main__",
 )
 MAX_LINES = 400
-REGISTRIES = {"app.callback", "app.command", "_lut.command", "kernel", "rule"}
+REGISTRIES = {"app.callback", "app.command", "lut.command", "kernel", "rule"}
 MAY_PRINT = {"cli", "console", "supervision"}
 FORBIDDEN_IMPORTS = {"cPickle", "cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "torch"}
 

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,7 @@ def test_rows_survive_a_killed_process(tmp_path: Path) -> None:
     code = f"""
 import os, signal
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from onnx_mdp.lut_store import Run, Sample, open_store
 store = open_store(Path({str(path)!r}))
@@ -172,6 +174,72 @@ def test_a_merge_keeps_the_newer_calibration(tmp_path: Path) -> None:
         two.export_jsonl(export)
         assert one.merge_jsonl(export) == (1, 0)
         assert one.get_calibration(CONTEXT, "m") == {"alpha": 2}
+
+
+def test_stores_that_are_merged_both_ways_are_equal(tmp_path: Path) -> None:
+    exports = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    with open_store(tmp_path / "one.sqlite") as one, open_store(tmp_path / "two.sqlite") as two:
+        for store, offset in ((one, 0), (two, 100)):  # the same variants, measured twice
+            for variant in (0, 1):
+                run = replace(make_run(variant, seed=offset), seed=0)
+                assert store.add_run(CONTEXT, "m", run)
+            store.put_calibration(CONTEXT, "m", {"scale": offset})
+        assert one.add_run(CONTEXT, "m", make_run(5))
+        assert two.add_run(OTHER, "m", make_run(6))
+        one.export_jsonl(exports[0])
+        two.export_jsonl(exports[1])
+        assert one.merge_jsonl(exports[1]) == (4, 0)
+        assert two.merge_jsonl(exports[0]) == (1, 3)
+        assert contents(one) == contents(two)
+        assert one.runs(CONTEXT, "m")[0] == replace(make_run(0, seed=100), seed=0), "the newer one"
+        for store, path in ((one, exports[0]), (two, exports[1])):
+            store.export_jsonl(path)
+            assert one.merge_jsonl(path) == two.merge_jsonl(path) == (0, 5)
+        assert exports[0].read_bytes() == exports[1].read_bytes()
+
+
+def test_a_pattern_selects_what_is_listed_and_exported(tmp_path: Path) -> None:
+    export = tmp_path / "lut.jsonl"
+    with open_store(tmp_path / "lut.sqlite") as store:
+        fill(store)
+        assert [row.model_hash for row in store.summary("MOBILE")] == ["mobilenet"]
+        assert len(store.summary("test*cpus")) == 3
+        assert store.summary("tpu") == ()
+        assert store.export_jsonl(export, "resnet") == 5
+        assert store.export_jsonl(export, "tpu") == 0
+        assert store.merge_jsonl(export) == (0, 0)
+
+
+def test_what_is_removed_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "lut.sqlite"
+    with open_store(path) as store:
+        fill(store)
+        store.put_calibration(CONTEXT, "resnet.0.16", {"scale": 1})
+        store.put_calibration(CONTEXT, "resnet2.0.16", {"scale": 2})
+        before = store.samples(OTHER)
+        store.remove(store.summary("resnet")[:1])
+        assert [row.model_hash for row in store.summary()] == ["mobilenet", "resnet"]
+        assert store.samples(OTHER) == before
+        assert store.get_calibration(CONTEXT, "resnet") is None
+        assert store.get_calibration(CONTEXT, "resnet.0.16") is None
+        assert store.get_calibration(CONTEXT, "resnet2.0.16") == {"scale": 2}
+        store.remove(store.summary())
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT COUNT(*) FROM samples").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("how", ["cut off", "overwritten"])
+def test_a_damaged_store_is_refused(how: str, share: float, tmp_path: Path) -> None:
+    path = tmp_path / "lut.sqlite"
+    with open_store(path) as store:
+        for variant in range(50):
+            store.add_run(CONTEXT, "m", make_run(variant))
+    whole = path.read_bytes()
+    good = int(share * len(whole))
+    path.write_bytes(whole[:good] + (b"" if how == "cut off" else b"?" * (len(whole) - good)))
+    with pytest.raises(OutputError, match=r"lut\.sqlite"), open_store(path) as store:
+        store.export_jsonl(tmp_path / "export.jsonl")
 
 
 @pytest.mark.parametrize(
