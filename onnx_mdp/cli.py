@@ -32,9 +32,10 @@ from onnx_mdp.cli_parameters import (
     seeded_options,
     store_options,
 )
+from onnx_mdp.device_cli import device
 from onnx_mdp.errors import MdpError
 from onnx_mdp.finetune_parameters import masking_options, training_options
-from onnx_mdp.lut_cli import lut
+from onnx_mdp.lut_cli import lut as lut_group
 
 if TYPE_CHECKING:
     from onnx_mdp.command_options import Options, PlanOptions
@@ -52,7 +53,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Give it an ONNX file and a latency; get a slimmer ONNX file that runs in that time, with proof.",
 )
-app.add_typer(lut, name="lut")
+app.add_typer(device)
+app.add_typer(lut_group, name="lut")
 
 
 @app.callback(invoke_without_command=True)
@@ -117,6 +119,12 @@ def prune(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: MODEL.pruned.onnx.")] = None,
     choices: Choices = 16,
     repair: Repair = "none",
+    lut: Annotated[
+        Path | None, typer.Option(metavar="TABLE.json", help="Use this table instead of measuring one.")
+    ] = None,
+    handover: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Let `bench` measure candidates on --lut's device.")
+    ] = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write files.")] = False,
     finetune: Annotated[
@@ -144,6 +152,8 @@ def prune(
         dry_run=dry_run,
         finetune=training_of(training, train, train_preprocess, plan, wanted=finetune),
         masks=masks,
+        lut=lut,
+        handover=handover,
     )
     raise typer.Exit(run_prune(model, options, wanted))
 

@@ -22,11 +22,23 @@ from onnx_mdp.structure import Structure
 from onnx_mdp.variants import full_variant, measure_models
 from onnx_mdp.width_rules import WidthRules
 
-__all__ = ["MAX_ROUNDS", "Candidate", "Clock", "Found", "Loop", "Request", "best", "close_loop", "tolerance"]
+__all__ = [
+    "HEADROOM",
+    "MAX_ROUNDS",
+    "Candidate",
+    "Clock",
+    "Found",
+    "Loop",
+    "Request",
+    "best",
+    "close_loop",
+    "planned",
+    "tolerance",
+]
 
 MAX_ROUNDS = 6
 _ROUND_SECONDS = 4.5  # of interleaved measuring
-_HEADROOM = 0.012  # two measurements of one ratio differ by 1 to 1.5 % on a shared machine
+HEADROOM = 0.012  # two measurements of one ratio differ by 1 to 1.5 % on a shared machine
 
 Progress = Callable[[str, int, int], None]
 
@@ -122,7 +134,7 @@ def close_loop(loop: Loop, target: float, base_ms: float, progress: Progress) ->
     It aims a little below the target, so that a second measurement still meets it, unless that cannot
     be reached. A measurement that uses up that headroom is good enough only at the second attempt.
     """
-    aim = target * (1 - _HEADROOM)
+    aim = target * (1 - HEADROOM)
     state = base_ms / predict_ms(loop.table, loop.structure, full_variant(loop.structure))
     candidates: list[Candidate] = []
     tried: set[str] = set()
@@ -130,28 +142,14 @@ def close_loop(loop: Loop, target: float, base_ms: float, progress: Progress) ->
     once = False
     for step in range(MAX_ROUNDS):
         progress("solve", step, MAX_ROUNDS)
-        solution = solve(
-            loop.formulation.problem, to_ns(aim / state), loop.request.solver, loop.request.limits
-        )
-        loop.clock.lap("solve")
+        solution, plan = planned(loop, aim, state)
         if solution.fastest_ns is not None:
             fastest = solution.fastest_ns * 1e-6 * state
-        if solution.choice is None and aim < target:
+        if plan is None and aim < target:
             aim = target
             continue
-        if solution.choice is None:
+        if plan is None:
             break
-        plan = plan_from_solution(
-            loop.structure,
-            loop.formulation,
-            loop.importance,
-            loop.table,
-            solution,
-            state=state,
-            rescale_attention=loop.request.rescale_attention,
-            seed=loop.request.seed,
-            command=loop.request.command,
-        )
         if (identity := plan_identity(plan)) in tried:
             break
         tried.add(identity)
@@ -163,6 +161,26 @@ def close_loop(loop: Loop, target: float, base_ms: float, progress: Progress) ->
             once = True
         state *= candidate.measured_ms / candidate.predicted_ms
     return Found(best(candidates, target), len(candidates), fastest)
+
+
+def planned(loop: Loop, aim: float, state: float) -> tuple[Solution, PruningPlan | None]:
+    """Solve for ``aim`` milliseconds on a machine that is ``state`` times as slow as the table says."""
+    solution = solve(loop.formulation.problem, to_ns(aim / state), loop.request.solver, loop.request.limits)
+    loop.clock.lap("solve")
+    if solution.choice is None:
+        return solution, None
+    plan = plan_from_solution(
+        loop.structure,
+        loop.formulation,
+        loop.importance,
+        loop.table,
+        solution,
+        state=state,
+        rescale_attention=loop.request.rescale_attention,
+        seed=loop.request.seed,
+        command=loop.request.command,
+    )
+    return solution, plan
 
 
 def _measure_plan(
@@ -193,8 +211,8 @@ def _measure_plan(
 
 def _with_headroom(candidate: Candidate, aim: float) -> bool:
     """Whether half of the headroom is left and the target within the tolerance."""
-    above = max(_HEADROOM / 2, candidate.noise)
-    least = aim / (1 - _HEADROOM) * (1 - tolerance(candidate.noise))
+    above = max(HEADROOM / 2, candidate.noise)
+    least = aim / (1 - HEADROOM) * (1 - tolerance(candidate.noise))
     return min(least, aim) <= candidate.measured_ms <= aim * (1 + above)
 
 
@@ -202,7 +220,7 @@ def best(candidates: Sequence[Candidate], target: float) -> Candidate | None:
     """The most valuable candidate with headroom, else well within the tolerance, else within it; else the
     fastest.
     """
-    safe = [c for c in candidates if _with_headroom(c, target * (1 - _HEADROOM))]
+    safe = [c for c in candidates if _with_headroom(c, target * (1 - HEADROOM))]
     if safe:
         return max(safe, key=lambda c: c.value)
     for share in (0.5, 1.0):

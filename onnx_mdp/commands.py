@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,9 +33,10 @@ from onnx_mdp.errors import UsageError
 from onnx_mdp.figures import structure_svg
 from onnx_mdp.files import Content, check_output, write_text
 from onnx_mdp.finetune_commands import FinetuneOptions, Trained, check_finetuning, finetune_model
+from onnx_mdp.handover import bench_hint, open_handover
 from onnx_mdp.large_models import for_session, save_model
 from onnx_mdp.latency import LatencyTable, build_table, term_ms
-from onnx_mdp.lut_store import open_store
+from onnx_mdp.lut_store import LutStore, open_store
 from onnx_mdp.mask_commands import MaskOptions, check_masking, prune_in_training
 from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import PruneResult, apply_plan, prune
@@ -43,6 +45,7 @@ from onnx_mdp.repair import parse_methods
 from onnx_mdp.repair_report import repair_text
 from onnx_mdp.report import analysis_table, cost_table, plan_table, printable
 from onnx_mdp.rewriting import rewrite
+from onnx_mdp.runtime import context
 from onnx_mdp.structure import Structure
 from onnx_mdp.table_file import load_table, table_json
 from onnx_mdp.variants import full_variant, measure_models
@@ -57,7 +60,7 @@ __all__ = [
     "run_verify",
 ]
 
-_EXIT = {"met": 0, "nothing_to_do": 0, "missed": 1, "infeasible": 4}
+_EXIT = {"met": 0, "nothing_to_do": 0, "handed_over": 0, "missed": 1, "infeasible": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,8 @@ class PruneOptions:
     dry_run: bool = False
     finetune: FinetuneOptions | None = None
     masks: MaskOptions = field(default_factory=MaskOptions)
+    lut: Path | None = None
+    handover: Path | None = None
 
 
 def run_analyze(path: Path, options: Options, table: Path | None = None) -> int:
@@ -137,6 +142,10 @@ def _check_wanted(wanted: PruneOptions) -> None:
         raise UsageError("give exactly one of --target-ms and --target-ratio")
     if not 0 < targets[0] < math.inf:
         raise UsageError("the target must be a number larger than 0")
+    if wanted.handover is not None and wanted.lut is None:
+        raise UsageError("--handover needs the table that the device measured; pass --lut TABLE.json")
+    if wanted.handover is not None and wanted.masks.masked:
+        raise UsageError("--handover is for a model that is sliced before it is trained; use --mode one-shot")
     wanted.masks.check(finetune=wanted.finetune is not None)
     if parse_methods(wanted.repair) and wanted.masks.masked:
         raise UsageError("--repair is for a model that is sliced before it is trained; use --mode one-shot")
@@ -179,9 +188,12 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
         rescale_attention=wanted.plan.rescales(structure),
         repair=parse_methods(wanted.repair),
     )
-    with open_store(options.store) as store, options.screen.progress() as progress:
-        feeds = data.feeds if data else ()
-        result = prune(model, structure, request, store, feeds=feeds, progress=progress)
+    feeds = data.feeds if data else ()
+    with ExitStack() as stack:
+        source = _table_source(structure, options, wanted, stack)
+        handover = None if wanted.handover is None else open_handover(wanted.handover, model)
+        progress = stack.enter_context(options.screen.progress())
+        result = prune(model, structure, request, source, feeds=feeds, handover=handover, progress=progress)
     trained = None
     if wanted.masks.masked and wanted.finetune is not None and result.status == "met" and not wanted.dry_run:
         options.screen.note("the target can be met; what follows prunes the original anew, while it trains")
@@ -201,8 +213,25 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
         trained = _finetuned(model, result, written, options, wanted)
     if trained is not None:
         line, document = f"{line}\n{trained.line}", document | {"finetuning": dict(trained.document)}
+    if wanted.handover is not None and result.status == "handed_over" and result.table is not None:
+        options.screen.note(bench_hint(wanted.handover, result.table.context))
     options.screen.result(line, document)
     return _EXIT[result.status]
+
+
+def _table_source(
+    structure: Structure, options: Options, wanted: PruneOptions, stack: ExitStack
+) -> LutStore | LatencyTable:
+    """The table that was given, or the store that holds what is measured for one."""
+    if wanted.lut is None:
+        return stack.enter_context(open_store(options.store))
+    table = load_table(wanted.lut, structure)
+    if wanted.handover is None and dict(table.context) != context(options.runtime()):
+        options.screen.warn(
+            f"the table was measured on {printable(str(table.context.get('device')))}, the result is "
+            "measured here; --handover FOLDER has it measured there"
+        )
+    return table
 
 
 def _finetuned(
@@ -255,6 +284,11 @@ def _summary(result: PruneResult, written: Path | None) -> str:
         return (
             f"INFEASIBLE  {target} is below the smallest reachable latency, {result.fastest_ms or 0:.3f} ms "
             f"({base}); nothing was written"
+        )
+    if result.status == "handed_over":
+        return (
+            f"HANDED OVER  {target} · {base} by the table · {result.jobs} models to measure on the device, "
+            f"{result.iterations} were; nothing was written"
         )
     assert result.evidence is not None
     verdict = "PASS" if result.status == "met" else "MISSED"

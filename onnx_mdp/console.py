@@ -27,6 +27,7 @@ _STAGES = {
     "profile": "profiling variants",
     "calibrate": "calibrating the table",
     "solve": "solving",
+    "bench": "measuring models",
     "measure": "measuring against the unpruned model",
     "train": "fine-tuning",
     "verify": "verifying against the masked original",

@@ -151,6 +151,7 @@ def prune_document(result: PruneResult, written: Sequence[Path | None]) -> dict[
         "measured_ms": result.measured_ms,
         "noise": result.noise,
         "iterations": result.iterations,
+        "jobs": result.jobs,
         "fastest_ms": result.fastest_ms,
         "params": list(result.params),
         "macs": list(result.macs),

@@ -21,9 +21,10 @@ import onnx_ir as ir
 from onnx_mdp._version import __version__
 from onnx_mdp.binding import bind_shapes
 from onnx_mdp.closed_loop import Clock, Loop, Request, close_loop, tolerance
-from onnx_mdp.errors import UnsupportedModelError
+from onnx_mdp.errors import UnsupportedModelError, UsageError
 from onnx_mdp.formulation import formulate
-from onnx_mdp.large_models import for_session
+from onnx_mdp.handover import Handover, close_elsewhere
+from onnx_mdp.large_models import LargeModel, for_session
 from onnx_mdp.latency import LatencyTable, build_table
 from onnx_mdp.lut_store import LutStore
 from onnx_mdp.model_io import parameter_count
@@ -41,7 +42,7 @@ from onnx_mdp.verification import Evidence, require, verify
 __all__ = ["PruneResult", "Status", "analyze", "apply_plan", "prune", "stamp", "with_model"]
 
 Progress = Callable[[str, int, int], None]
-Status = Literal["met", "missed", "infeasible", "nothing_to_do"]
+Status = Literal["met", "missed", "infeasible", "nothing_to_do", "handed_over"]
 Feeds = Sequence[Mapping[str, npt.NDArray[Any]]]
 
 
@@ -51,7 +52,8 @@ class PruneResult:
 
     ``base_now_ms`` is the unpruned model measured again, interleaved with the pruned one; ``noise`` the
     split-half error F of that measurement. ``model`` and ``plan`` are None where nothing was pruned.
-    ``evidence`` is about the model as it was sliced, before it was ``repaired``, if it was.
+    ``evidence`` is about the model as it was sliced, before it was ``repaired``, if it was. ``jobs`` are the
+    models that the device has to measure first, where they were handed over.
     """
 
     status: Status
@@ -72,6 +74,7 @@ class PruneResult:
     table: LatencyTable | None
     repaired: Repaired | None
     seconds: Mapping[str, float]
+    jobs: int = 0
 
 
 def analyze(
@@ -96,14 +99,19 @@ def prune(
     original: ir.Model,
     structure: Structure,
     request: Request,
-    store: LutStore,
+    store: LutStore | LatencyTable,
     *,
     feeds: Feeds = (),
+    handover: Handover | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> PruneResult:
     """Prune a model to a latency on this machine, and verify the result.
 
+    Instead of a store, which keeps what is measured for the table, a table may be given. With a ``handover``
+    as well, nothing is measured here: the target is that of the table's machine, which measures the models.
+
     Raises:
+        UsageError: what the device measured does not belong to the table.
         UnsupportedModelError: the model has nothing that can be pruned.
         VerificationError: the pruned model is not what the plan says; nothing of it is returned.
     """
@@ -112,7 +120,7 @@ def prune(
     check_repair(structure, request.repair)
     clock = Clock()
     data = for_session(original)
-    base = measure_models([data], structure.shadow.inputs, request.runtime, seed=request.seed, budget_s=2.0)
+    base = _base_of(structure, request, store, handover, data)
     base_ms, target = base.ms[0], request.goal_ms(base.ms[0])
     clock.lap("measure")
     unpruned = _unpruned(original, structure, target, base, clock)
@@ -120,18 +128,32 @@ def prune(
         return unpruned
     importance = score(structure, request.criterion, feeds, progress)
     clock.lap("score")
-    table = build_table(
-        structure,
-        request.runtime,
-        store,
-        seed=request.seed,
-        max_choices=request.max_choices,
-        progress=progress,
-    )
+    table = store
+    if not isinstance(table, LatencyTable):
+        table = build_table(
+            structure,
+            request.runtime,
+            table,
+            seed=request.seed,
+            max_choices=request.max_choices,
+            progress=progress,
+        )
     clock.lap("profile")
     formulation = formulate(structure, importance, table, request.rules, request.caps)
     loop = Loop(structure, request, importance, table, formulation, data, clock)
-    found = close_loop(loop, target, base_ms, progress)
+    if handover is None:
+        found = close_loop(loop, target, base_ms, progress)
+    else:
+        found, jobs = close_elsewhere(loop, target, base_ms, handover)
+        if jobs:
+            return replace(
+                unpruned,
+                status="handed_over",
+                iterations=found.iterations,
+                fastest_ms=found.fastest_ms,
+                table=table,
+                jobs=len(jobs),
+            )
     if found.best is None:
         return replace(unpruned, status="infeasible", fastest_ms=found.fastest_ms, table=table)
     best = found.best
@@ -159,6 +181,23 @@ def prune(
         table=table,
         repaired=repaired,
     )
+
+
+def _base_of(
+    structure: Structure,
+    request: Request,
+    store: LutStore | LatencyTable,
+    handover: Handover | None,
+    data: bytes | LargeModel,
+) -> Timing:
+    """The unpruned model, measured now, or when the table was calibrated if the device is elsewhere."""
+    if handover is None:
+        return measure_models(
+            [data], structure.shadow.inputs, request.runtime, seed=request.seed, budget_s=2.0
+        )
+    if not isinstance(store, LatencyTable):
+        raise UsageError("a handover needs a table that the device measured; pass it too")
+    return Timing((store.base_ms,), store.calibration.noise, 0, ((store.base_ms,), (store.base_ms,)))
 
 
 def with_model(result: PruneResult, model: ir.Model, plan: PruningPlan, evidence: Evidence) -> PruneResult:

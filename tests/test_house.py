@@ -166,6 +166,8 @@ ORDER = (
     "explain",
     "table_file",
     "closed_loop",
+    "bench",
+    "handover",
     "pipeline",
     "training.soft_masking",
     "",
@@ -180,6 +182,7 @@ ORDER = (
     "mask_commands",
     "commands",
     "lut_commands",
+    "device_commands",
     "repair_commands",
     "plan_report",
     "plan_commands",
@@ -188,11 +191,12 @@ ORDER = (
     "cli_parameters",
     "finetune_parameters",
     "lut_cli",
+    "device_cli",
     "cli",
     "__main__",
 )
 MAX_LINES = 400
-REGISTRIES = {"app.callback", "app.command", "lut.command", "kernel", "rule"}
+REGISTRIES = {"app.callback", "app.command", "device.command", "lut.command", "kernel", "rule"}
 MAY_PRINT = {"cli", "console", "supervision"}
 FORBIDDEN_IMPORTS = {"cPickle", "cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "torch"}
 
