@@ -30,9 +30,9 @@ from onnx_mdp.session import session
 
 __all__ = ["Job", "Result", "bench", "job_of", "jobs_text", "read_jobs", "read_results"]
 
-JOBS = {"format": "onnx-mdp-jobs", "schema_version": 1}
-RESULTS = {"format": "onnx-mdp-results", "schema_version": 1}
-_JOBS_REMEDY = "`onnx-mdp prune --handover` writes it; its first line is " + canonical(JOBS)
+_JOBS = {"format": "onnx-mdp-jobs", "schema_version": 1}
+_RESULTS = {"format": "onnx-mdp-results", "schema_version": 1}
+_JOBS_REMEDY = "`onnx-mdp prune --handover` writes it; its first line is " + canonical(_JOBS)
 _RESULTS_REMEDY = "`onnx-mdp bench` writes it"
 _SECONDS = 4.5  # of interleaved measuring for each job
 
@@ -88,7 +88,7 @@ def jobs_text(jobs: Sequence[Job]) -> str:
         | ({} if job.base is None else {"base": job.base.name})
         for job in jobs
     ]
-    return "".join(canonical(line) + "\n" for line in (JOBS, *lines))
+    return "".join(canonical(line) + "\n" for line in (_JOBS, *lines))
 
 
 def read_jobs(path: Path) -> tuple[Job, ...]:
@@ -97,7 +97,7 @@ def read_jobs(path: Path) -> tuple[Job, ...]:
     Raises:
         UsageError: it is no list of jobs, or a file is missing.
     """
-    return tuple(_job(path, number, line) for number, line in _lines(path, JOBS, _JOBS_REMEDY))
+    return tuple(_job(path, number, line) for number, line in _lines(path, _JOBS, _JOBS_REMEDY))
 
 
 def _job(path: Path, number: int, line: Mapping[str, Any]) -> Job:
@@ -117,7 +117,7 @@ def read_results(path: Path) -> dict[str, Result]:
         UsageError: it is no list of results.
     """
     found = {}
-    for number, line in _lines(path, RESULTS, _RESULTS_REMEDY, cut_off=True):
+    for number, line in _lines(path, _RESULTS, _RESULTS_REMEDY, cut_off=True):
         try:
             base_ms = None if line["base_ms"] is None else float(line["base_ms"])
             where, by = json_object(line["context"]), json_object(line["session"])
@@ -201,7 +201,7 @@ def _measured(job: Job, runtime: Runtime, where: Mapping[str, str | int]) -> Res
 def _appending(output: Path) -> Iterator[tuple[BinaryIO, dict[str, Result]]]:
     """The file of results at its end, locked, and what it holds; a line that was cut off is removed."""
     if not output.exists():
-        write_files({output: (canonical(RESULTS) + "\n").encode()})
+        write_files({output: (canonical(_RESULTS) + "\n").encode()})
     known = read_results(output)
     try:
         with output.open("r+b") as file:
