@@ -28,9 +28,10 @@ from onnx_mdp.closed_loop import (
 from onnx_mdp.errors import OutputError, UsageError
 from onnx_mdp.files import write_files
 from onnx_mdp.large_models import save_model
-from onnx_mdp.latency import full_variant, predict_ms
+from onnx_mdp.latency import predict_ms
 from onnx_mdp.plan import PruningPlan, plan_identity
 from onnx_mdp.rewriting import rewrite
+from onnx_mdp.variants import full_variant
 
 __all__ = ["Handover", "bench_hint", "close_elsewhere", "open_handover"]
 

@@ -39,7 +39,7 @@ def silent(stage: str, done: int, total: int) -> None:
 def measure_little(monkeypatch: pytest.MonkeyPatch) -> None:
     full = timing.measure
     monkeypatch.setattr(
-        "onnx_mdp.latency.measure", lambda *a, **options: full(*a, **{**options, "rounds": 6})
+        "onnx_mdp.variants.measure", lambda *a, **options: full(*a, **{**options, "rounds": 6})
     )
 
 
