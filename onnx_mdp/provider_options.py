@@ -12,8 +12,6 @@ import os
 import re
 from pathlib import Path
 
-import platformdirs
-
 from onnx_mdp.accelerators import gpu_of
 from onnx_mdp.errors import UsageError
 
@@ -71,7 +69,12 @@ def compiles_slowly(provider: str) -> bool:
 def engine_folder(provider: str, options: tuple[tuple[str, str], ...], store: str) -> Path:
     """Where engines for this device are kept: beside the latency store."""
     chosen = store or os.environ.get("ONNX_MDP_STORE")
-    folder = Path(chosen).expanduser().parent if chosen else Path(platformdirs.user_cache_dir("onnx-mdp"))
+    if chosen:
+        folder = Path(chosen).expanduser().parent
+    else:
+        import platformdirs  # a board may lack it, and has no engines
+
+        folder = Path(platformdirs.user_cache_dir("onnx-mdp"))
     gpu = gpu_of(provider, options)
     device = re.sub(r"\W+", "-", f"{gpu.name} {gpu.driver}") if gpu else "unknown-device"
     return folder / "engines" / device
