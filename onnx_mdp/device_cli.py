@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onnx_mdp.cli_parameters import given, runtime_options
+from onnx_mdp.cli_parameters import given, runtime_options, store_options
 
 if TYPE_CHECKING:
     from onnx_mdp.command_options import Options
@@ -28,3 +28,12 @@ def bench(
     from onnx_mdp.device_commands import run_bench
 
     raise typer.Exit(run_bench(jobs, output, options))
+
+
+@device.command()
+@given(options=store_options)
+def doctor(options: "Options") -> None:
+    """Show what runs on this machine, how steadily it measures, and what is missing."""
+    from onnx_mdp.doctor_commands import run_doctor
+
+    raise typer.Exit(run_doctor(options))

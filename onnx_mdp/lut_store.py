@@ -172,6 +172,11 @@ class LutStore:
             added = sum(self._merge(record) for record in records)
         return added, len(records) - added
 
+    def damage(self) -> str | None:
+        """The first fault that SQLite finds in the whole file, or None."""
+        found = str(self._select("PRAGMA quick_check(1)", ())[0][0])
+        return None if found == "ok" else found
+
     def remove(self, tables: Iterable[StoreSummary]) -> None:
         """Forget the runs and calibrations of these tables, and give their space back."""
         with transaction(self._connection, self.path):
