@@ -12,6 +12,7 @@ import numpy.typing as npt
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_mdp.errors import MdpError, OutputError
+from onnx_mdp.files import scratch_folder
 from onnx_mdp.granularity import granularity
 from onnx_mdp.lut_file import default_path
 from onnx_mdp.lut_store import open_store
@@ -87,7 +88,8 @@ def _probed(name: str) -> Provider:
     try:
         session, feeds = _opened(runtime)
         session.run(None, feeds)
-        return Provider(name, True, granularity(runtime), "")
+        with scratch_folder() as folder, open_store(folder / "lut.sqlite") as store:
+            return Provider(name, True, granularity(runtime, store), "")
     except MdpError as error:
         return Provider(name, False, None, str(error))
     except Exception as error:  # a build of the runtime that fails in a way of its own
