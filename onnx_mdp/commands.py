@@ -117,6 +117,8 @@ def run_profile(
     source = (
         f"{table.measured} variants profiled" if table.measured else "nothing profiled, all from the store"
     )
+    if table.shared:
+        source = f"{table.shared:.0%} of the keys known from another model, {source}"
     line = (
         f"base {table.base_ms:.3f} ms on {table.context['device']} · {table.context['provider']}, "
         f"{table.context['threads']} thread(s), B={table.granularity} · "

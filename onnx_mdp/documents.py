@@ -127,6 +127,7 @@ def profile_document(structure: Structure, table: LatencyTable) -> dict[str, Any
         "granularity": table.granularity,
         "entries": len(table.coefficients),
         "profiled": table.measured,
+        "shared": table.shared,
         "seconds": table.seconds,
         "base_ms": table.base_ms,
         "calibration": {

@@ -23,6 +23,7 @@ from onnx_mdp.model_io import topology_hash
 from onnx_mdp.placement import open_placed
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.profiling import profile_variant, shows_nodes
+from onnx_mdp.related import OWN_VARIANTS, Fit, related_runs
 from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import InferenceSession, Runtime, context
 from onnx_mdp.session import session
@@ -66,7 +67,10 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class LatencyTable:
-    """Fitted coefficients by shape key, and their calibration, for one model on one device."""
+    """Fitted coefficients by shape key, and their calibration, for one model on one device.
+
+    ``measured`` variants were profiled for it now; a related model had the share ``shared`` of its keys.
+    """
 
     context: Mapping[str, str | int]
     key: str
@@ -77,6 +81,7 @@ class LatencyTable:
     choices: Mapping[int, tuple[int, ...]]
     measured: int
     seconds: float
+    shared: float = 0.0
 
     @property
     def base_ms(self) -> float:
@@ -96,7 +101,8 @@ def build_table(
 ) -> LatencyTable:
     """Measure what the store does not hold yet, and fit.
 
-    Every profiled variant is committed at once: an interrupted call goes on where it stopped.
+    Every profiled variant is committed at once: an interrupted call goes on where it stopped. Where a related
+    model was profiled on this device, its runs join the fit, and few variants are profiled.
 
     Raises:
         MeasurementError: ONNX Runtime cannot run or profile a variant.
@@ -108,7 +114,12 @@ def build_table(
     terms = cost_terms(structure)
     key = table_key(structure)
     in_place = _in_place(structure, terms, runtime, store)
-    count = variants if in_place else group_count(variants, runtime.provider)
+    fit = Fit(seed, variants)
+    related = related_runs(store, where, key, terms, fit) if in_place else None
+    if related is not None:
+        count = min(OWN_VARIANTS, variants)
+    else:
+        count = variants if in_place else group_count(variants, runtime.provider)
     stored = {run.variant: run for run in store.runs(where, key) if run.seed == seed}
     missing = [v for v in range(count) if v not in stored]
     base = None if in_place or not missing else _opened(structure, runtime, seed)
@@ -127,18 +138,21 @@ def build_table(
     if missing:
         progress("profile", len(missing), len(missing))
     runs = tuple(run for number, run in sorted(stored.items()) if group_of(number) < count)
-    coefficients = fit_runs(runs, step) if in_place else fit_windows(structure, terms, runs, step)
-    # A calibration belongs to one fit: other seeds or counts of variants have other coefficients.
-    fit = f"{key}.{seed}.{variants}"
-    saved = store.get_calibration(where, fit)
+    if in_place:
+        coefficients = fit_runs(runs + (related.runs if related else ()), step)
+    else:
+        coefficients = fit_windows(structure, terms, runs, step)
+    name = fit.name(key, related)
+    saved = store.get_calibration(where, name)
     if saved is None or missing or not saved.keys() >= set(Calibration.__slots__):
         draft = LatencyTable(where, key, step, terms, coefficients, _IDENTITY, choices, len(missing), 0.0)
         calibration = _calibrate(structure, draft, runtime, seed, progress)
-        store.put_calibration(where, fit, _payload(calibration) | {"session": session()})
+        store.put_calibration(where, name, _payload(calibration) | {"session": session()})
     else:
         calibration = Calibration(**{name: float(saved[name]) for name in Calibration.__slots__})
     spent = time.perf_counter() - started
-    return LatencyTable(where, key, step, terms, coefficients, calibration, choices, len(missing), spent)
+    found = (where, key, step, terms, coefficients, calibration, choices, len(missing), spent)
+    return LatencyTable(*found, related.share if related else 0.0)
 
 
 _IDENTITY = Calibration(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)

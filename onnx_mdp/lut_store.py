@@ -108,6 +108,14 @@ class LutStore:
         where = "WHERE context_json = ? AND model_hash = ? ORDER BY variant, seed"
         return tuple(row["run"] for row in self._select_runs(where, (canonical(context), model_hash)))
 
+    def models(self, context: Context) -> tuple[str, ...]:
+        """Return the models that have runs in a context."""
+        rows = self._select(
+            "SELECT DISTINCT model_hash FROM runs WHERE context_json = ? ORDER BY model_hash",
+            (canonical(context),),
+        )
+        return tuple(str(row[0]) for row in rows)
+
     def samples(self, context: Context) -> tuple[tuple[str, Sample], ...]:
         """Return (model hash, sample) of all models in a context, so that networks can share layers."""
         rows = self._select(

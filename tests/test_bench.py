@@ -259,3 +259,22 @@ def test_a_handover_needs_a_table(host: Run) -> None:
     Path("file").write_text("")
     is_refused(host(*PRUNE, "--target-ratio", 0.8, "--handover", "file"), 2, "cannot make file")
     assert np.all([not Path("slim.onnx").exists(), not os.path.exists("board")])
+
+
+def test_two_stores_that_are_merged_both_ways_give_the_same_plan(host: Run) -> None:
+    machines = ("one", "two")
+    for name in machines:
+        assert host("profile", "model.onnx", "--store", f"{name}.sqlite").code == 0
+        assert host("lut", "export", f"{name}.jsonl", "--store", f"{name}.sqlite").code == 0
+    for name, other in (machines, machines[::-1]):
+        assert host("lut", "merge", f"{other}.jsonl", "--store", f"{name}.sqlite").code == 0
+    for name in machines:
+        table, plan = f"{name}.table.json", f"{name}.plan.json"
+        merged = host("profile", "model.onnx", "--store", f"{name}.sqlite", "-o", table, "--json")
+        assert merged.document["profiled"] == 0
+        assert host("solve", "model.onnx", table, "--target-ratio", "0.7", "-o", plan).code == 0
+    tables, plans = ([Path(f"{n}.{what}.json").read_text() for n in machines] for what in ("table", "plan"))
+    assert tables[0] == tables[1]
+    varying = {"seconds", "provenance"}
+    one, two = ({k: v for k, v in json.loads(text).items() if k not in varying} for text in plans)
+    assert one == two

@@ -134,6 +134,7 @@ ORDER = (
     "granularity",
     "variants",
     "staircases",
+    "related",
     "windows",
     "compiled_profiling",
     "window_fit",
