@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnx_mdp.accelerators import gpu_of
 from onnx_mdp.attention_scale import unit_products
 from onnx_mdp.binding import graph_inputs
 from onnx_mdp.calibration import CalibrationData, load_data
@@ -45,6 +46,7 @@ __all__ = [
     "load_structure",
     "parse_shapes",
     "read_inputs",
+    "tell_of_gpu",
     "with_plan_inputs",
 ]
 
@@ -221,6 +223,15 @@ def accepted_fallback(model: ir.Model, structure: Structure, options: Options) -
     options.screen.warn(f"{printable(str(found))}; accepted")
     nodes = [list(node) for node in found.nodes]
     return {"fallback": {"nodes": nodes, "of_nodes": found.total, "share_of_time": found.share}}
+
+
+def tell_of_gpu(options: Options) -> None:
+    """Say on which GPU, and at which clock, is measured."""
+    runtime_ = options.runtime()
+    gpu = gpu_of(runtime_.provider, runtime_.options)
+    if gpu is not None:
+        clock = f", clock {gpu.clock_mhz} of {gpu.most_mhz} MHz" if gpu.most_mhz else ""
+        options.screen.note(f"{printable(gpu.name)}, driver {printable(gpu.driver)}{clock}")
 
 
 def with_plan_inputs(options: Options, plan: PruningPlan) -> Options:

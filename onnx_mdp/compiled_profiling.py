@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from onnx_mdp.cost_terms import CostTerm
 from onnx_mdp.large_models import for_session
@@ -25,7 +24,7 @@ from onnx_mdp.timing import Feeds, measure, random_feeds
 from onnx_mdp.variants import Variant, full_variant, plan_of_variant, random_variant
 from onnx_mdp.windows import Window, cut_window
 
-__all__ = ["group_count", "group_of", "profile_group"]
+__all__ = ["group_count", "group_of", "open_window", "profile_group"]
 
 _LENGTHS = (1, 1, 2, 3, 5, 8)  # terms of the windows of a group
 _FEW = (1, 3)  # where each engine takes seconds to minutes: with 16 groups, 70 engines in all
@@ -78,7 +77,9 @@ def profile_group(
     started = time.perf_counter()
     variant = _variant(structure, choices, group, seed)
     windows = list(_windows(structure, terms, variant, group, seed, runtime))
-    opened = [(window, pair) for window in windows if (pair := _opened(window, runtime, seed)) is not None]
+    opened = [
+        (window, pair) for window in windows if (pair := open_window(window, runtime, seed)) is not None
+    ]
     pairs = [base, *(pair for _, pair in opened)]
     if group:
         model = rewrite(structure, plan_of_variant(structure, variant), split=True)
@@ -136,19 +137,12 @@ def _windows(
             start = int(rng.choice([i for i, term in enumerate(terms) if term.key == wanted]))
         else:
             start = int(rng.integers(0, max(1, len(terms) - length + 1)))
-        window = _cut(structure, terms[start : start + length], model, variant)
+        window = cut_window(structure, terms[start : start + length], model, variant.kept)
         if window is not None:
             yield window
 
 
-def _cut(structure: Structure, terms: Sequence[CostTerm], model: ir.Model, variant: Variant) -> Window | None:
-    try:
-        return cut_window(structure, terms, model, variant.kept)
-    except ValueError:  # onnx-ir cannot bound it: a window that reads from two sides of an outer value
-        return None
-
-
-def _opened(window: Window, runtime: Runtime, seed: int) -> tuple[InferenceSession, Feeds] | None:
+def open_window(window: Window, runtime: Runtime, seed: int) -> tuple[InferenceSession, Feeds] | None:
     """A session that ran once; None for a window that does not stand alone, such as indices out of range."""
     try:
         session = open_placed(window.model, runtime, window.shapes)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onnx_mdp.bound_session import BoundSession, device_of
 from onnx_mdp.errors import MeasurementError, MissingBackendError
 from onnx_mdp.files import scratch_folder
 from onnx_mdp.large_models import LargeModel
@@ -62,10 +63,19 @@ def open_placed(
 ) -> InferenceSession:
     """Open a session of `model` all of whose work is done by the provider of `runtime`.
 
-    `shapes` are those of the inputs. Arithmetic on shapes may stay on the CPU, where runtimes put it on
-    purpose; with `runtime.allow_fallback` anything may. Raises ``MissingBackendError`` that names the nodes
-    on the CPU, and what `open_session` raises.
+    `shapes` are those of the inputs. It is for timing: on a GPU, inputs and outputs stay there. Arithmetic
+    on shapes may stay on the CPU, where runtimes put it on purpose; with `runtime.allow_fallback` anything
+    may. Raises ``MissingBackendError`` that names the nodes on the CPU, and what `open_session` raises.
     """
+    session = _open(model, runtime, shapes, profile_prefix)
+    device = device_of(runtime.provider)
+    number = dict(runtime.options).get("device_id", "0")
+    return session if device is None else BoundSession(session, device, int(number))
+
+
+def _open(
+    model: bytes | LargeModel | str | Path, runtime: Runtime, shapes: Shapes, profile_prefix: str | None
+) -> InferenceSession:
     if runtime.provider == _HOST or runtime.allow_fallback:
         return open_session(model, runtime, profile_prefix=profile_prefix)
     try:

@@ -38,7 +38,7 @@ def cut_window(
 ) -> Window | None:
     """Cut ``terms`` out of the variant ``model`` that keeps ``kept`` units and all blocks.
 
-    None where nothing but constants would go in, or nothing come out.
+    None where nothing but constants would go in, nothing come out, or more be needed than comes in.
     """
     charged = anchors(structure)
     inside = {term.operation for term in terms}
@@ -49,7 +49,10 @@ def cut_window(
     outputs = [name for name in _left(structure, operations, inside, charged) if name in values]
     if not inputs or not outputs:
         return None
-    graph = ir.convenience.extract(model.graph, [values[n] for n in inputs], [values[n] for n in outputs])
+    try:
+        graph = ir.convenience.extract(model.graph, [values[n] for n in inputs], [values[n] for n in outputs])
+    except ValueError:  # not bounded by these inputs
+        return None
     shapes = {name: _shape(structure, name, kept) for name in inputs}
     for value, name in zip(graph.inputs, inputs, strict=True):
         _describe(structure, value, name, shapes[name])

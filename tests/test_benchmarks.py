@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 
 import onnx_mdp
-from benchmarks import full_size, harness, latency_prediction, prune_cells, zoo_coverage
+from benchmarks import full_size, harness, latency_prediction, prune_cells, targets, zoo_coverage
 from benchmarks.checking import Look, input_shapes, parameters
 from benchmarks.harness import NOISE_LIMIT, Verdict, combined, judge
-from benchmarks.measuring import measured_ratios
+from benchmarks.measuring import measured_ratios, table_from_nothing
 from benchmarks.metered import Metered, run_metered
 from benchmarks.model_files import model_path
+from benchmarks.rival_predictions import linear_ratios, macs_ratios, table_ratios
 from benchmarks.samples import samples_for, top1
 from onnx_mdp.double_precision import run_in_double
 from onnx_mdp.errors import MeasurementError, UsageError, VerificationError
@@ -72,6 +73,7 @@ def test_the_benchmarks_are_scripts() -> None:
         "prune_cells",
         "soft_masking",
         "solver",
+        "targets",
         "torch_roundtrip",
         "zoo_coverage",
     ]
@@ -350,6 +352,38 @@ def test_the_prediction_benchmark_runs_and_leaves_few_configurations_open(
     assert {name: len(errors) for name, errors in row["errors"].items()} == {
         "base_only": 2,
         "calibrated": 2,
+        "isolated": 2,
+        "linear": 2,
         "macs": 2,
     }
     assert all(0 < ratio < 2 for ratio in row["measured"])
+
+
+def cell(distance: float, noise: float = 0.005, measurements: int = 1) -> targets.Cell:
+    return targets.Cell("m", "cpu", 0.8, 5.0, distance, noise, measurements, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("cells", "verdict"),
+    [
+        ([cell(-0.01)] * 9 + [cell(-0.05)], "pass"),
+        ([cell(-0.01)] * 8 + [cell(-0.05)] * 2, "fail"),
+        ([cell(-0.01)] * 9 + [cell(0.03)], "fail"),
+        ([cell(-0.01)] * 9 + [cell(0.0, measurements=5)], "fail"),
+        ([cell(-0.01)] * 9 + [cell(0.5, noise=0.1)], "inconclusive"),
+        ([cell(-0.01)] * 8 + [cell(-0.01, noise=0.03)] * 2, "inconclusive"),
+    ],
+)
+def test_a_tenth_of_the_targets_may_be_missed_from_below_and_none_from_above(
+    cells: list[targets.Cell], verdict: Verdict
+) -> None:
+    assert targets.combined_cells(cells) == verdict
+
+
+def test_the_linear_rival_sees_no_saving_in_what_a_layer_reads(demo: Structure) -> None:
+    table = table_from_nothing(demo, Runtime(), 0)
+    choices = {i: (1, demo.dimensions[i].count) for i in demo.prunable}
+    small = random_variant(demo, choices, np.random.default_rng(0), low=0.0, high=1e-9)
+    (linear,), (ours,) = (f(demo, table, [small]) for f in (linear_ratios, table_ratios))
+    assert macs_ratios(demo, [small])[0] < linear < 1
+    assert 0 < ours < 1

@@ -38,6 +38,7 @@ ORDER = (
     "providers",
     "runtime",
     "computation",
+    "bound_session",
     "timing",
     "placement",
     "binding",

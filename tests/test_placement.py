@@ -12,10 +12,14 @@ import pytest
 from command_line import Outcome
 from zoo import text_model
 
+from onnx_mdp import commands
 from onnx_mdp.errors import MissingBackendError
+from onnx_mdp.latency import LatencyTable, build_table
+from onnx_mdp.lut_store import LutStore
 from onnx_mdp.placement import fallback_in, fallback_of, open_placed
 from onnx_mdp.providers import SHORT_NAMES, add_plugin
-from onnx_mdp.runtime import import_onnxruntime, open_session, runtime
+from onnx_mdp.runtime import Runtime, import_onnxruntime, open_session, runtime
+from onnx_mdp.structure import Structure
 from onnx_mdp.timing import random_feeds, run_times
 
 PARTS = """
@@ -107,9 +111,14 @@ def test_a_provider_that_takes_nothing_is_refused_unless_that_is_accepted() -> N
 
 
 def test_the_command_line_exits_with_3_and_tells_of_what_is_accepted(
-    run: Callable[..., Outcome], tmp_path: Path
+    run: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needs("AzureExecutionProvider")
+
+    def quickly(structure: Structure, where: Runtime, store: LutStore, **options: Any) -> LatencyTable:
+        return build_table(structure, Runtime(), store, variants=2, **options)
+
+    monkeypatch.setattr(commands, "build_table", quickly)
     (tmp_path / "parts.onnx").write_bytes(parts())
     profile = ("profile", "parts.onnx", "--ep", "AzureExecutionProvider", "--json")
     refused = run(*profile)

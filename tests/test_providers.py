@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import Outcome
 from test_placement import needs, parts
 
 from onnx_mdp.accelerators import Gpu, gpu_of, parse_gpu
+from onnx_mdp.bound_session import BoundSession, device_of
 from onnx_mdp.errors import UsageError
 from onnx_mdp.provider_options import session_provider_options
 from onnx_mdp.runtime import context, open_session, runtime
+from onnx_mdp.timing import measure, random_feeds
 
 
 def told(
@@ -91,6 +94,19 @@ def test_openvino_computes_float32_alone_on_a_cpu() -> None:
     open_session(parts("MaxPool"), runtime("openvino"))
     with pytest.raises(UsageError, match="does not compute in float16 on this device"):
         open_session(parts("MaxPool"), runtime("openvino", precision="float16"))
+
+
+def test_a_bound_session_computes_the_same_and_takes_another_feed() -> None:
+    plain = open_session(parts("MaxPool"), runtime())
+    bound = BoundSession(plain, "cpu", 0)
+    for seed in (0, 0, 1):
+        feeds = random_feeds(bound, {}, seed)
+        for _ in range(2):
+            (found,), (expected,) = bound.run(None, feeds), plain.run(None, feeds)
+            assert np.array_equal(found.numpy(), expected)
+    assert measure([bound], [feeds], rounds=4, threads=1).ms[0] > 0
+    assert device_of("CPUExecutionProvider") is None
+    assert device_of("CUDAExecutionProvider") == "cuda"
 
 
 def test_a_line_of_nvidia_smi_names_the_device_and_its_clocks() -> None:
