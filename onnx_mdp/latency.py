@@ -138,14 +138,16 @@ def build_table(
     if missing:
         progress("profile", len(missing), len(missing))
     runs = tuple(run for number, run in sorted(stored.items()) if group_of(number) < count)
+    call_ms = 0.0
     if in_place:
         coefficients = fit_runs(runs + (related.runs if related else ()), step)
     else:
-        coefficients = fit_windows(structure, terms, runs, step)
+        coefficients, call_ms = fit_windows(structure, terms, runs, step)
     name = fit.name(key, related)
     saved = store.get_calibration(where, name)
     if saved is None or missing or not saved.keys() >= set(Calibration.__slots__):
-        draft = LatencyTable(where, key, step, terms, coefficients, _IDENTITY, choices, len(missing), 0.0)
+        call = replace(_IDENTITY, offset_ms=call_ms)
+        draft = LatencyTable(where, key, step, terms, coefficients, call, choices, len(missing), 0.0)
         calibration = _calibrate(structure, draft, runtime, seed, progress)
         store.put_calibration(where, name, _payload(calibration) | {"session": session()})
     else:
@@ -269,7 +271,7 @@ def _calibrate(
     scale, offset = affine(predicted, measured)
     return Calibration(
         scale=scale,
-        offset_ms=offset,
+        offset_ms=offset + scale * draft.calibration.offset_ms,
         base_ms=float(measured[0]),
         median_error=float(np.median(errors)),
         worst_error=float(errors.max()),

@@ -44,6 +44,7 @@ _ERROR_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (?:Fatal error:
 _SOURCE_LOCATION = re.compile(r"\S+\.(?:cc|cpp|cu|cuh|h):\d+\s*")
 _SIGNATURE = re.compile(r"^[^()]*\bonnxruntime::[^()]*\([^()]*\)(?: const)?\s*")
 _NO_KERNEL = re.compile(r"is not a registered function/op|Could not find an implementation for")
+_FALLBACK = "fallback to CPU EP has been explicitly disabled"
 _FATAL = 4
 _MOST_SECONDS = 3600.0  # compilers of engines may take minutes
 
@@ -186,7 +187,8 @@ def open_session(
     except Exception as error:
         reason = one_line(error, model)
         if not _starts(ort, runtime):
-            raise _refused(ort, runtime, f"does not start ({reason.rstrip('.')})") from error
+            why = "and leaves all to the CPU" if _FALLBACK in reason else f"({reason.rstrip('.')})"
+            raise _refused(ort, runtime, f"does not start {why}") from error
         name = "the model" if isinstance(model, (bytes, LargeModel)) else f"'{Path(model).name}'"
         if _NO_KERNEL.search(reason):
             reason += (

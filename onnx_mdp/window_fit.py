@@ -35,8 +35,10 @@ Vector = npt.NDArray[np.float64]
 
 def fit_windows(
     structure: Structure, terms: Sequence[CostTerm], runs: Sequence[Run], step: int
-) -> dict[str, tuple[float, ...]]:
-    """Coefficients by shape key, four each, from ``runs`` of `compiled_profiling` at granularity ``step``.
+) -> tuple[dict[str, tuple[float, ...]], float]:
+    """Coefficients by shape key, four each, and the milliseconds of calling a whole model.
+
+    ``runs`` are those of `compiled_profiling`, ``step`` is the granularity.
 
     Raises:
         MeasurementError: the runs came from another store and are not such.
@@ -51,7 +53,7 @@ def fit_windows(
 
 def _fit(
     structure: Structure, terms: Sequence[CostTerm], runs: Sequence[Run], step: int
-) -> dict[str, tuple[float, ...]]:
+) -> tuple[dict[str, tuple[float, ...]], float]:
     keys = {key: 4 * i for i, key in enumerate(dict.fromkeys(term.key for term in terms))}
     names = dict.fromkeys(str(b[0]) for run in runs for b in run.payload.get("borders", ()))
     borders = {name: 4 * len(keys) + i for i, name in enumerate(names)}
@@ -66,7 +68,7 @@ def _fit(
             row[borders[name]] += -(-channels // step)
         row[-1 if "kept" in run.payload else -2] = 1.0
     found = _solve(design, np.asarray([run.plain_ms for run in runs]), whole)
-    return {key: tuple(found[i : i + 4].tolist()) for key, i in keys.items()}
+    return {key: tuple(found[i : i + 4].tolist()) for key, i in keys.items()}, float(found[-1])
 
 
 def _held(

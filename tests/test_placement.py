@@ -13,6 +13,7 @@ from command_line import Outcome
 from zoo import text_model
 
 from onnx_mdp import commands
+from onnx_mdp.accelerators import gpu_of
 from onnx_mdp.errors import MissingBackendError
 from onnx_mdp.latency import LatencyTable, build_table
 from onnx_mdp.lut_store import LutStore
@@ -110,21 +111,31 @@ def test_a_provider_that_takes_nothing_is_refused_unless_that_is_accepted() -> N
     assert "AzureExecutionProvider" in open_placed(parts(), accepted, SHAPES).get_providers()
 
 
+@pytest.mark.parametrize("name", ["cuda", "tensorrt"])
+def test_a_listed_provider_without_its_hardware_fails_loudly(name: str) -> None:
+    needs(SHORT_NAMES[name])
+    if gpu_of(SHORT_NAMES[name], ()) is not None:
+        pytest.skip("there is a GPU")
+    for accepts in (False, True):
+        with pytest.raises(MissingBackendError, match=r"does not start|did not start"):
+            open_placed(parts(), runtime(name, allow_fallback=accepts), SHAPES)
+
+
 def test_the_command_line_exits_with_3_and_tells_of_what_is_accepted(
     run: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needs("AzureExecutionProvider")
-
-    def quickly(structure: Structure, where: Runtime, store: LutStore, **options: Any) -> LatencyTable:
-        return build_table(structure, Runtime(), store, variants=2, **options)
-
-    monkeypatch.setattr(commands, "build_table", quickly)
     (tmp_path / "parts.onnx").write_bytes(parts())
     profile = ("profile", "parts.onnx", "--ep", "AzureExecutionProvider", "--json")
     refused = run(*profile)
     assert (refused.code, refused.out) == (3, "")
     assert "nodes to the CPU" in refused.err
     assert "Traceback" not in refused.err
+
+    def quickly(structure: Structure, where: Runtime, store: LutStore, **options: Any) -> LatencyTable:
+        return build_table(structure, Runtime(), store, variants=2, **options)
+
+    monkeypatch.setattr(commands, "build_table", quickly)
     accepted = run(*profile, "--allow-fallback")
     assert accepted.code == 0, accepted.err
     assert "nodes to the CPU, 100% of the time" in accepted.err
