@@ -31,7 +31,7 @@ from onnx_mdp.staircases import affine, features, fit_runs, regime
 from onnx_mdp.structure import Structure
 from onnx_mdp.timing import Feeds, measure, random_feeds
 from onnx_mdp.variants import Variant, full_variant, measure_models, plan_of_variant, random_variant
-from onnx_mdp.window_fit import fit_windows
+from onnx_mdp.window_fit import WindowFit, fit_windows
 
 __all__ = [
     "VARIANTS",
@@ -138,17 +138,18 @@ def build_table(
     if missing:
         progress("profile", len(missing), len(missing))
     runs = tuple(run for number, run in sorted(stored.items()) if group_of(number) < count)
-    call_ms = 0.0
-    if in_place:
+    windows = None if in_place else fit_windows(structure, terms, runs, step)
+    if windows is None:
+        coefficients: Mapping[str, tuple[float, ...]]
         coefficients = fit_runs(runs + (related.runs if related else ()), step)
     else:
-        coefficients, call_ms = fit_windows(structure, terms, runs, step)
+        coefficients = windows.coefficients
     name = fit.name(key, related)
     saved = store.get_calibration(where, name)
     if saved is None or missing or not saved.keys() >= set(Calibration.__slots__):
-        call = replace(_IDENTITY, offset_ms=call_ms)
+        call = replace(_IDENTITY, offset_ms=windows.call_ms if windows else 0.0)
         draft = LatencyTable(where, key, step, terms, coefficients, call, choices, len(missing), 0.0)
-        calibration = _calibrate(structure, draft, runtime, seed, progress)
+        calibration = _calibrate(structure, draft, runtime, seed, progress, windows)
         store.put_calibration(where, name, _payload(calibration) | {"session": session()})
     else:
         calibration = Calibration(**{name: float(saved[name]) for name in Calibration.__slots__})
@@ -247,8 +248,17 @@ def predict_ms(table: LatencyTable, structure: Structure, variant: Variant) -> f
 
 
 def _calibrate(
-    structure: Structure, draft: LatencyTable, runtime: Runtime, seed: int, progress: Progress
+    structure: Structure,
+    draft: LatencyTable,
+    runtime: Runtime,
+    seed: int,
+    progress: Progress,
+    windows: WindowFit | None = None,
 ) -> Calibration:
+    """Measure the unpruned model and four held-out variants, and fit the affine map.
+
+    The whole variants of ``windows`` count as well, for they were not seen through a profiler.
+    """
     rng = np.random.default_rng([seed, 2**31])
     pool = [
         random_variant(structure, draft.choices, rng, low=0.05, spread=True, drop=rng.choice([0.0, 0.4]))
@@ -268,7 +278,13 @@ def _calibrate(
     predicted = np.asarray([predict_ms(draft, structure, v) for v in chosen])
     measured = np.asarray(timing.ms)
     errors = np.abs(predicted[1:] / measured[1:] * (measured[0] / predicted[0]) - 1.0)
-    scale, offset = affine(predicted, measured)
+    if windows is None:
+        scale, offset = affine(predicted, measured)
+    else:
+        now = measured[0] / windows.measured[0]
+        scale, offset = affine(
+            np.concatenate([predicted, windows.predicted]), np.concatenate([measured, now * windows.measured])
+        )
     return Calibration(
         scale=scale,
         offset_ms=offset + scale * draft.calibration.offset_ms,

@@ -12,6 +12,7 @@ they are what is asked for; windows tell apart what whole models only show toget
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from onnx_mdp.nonnegative import nonnegative_least_squares
 from onnx_mdp.staircases import features
 from onnx_mdp.structure import Structure
 
-__all__ = ["fit_windows"]
+__all__ = ["WindowFit", "fit_windows"]
 
 _WHOLE_WEIGHT = 30.0
 _SHORTEST = 0.3  # of the median window: below, errors count as those of this one
@@ -33,12 +34,21 @@ _ROUNDS = 3
 Vector = npt.NDArray[np.float64]
 
 
-def fit_windows(
-    structure: Structure, terms: Sequence[CostTerm], runs: Sequence[Run], step: int
-) -> tuple[dict[str, tuple[float, ...]], float]:
+@dataclass(frozen=True, slots=True)
+class WindowFit:
     """Coefficients by shape key, four each, and the milliseconds of calling a whole model.
 
-    ``runs`` are those of `compiled_profiling`, ``step`` is the granularity.
+    ``predicted`` and ``measured`` are the milliseconds of the whole variants, the unpruned model first.
+    """
+
+    coefficients: Mapping[str, tuple[float, ...]]
+    call_ms: float
+    predicted: Vector
+    measured: Vector
+
+
+def fit_windows(structure: Structure, terms: Sequence[CostTerm], runs: Sequence[Run], step: int) -> WindowFit:
+    """Fit ``runs`` of `compiled_profiling`, in the order of their numbers, at the granularity ``step``.
 
     Raises:
         MeasurementError: the runs came from another store and are not such.
@@ -51,9 +61,7 @@ def fit_windows(
         ) from error
 
 
-def _fit(
-    structure: Structure, terms: Sequence[CostTerm], runs: Sequence[Run], step: int
-) -> tuple[dict[str, tuple[float, ...]], float]:
+def _fit(structure: Structure, terms: Sequence[CostTerm], runs: Sequence[Run], step: int) -> WindowFit:
     keys = {key: 4 * i for i, key in enumerate(dict.fromkeys(term.key for term in terms))}
     names = dict.fromkeys(str(b[0]) for run in runs for b in run.payload.get("borders", ()))
     borders = {name: 4 * len(keys) + i for i, name in enumerate(names)}
@@ -67,8 +75,10 @@ def _fit(
         for name, channels in run.payload.get("borders", ()):
             row[borders[name]] += -(-channels // step)
         row[-1 if "kept" in run.payload else -2] = 1.0
-    found = _solve(design, np.asarray([run.plain_ms for run in runs]), whole)
-    return {key: tuple(found[i : i + 4].tolist()) for key, i in keys.items()}, float(found[-1])
+    ms = np.asarray([run.plain_ms for run in runs])
+    found = _solve(design, ms, whole)
+    coefficients = {key: tuple(found[i : i + 4].tolist()) for key, i in keys.items()}
+    return WindowFit(coefficients, float(found[-1]), (design @ found)[whole], ms[whole])
 
 
 def _held(

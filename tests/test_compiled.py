@@ -120,12 +120,13 @@ def table_of(structure: Structure, coefficients: dict[str, tuple[float, ...]]) -
 def test_whole_models_are_predicted_from_windows_and_whole_models(noise: float, allowed: float) -> None:
     structure = net()
     true, runs = synthetic(structure, np.random.default_rng(1), noise)
-    found, call_ms = fit_windows(structure, cost_terms(structure), runs, STEP)
-    assert call_ms >= 0
-    assert all(c >= 0 for coefficients in found.values() for c in coefficients)
+    found = fit_windows(structure, cost_terms(structure), runs, STEP)
+    assert found.call_ms >= 0
+    assert found.predicted == pytest.approx(found.measured, rel=allowed)
+    assert all(c >= 0 for coefficients in found.coefficients.values() for c in coefficients)
     for seed in range(100, 120):
         variant, _ = slim(structure, seed)
-        fitted = predict_ms(table_of(structure, found), structure, variant) + call_ms
+        fitted = predict_ms(table_of(structure, dict(found.coefficients)), structure, variant) + found.call_ms
         real = predict_ms(table_of(structure, true), structure, variant) + 0.05
         assert fitted == pytest.approx(real, rel=allowed)
 
