@@ -46,7 +46,6 @@ __all__ = [
     "load_structure",
     "parse_shapes",
     "read_inputs",
-    "tell_of_gpu",
     "with_plan_inputs",
 ]
 
@@ -214,7 +213,11 @@ def load_structure(path: Path, options: Options) -> tuple[ir.Model, Structure]:
 
 
 def accepted_fallback(model: ir.Model, structure: Structure, options: Options) -> dict[str, Any]:
-    """What of the model the CPU computes, if that is accepted: a warning, and keys for the document."""
+    """What of the model the CPU computes, if that is accepted: a warning, and keys for the document.
+
+    Where a GPU computes, its name and clock are told before.
+    """
+    _tell_of_gpu(options)
     if not options.allow_fallback:
         return {}
     found = fallback_of(for_session(model), options.runtime(), structure.shadow.inputs)
@@ -225,7 +228,7 @@ def accepted_fallback(model: ir.Model, structure: Structure, options: Options) -
     return {"fallback": {"nodes": nodes, "of_nodes": found.total, "share_of_time": found.share}}
 
 
-def tell_of_gpu(options: Options) -> None:
+def _tell_of_gpu(options: Options) -> None:
     """Say on which GPU, and at which clock, is measured."""
     runtime_ = options.runtime()
     gpu = gpu_of(runtime_.provider, runtime_.options)

@@ -25,7 +25,6 @@ from onnx_mdp.command_options import (
     load_structure,
     parse_shapes,
     read_inputs,
-    tell_of_gpu,
     with_plan_inputs,
 )
 from onnx_mdp.cost_terms import width
@@ -105,7 +104,6 @@ def run_profile(
     if output is not None:
         check_output(output, overwrite=overwrite)
     model, structure = load_structure(path, options)
-    tell_of_gpu(options)
     fallback = accepted_fallback(model, structure, options)
     with open_store(options.store) as store, options.screen.progress() as progress:
         table = build_table(
@@ -175,7 +173,6 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
         check_finetuning(model, parse_shapes(options.input_shapes, model), options, wanted.finetune)
         if wanted.masks.masked:
             check_masking(structure, wanted.finetune, wanted.masks)
-    tell_of_gpu(options)
     fallback = accepted_fallback(model, structure, options)
     data = calibration(structure, model, wanted.plan, options)
     request = Request(
