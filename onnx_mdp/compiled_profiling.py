@@ -27,7 +27,7 @@ from onnx_mdp.windows import Window, cut_window
 __all__ = ["group_count", "group_of", "open_window", "profile_group"]
 
 _LENGTHS = (1, 1, 2, 3, 5, 8)  # terms of the windows of a group
-_FEW = (1, 3)  # where each engine takes seconds to minutes: with 16 groups, 70 engines in all
+_FEW = (1, 3)  # where each engine takes seconds to minutes: a table builds about 80 of them
 _WINDOWS = 10_000  # windows are numbered from here, so that a group's variant has the number of the group
 _ROUND_MS = 600.0
 _ROUNDS = (8, 30)

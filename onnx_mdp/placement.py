@@ -115,9 +115,10 @@ def fallback_in(events: Iterable[Mapping[str, Any]], provider: str) -> Fallback 
             kernels.setdefault(event["name"].removesuffix("_kernel_time"), []).append(event)
     ms = {name: sum(event["dur"] for event in found[1:]) for name, found in kernels.items()}
     elsewhere = {
-        name: str(found[0]["args"].get("op_name", "?"))
+        name: str(args.get("op_name", "?"))
         for name, found in kernels.items()
-        if found[0]["args"].get("provider") == _HOST and not _on_shapes(found[0]["args"])
+        # Fused nodes of some providers come without arguments.
+        if (args := found[0].get("args", {})).get("provider") == _HOST and not _on_shapes(args)
     }
     if not elsewhere:
         return None

@@ -140,7 +140,7 @@ def _events(document: Iterable[Mapping[str, Any]]) -> list[_Event]:
     found: dict[str, tuple[str, list[float]]] = {}
     for event in document:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            entry = found.setdefault(event["name"], (event["args"].get("op_name", ""), []))
+            entry = found.setdefault(event["name"], (event.get("args", {}).get("op_name", ""), []))
             entry[1].append(event["dur"] * 1e-3)
     events = []
     for name, (op_name, durations) in found.items():

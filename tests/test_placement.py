@@ -64,6 +64,17 @@ def test_nodes_on_the_cpu_are_named_with_their_share_of_warm_time() -> None:
     )
 
 
+def test_shapes_are_read_as_json_too_and_nodes_without_arguments_are_the_provider_s() -> None:
+    event = {"cat": "Node", "name": "DmlFusedNode_0_41_kernel_time", "dur": 378}
+    shape = {"op_name": "Concat", "provider": "CPUExecutionProvider", "output_type_shape": [{"int64": [4]}]}
+    concat = {"cat": "Node", "name": "concat_kernel_time", "dur": 2, "args": shape}
+    pool = {**concat, "name": "pool_kernel_time", "args": {**shape, "output_type_shape": [{"float": [4]}]}}
+    assert fallback_in([event, concat] * 2, "DmlExecutionProvider") is None
+    found = fallback_in([event, concat, pool] * 2, "DmlExecutionProvider")
+    assert found is not None
+    assert (found.nodes, found.total) == ((("pool", "Concat"),), 3)
+
+
 INTEGER = '[{"int64": [4]}]'
 
 
