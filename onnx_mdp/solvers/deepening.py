@@ -15,7 +15,8 @@ from onnx_mdp.solvers.pareto_labels import Limits, best_above
 __all__ = ["FIRST_STEP", "close"]
 
 FIRST_STEP = 1e-5  # of the bound
-_FIRST_SHARE = 0.08  # of the window
+# Of the window. With several budgets a step is larger: one that is left costs another run for itself.
+_FIRST_SHARE, _FIRST_SHARE_OF_MANY = 0.08, 0.25
 _FEW_LABELS = 100
 _SLOWEST, _USUAL, _FASTEST = 1.35, 1.8, 3.0  # growth of a step
 
@@ -29,9 +30,10 @@ def close(
     """
     tops = [one.bound for one in known]
     steps = [max(FIRST_STEP * abs(one.bound), 3 * one.rounding) for one in known]
+    share = _FIRST_SHARE if len(known) == 1 else _FIRST_SHARE_OF_MANY
     for index, one in enumerate(known):
         if np.isfinite(one.least):
-            steps[index] = max(steps[index], _FIRST_SHARE * (tops[index] - one.least))
+            steps[index] = max(steps[index], share * (tops[index] - one.least))
     open_ = [index for index, one in enumerate(known) if not one.searched]
     crowded, labels, growth = [], [0] * len(known), [1.0] * len(known)
     while open_:

@@ -26,8 +26,6 @@ __all__ = ["Search"]
 
 _TOGETHER, _LARGE_TOGETHER = 20, 10  # budgets; options and labels add up, while the number of steps does not
 _SMALL, _LARGE = 1 << 15, 1 << 20  # entries of a pass
-# Bounds on tuples take the multipliers of all budgets for each: so many budgets, or entries of all of them.
-_CLOSED, _CLOSED_ENTRIES = 10, 1 << 18
 _DEPTH, _DEEPEST = 3e-4, 2e-3  # of the bound: how far below it passes over a large network look
 _CROWDED = 12_000  # labels in one bucket: then fixing a variable that most buckets see is cheaper
 _HUB_LEAST, _HUB_SHARE = 4, 0.3  # buckets
@@ -157,10 +155,9 @@ class Search:
                 hopeless = least < min(self.compiled.lowest, one.value)
                 one.least = floors[one] if hopeless else max(floors[one], least)
                 windows[one] *= _WIDER
-            for some in _groups(left, max(_CLOSED, _CLOSED_ENTRIES // max(1, network.entries))):
-                fixed = self._union(network, some, bounds, centred=True)
-                if fixed is not None:
-                    self._close(fixed, _unsearched(some))
+            fixed = self._union(network, left, bounds, centred=True)
+            if fixed is not None:
+                self._close(fixed, _unsearched(left))
             left = [one for one in _open(left) if one.least > floors[one] and not one.alone]
 
     def _close(self, network: Network, known: _Known) -> None:
