@@ -215,6 +215,8 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
         trained = _finetuned(model, result, written, options, wanted)
     if trained is not None:
         line, document = f"{line}\n{trained.line}", document | {"finetuning": dict(trained.document)}
+    if data and written[0] and trained is None and structure.shadow.plain and not request.repair:
+        options.screen.note("the weights are the original's; --repair lstsq refits them on the same inputs")
     if wanted.handover is not None and result.status == "handed_over" and result.table is not None:
         options.screen.note(bench_hint(wanted.handover, result.table.context))
     options.screen.result(line, document)
