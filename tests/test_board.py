@@ -81,6 +81,17 @@ def test_the_library_measures_without_a_command_line(folder: Path) -> None:
     python(folder, "-m", "onnx_mdp", "solve", "model.onnx", "table.json", "--target-ratio", "0.7")
 
 
+def test_without_typer_a_command_says_so(folder: Path) -> None:
+    code = (
+        "import importlib.util as util; find = util.find_spec\n"
+        "util.find_spec = lambda name: None if name == 'typer' else find(name)\n"
+        "from onnx_mdp.__main__ import start; start()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == "error: the command line needs typer: run `pip install typer`\n"
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_coefficients_are_those_of_scipy(seed: int) -> None:
     rng = np.random.default_rng(seed)
