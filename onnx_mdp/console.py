@@ -28,6 +28,7 @@ _STAGES = {
     "calibrate": "calibrating the table",
     "solve": "solving",
     "bench": "measuring models",
+    "fleet": "measuring on the devices",
     "doctor": "trying providers and the clock",
     "measure": "measuring against the unpruned model",
     "train": "fine-tuning",

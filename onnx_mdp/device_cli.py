@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onnx_mdp.cli_parameters import given, runtime_options, store_options
+from onnx_mdp.cli_parameters import (
+    Choices,
+    Overwrite,
+    given,
+    measuring_options,
+    runtime_options,
+    store_options,
+)
 
 if TYPE_CHECKING:
     from onnx_mdp.command_options import Options
@@ -37,3 +44,33 @@ def doctor(options: "Options") -> None:
     from onnx_mdp.doctor_commands import run_doctor
 
     raise typer.Exit(run_doctor(options))
+
+
+@device.command()
+@given(options=measuring_options)
+def fleet(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL.onnx...", help="The ONNX files.")],
+    options: "Options",
+    devices: Annotated[
+        list[str], typer.Option("--device", metavar="NAME", help="A custom resource of nodes; repeatable.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="For the tables.")],
+    address: Annotated[str, typer.Option(help="Of the Ray cluster.")] = "auto",
+    choices: Choices = 16,
+    patience: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="How long to wait for a device that was lost.")
+    ] = 600.0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure the tables of models on the devices of a Ray cluster, into one store."""
+    from onnx_mdp.fleet_commands import FleetOptions, run_fleet
+
+    wanted = FleetOptions(
+        devices=tuple(devices),
+        output=output,
+        address=address,
+        choices=choices,
+        patience_s=patience,
+        overwrite=overwrite,
+    )
+    raise typer.Exit(run_fleet(models, options, wanted))

@@ -188,6 +188,8 @@ ORDER = (
     "doctor",
     "device_commands",
     "doctor_commands",
+    "fleet",
+    "fleet_commands",
     "repair_commands",
     "plan_report",
     "plan_commands",
