@@ -26,6 +26,7 @@ from onnx_mdp.table_file import table_json
 __all__ = ["Measured", "measure_fleet"]
 
 _POLL_S = 2.0
+_OF_RAY = ("CPU", "GPU", "memory", "object_store_memory")  # resources that every node may have
 _REMEDY = "join a node with `ray start --address=HEAD:6379 --resources='{\"NAME\": 1}'`"
 
 Progress = Callable[[str, int, int], None]
@@ -133,7 +134,7 @@ def _check_devices(ray: Any, devices: Iterable[str]) -> None:
     offers = _offers(ray)
     for device in devices:
         if device not in offers:
-            known = ", ".join(sorted(n for n in offers if n.replace("-", "_").isidentifier())) or "none"
+            known = ", ".join(sorted(n for n in offers if n not in _OF_RAY and ":" not in n)) or "none"
             raise UsageError(f"no node offers {device!r} (there are {known}): {_REMEDY}")
         if offers[device] != 1:
             raise UsageError(
