@@ -7,9 +7,10 @@ whose node was lost, there or on another node with that device; what the store t
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,9 @@ def _cluster(address: str) -> Iterator[Any]:
             f"there is no Ray cluster at {address!r}: begin one with `ray start --head`, then {_REMEDY}"
         ) from error
     try:
-        yield ray
+        # Ray tells of lost nodes on stdout, which is for results.
+        with redirect_stdout(sys.stderr):
+            yield ray
     finally:
         ray.shutdown()
 
