@@ -71,6 +71,7 @@ def test_the_benchmarks_are_scripts() -> None:
         "latency_prediction",
         "peers_on_transformers",
         "prune_cells",
+        "related_networks",
         "soft_masking",
         "solver",
         "targets",
