@@ -98,7 +98,7 @@ class Search:
         """Search the choices in a window below the bound of each budget, then in wider ones."""
         compiled = self.compiled
         loose = self.large and len(known) > 1
-        if loose and not any(one.bound < np.inf for one in known):
+        if loose and any(one.bound == np.inf for one in known):  # not again for what a first search left
             self._look_closer(known)
         windows, tops = {}, {}
         depths = [_DEPTH * abs(one.near) for one in known]
