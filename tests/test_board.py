@@ -76,6 +76,7 @@ def test_a_board_measures_a_table_that_others_solve_by(folder: Path) -> None:
     python(folder, "-m", "onnx_mdp", "solve", "model.onnx", "table.json", "--target-ratio", "0.7")
 
 
+@pytest.mark.slow
 def test_the_library_measures_without_a_command_line(folder: Path) -> None:
     python(folder, "-c", LIBRARY)
     python(folder, "-m", "onnx_mdp", "solve", "model.onnx", "table.json", "--target-ratio", "0.7")
