@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from benchmarks.configurations import measured_configurations
 from benchmarks.harness import (
     Verdict,
     arguments,
@@ -29,27 +30,22 @@ from benchmarks.harness import (
     publish,
     run_main,
 )
-from benchmarks.measuring import Ratios, measured_ratios, table_from_nothing
+from benchmarks.measuring import Ratios, table_from_nothing
 from benchmarks.model_files import model_path
 from benchmarks.rival_predictions import isolated_table, linear_ratios, macs_ratios, table_ratios
 from onnx_mdp.latency import LatencyTable
-from onnx_mdp.model_io import load_model, model_bytes
+from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import analyze
-from onnx_mdp.plan import PruningPlan
 from onnx_mdp.providers import SHORT_NAMES
-from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import runtime
 from onnx_mdp.structure import Structure
-from onnx_mdp.variants import Variant, full_variant, plan_of_variant
+from onnx_mdp.variants import Variant
 
-__all__ = ["Prediction", "heterogeneous_variant", "main"]
+__all__ = ["Prediction", "main"]
 
 _LEAST = 20
 _LIMITS = (0.02, 0.06)
 _COMPILED_LIMITS = (0.04, 0.12)
-_LEVELS = (0.25, 0.5, 0.8)
-_STAGE_FACTORS = (0.3, 0.6, 1.0, 1.6, 2.0)
-_DROPS = (0.0, 0.3, 0.6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +60,6 @@ class Prediction:
     measured: tuple[float, ...]
     errors: Mapping[str, tuple[float, ...]]
     verdict: Verdict
-
-
-def heterogeneous_variant(
-    structure: Structure, choices: Mapping[int, Sequence[int]], rng: np.random.Generator
-) -> Variant:
-    """A common level, times one factor for each resolution, times a little noise for each dimension."""
-    level, drop = rng.choice(_LEVELS), rng.choice(_DROPS)
-    factors: dict[tuple[int, ...], float] = {}
-    kept = dict(full_variant(structure).kept)
-    for index, options in choices.items():
-        stage = _resolution(structure, index)
-        factor = factors.setdefault(stage, float(rng.choice(_STAGE_FACTORS)))
-        share = min(1.0, max(0.05, level * factor * rng.uniform(0.8, 1.25)))
-        wanted = share * structure.dimensions[index].count
-        kept[index] = next((k for k in options if k >= wanted), options[-1])
-    gone = frozenset(b.name for b in structure.blocks if rng.random() < drop)
-    return Variant(kept, gone)
-
-
-def _resolution(structure: Structure, index: int) -> tuple[int, ...]:
-    producer = structure.shadow.operations[structure.dimensions[index].producer]
-    return structure.shadow.shapes[producer.outputs[0]][2:]
 
 
 def _errors(
@@ -113,14 +87,12 @@ def _predict(name: str, given: argparse.Namespace) -> Prediction:
     model = load_model(model_path(name))
     structure, where = analyze(model, {}), runtime(given.ep, given.threads)
     table = table_from_nothing(structure, where, given.seed)
-    rng = np.random.default_rng([given.seed, 7])
-    variants = [heterogeneous_variant(structure, table.choices, rng) for _ in range(given.configs)]
-    ratios = measured_ratios(
-        model_bytes(rewrite(structure, PruningPlan(keep={}), split=True)),
+    variants, ratios = measured_configurations(
         structure,
-        [plan_of_variant(structure, variant) for variant in variants],
+        table.choices,
         where,
-        seed=given.seed,
+        given.configs,
+        given.seed,
         on_group=lambda done, total: note(f"{name}: {done} of {total} configurations measured"),
     )
     note(f"{name}: layers alone")

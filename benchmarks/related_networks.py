@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.configurations import measured_configurations
 from benchmarks.harness import (
     Verdict,
     arguments,
@@ -26,18 +27,16 @@ from benchmarks.harness import (
     publish,
     run_main,
 )
-from benchmarks.latency_prediction import heterogeneous_variant
-from benchmarks.measuring import Ratios, measured_ratios, table_from_nothing
+from benchmarks.measuring import Ratios, table_from_nothing
 from benchmarks.model_files import model_path
-from onnx_mdp.latency import LatencyTable, build_table, predict_ms
+from benchmarks.rival_predictions import table_ratios
+from onnx_mdp.latency import LatencyTable, build_table
 from onnx_mdp.lut_store import open_store
-from onnx_mdp.model_io import load_model, model_bytes
+from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import analyze
-from onnx_mdp.plan import PruningPlan
-from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import Runtime
 from onnx_mdp.structure import Structure
-from onnx_mdp.variants import Variant, full_variant, plan_of_variant
+from onnx_mdp.variants import Variant
 
 __all__ = ["Relation", "main"]
 
@@ -72,15 +71,7 @@ def _relation(first: str, then: str, given: argparse.Namespace) -> Relation:
     related = _related_table(one, two, runtime, given.seed)
     note(f"{then} alone")
     alone = table_from_nothing(two, runtime, given.seed)
-    rng = np.random.default_rng([given.seed, 7])
-    variants = [heterogeneous_variant(two, alone.choices, rng) for _ in range(given.configs)]
-    ratios = measured_ratios(
-        model_bytes(rewrite(two, PruningPlan(keep={}), split=True)),
-        two,
-        [plan_of_variant(two, variant) for variant in variants],
-        runtime,
-        seed=given.seed,
-    )
+    variants, ratios = measured_configurations(two, alone.choices, runtime, given.configs, given.seed)
     errors = (_errors(two, related, variants, ratios), _errors(two, alone, variants, ratios))
     holds = related.shared >= 0.8 and errors[0][0] <= errors[1][0] + 0.01
     return Relation(
@@ -98,9 +89,7 @@ def _relation(first: str, then: str, given: argparse.Namespace) -> Relation:
 def _errors(
     structure: Structure, table: LatencyTable, variants: Sequence[Variant], ratios: Ratios
 ) -> tuple[float, float]:
-    base = predict_ms(table, structure, full_variant(structure))
-    predicted = np.asarray([predict_ms(table, structure, variant) / base for variant in variants])
-    errors = np.abs(predicted / np.asarray(ratios.values) - 1)
+    errors = np.abs(np.asarray(table_ratios(structure, table, variants)) / np.asarray(ratios.values) - 1)
     return float(np.median(errors)), float(errors.max())
 
 

@@ -16,7 +16,15 @@ import numpy as np
 import pytest
 
 import onnx_mdp
-from benchmarks import full_size, harness, latency_prediction, prune_cells, targets, zoo_coverage
+from benchmarks import (
+    configurations,
+    full_size,
+    harness,
+    latency_prediction,
+    prune_cells,
+    targets,
+    zoo_coverage,
+)
 from benchmarks.checking import Look, input_shapes, parameters
 from benchmarks.harness import NOISE_LIMIT, Verdict, combined, judge
 from benchmarks.measuring import measured_ratios, table_from_nothing
@@ -302,7 +310,7 @@ def test_configurations_scale_each_stage_on_its_own(demo: Structure) -> None:
     spreads = []
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        variant = latency_prediction.heterogeneous_variant(demo, choices, rng)
+        variant = configurations.heterogeneous_variant(demo, choices, rng)
         assert set(variant.removed_blocks) <= {block.name for block in demo.blocks}
         stages: dict[tuple[int, ...], list[float]] = {}
         for i in demo.prunable:

@@ -1,0 +1,65 @@
+"""Heterogeneous configurations, on which tables are judged: uniform ones flatter every method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from benchmarks.measuring import Ratios, measured_ratios
+from onnx_mdp.model_io import model_bytes
+from onnx_mdp.plan import PruningPlan
+from onnx_mdp.rewriting import rewrite
+from onnx_mdp.runtime import Runtime
+from onnx_mdp.structure import Structure
+from onnx_mdp.variants import Variant, full_variant, plan_of_variant
+
+__all__ = ["heterogeneous_variant", "measured_configurations"]
+
+_LEVELS = (0.25, 0.5, 0.8)
+_STAGE_FACTORS = (0.3, 0.6, 1.0, 1.6, 2.0)
+_DROPS = (0.0, 0.3, 0.6)
+
+
+def measured_configurations(
+    structure: Structure,
+    choices: Mapping[int, Sequence[int]],
+    runtime: Runtime,
+    count: int,
+    seed: int,
+    on_group: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[list[Variant], Ratios]:
+    """Draw configurations, and measure each beside the unpruned model."""
+    rng = np.random.default_rng([seed, 7])
+    variants = [heterogeneous_variant(structure, choices, rng) for _ in range(count)]
+    ratios = measured_ratios(
+        model_bytes(rewrite(structure, PruningPlan(keep={}), split=True)),
+        structure,
+        [plan_of_variant(structure, variant) for variant in variants],
+        runtime,
+        seed=seed,
+        on_group=on_group,
+    )
+    return variants, ratios
+
+
+def heterogeneous_variant(
+    structure: Structure, choices: Mapping[int, Sequence[int]], rng: np.random.Generator
+) -> Variant:
+    """A common level, times one factor for each resolution, times a little noise for each dimension."""
+    level, drop = rng.choice(_LEVELS), rng.choice(_DROPS)
+    factors: dict[tuple[int, ...], float] = {}
+    kept = dict(full_variant(structure).kept)
+    for index, options in choices.items():
+        stage = _resolution(structure, index)
+        factor = factors.setdefault(stage, float(rng.choice(_STAGE_FACTORS)))
+        share = min(1.0, max(0.05, level * factor * rng.uniform(0.8, 1.25)))
+        wanted = share * structure.dimensions[index].count
+        kept[index] = next((k for k in options if k >= wanted), options[-1])
+    gone = frozenset(b.name for b in structure.blocks if rng.random() < drop)
+    return Variant(kept, gone)
+
+
+def _resolution(structure: Structure, index: int) -> tuple[int, ...]:
+    producer = structure.shadow.operations[structure.dimensions[index].producer]
+    return structure.shadow.shapes[producer.outputs[0]][2:]
