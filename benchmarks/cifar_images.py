@@ -15,7 +15,7 @@ from onnx_mdp.runtime import Runtime, open_session
 __all__ = ["BATCH", "PREPROCESSING", "Cifar"]
 
 BATCH = 64
-PREPROCESSING = "imagenet"  # what the zoo's networks were trained with
+PREPROCESSING = "imagenet-nocrop"  # what the zoo's networks were trained with
 _RANKED_BY = 1024
 
 
