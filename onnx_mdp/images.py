@@ -15,6 +15,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -185,6 +186,9 @@ def pixels_of_array(
     levels: npt.NDArray[np.uint8], target: ImageInput, recipe: Preprocessing, framing: Framing | None = None
 ) -> Pixels:
     """The same of levels ``uint8[h, w, c]``."""
+    whole = levels.shape == (target.height, target.width, target.channels)
+    if whole and recipe.crop is None and framing is None:  # Pillow would copy it
+        return _standardised(levels, target, recipe)
     from PIL import Image
 
     image = Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
@@ -201,11 +205,20 @@ def _prepared(
     size = (target.width, target.height)
     box = _source_box(image.size, size, recipe.crop) if framing is None else framing(image.size)
     plain = image.resize(size, resample, box)
-    shape = (target.height, target.width, target.channels)
-    values = np.asarray(plain, np.float32).reshape(shape)[..., :: -1 if recipe.order == "bgr" else 1]
-    mean, std = (np.float32(255 * np.array(numbers)) for numbers in (recipe.mean, recipe.std))
-    pixels = np.asarray((values - mean) / std, np.float32)
+    return _standardised(np.asarray(plain).reshape(target.height, target.width, -1), target, recipe)
+
+
+def _standardised(levels: npt.NDArray[np.uint8], target: ImageInput, recipe: Preprocessing) -> Pixels:
+    mean, std = _of_levels(recipe)
+    pixels = (np.float32(levels[..., :: -1 if recipe.order == "bgr" else 1]) - mean) / std
     return pixels if target.channels_last else pixels.transpose(2, 0, 1)
+
+
+@cache
+def _of_levels(recipe: Preprocessing) -> tuple[Pixels, Pixels]:
+    """Mean and standard deviation of levels of 0 to 255."""
+    mean, std = (255 * np.array(numbers) for numbers in (recipe.mean, recipe.std))
+    return mean.astype(np.float32), std.astype(np.float32)
 
 
 def _source_box(held: tuple[int, int], size: tuple[int, int], crop: float | None) -> Box:

@@ -35,6 +35,7 @@ __all__ = ["Source", "open_source"]
 
 Array = npt.NDArray[Any]
 _MAX_BYTES = 4 * 10**9
+_SMALL = 64  # pixels: a side up to which an image takes less time than handing it to a thread
 _LOCAL_HEADER = struct.Struct("<26xHH")  # what precedes a member: its name and extra field have these lengths
 
 
@@ -156,7 +157,9 @@ def _levels_source(
             f"--preprocess is for images uint8[n, h, w, c], but {path} holds {levels.dtype}"
             f"{list(levels.shape)}; leave it out if these are the model's inputs"
         )
-    return _Pictures(levels, pixels_of_array, target, recipe, dtypes[target.name])
+    as_stored = levels.shape[1:3] == (target.height, target.width) and recipe.crop is None
+    small = as_stored and max(target.height, target.width) <= _SMALL
+    return _Pictures(levels, pixels_of_array, target, recipe, dtypes[target.name], pictures=not small)
 
 
 def _read_archive(path: Path) -> dict[str, Array]:
