@@ -13,60 +13,61 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+import onnx_ir as ir
+from onnx import helper, numpy_helper
 
+from onnx_mdp.cost_terms import CONTRACTIONS
 from onnx_mdp.files import scratch_folder
 from onnx_mdp.lut_store import LutStore
 from onnx_mdp.placement import open_placed
 from onnx_mdp.runtime import Runtime, context, open_session
-from onnx_mdp.structure import Dimension
+from onnx_mdp.structure import Dimension, Structure
 from onnx_mdp.timing import measure, random_feeds
 
-__all__ = ["granularity", "step_of", "unit_choices"]
+__all__ = ["computed_in", "granularity", "step_of", "unit_choices"]
 
 _CANDIDATES = (4, 8, 16, 32)
 # Both ends of blocks of every candidate, c + 1 and c, over a factor of two.
 _WIDTHS = (97, 100, 104, 105, 112, 113, 120, 128, 129, 160, 161, 192)
 _VISIBLE = 1.3  # of twice the width: below it, starting the work takes longer than the work
-_SIDES = (56, 112, 224)
+_IMAGES = ((1, 56), (1, 112), (1, 224), (4, 224))  # how many of what size; the last ones are for GPUs
 _UNKNOWN = 8
 _RECORD = "granularity"
 
 
-def granularity(runtime: Runtime, store: LutStore) -> int:
+def granularity(runtime: Runtime, store: LutStore, dtype: str = "float32") -> int:
     """The number of channels that the provider computes at a time, kept in the store by device.
 
     The CPU provider shows its layout: a convolution with one output channel is saved as it was optimised,
-    and its filter has B rows. Of other providers B is measured: the
-    block whose staircase fits best.
+    and its filter has B rows. Of other providers B is measured, in ``dtype``, float32 or float16: the block
+    whose staircase fits best.
     """
-    where = context(runtime)
-    known = store.get_calibration(where, _RECORD)
+    where, name = context(runtime), _RECORD if dtype == "float32" else f"{_RECORD}.{dtype}"
+    known = store.get_calibration(where, name)
     if known is not None and isinstance(known.get("step"), int) and 1 <= known["step"] <= max(_CANDIDATES):
         return int(known["step"])
     found = _read(runtime) if runtime.provider == "CPUExecutionProvider" else None
-    step, record = _measured(runtime) if found is None else (found, {"how": "read from a filter"})
-    store.put_calibration(where, _RECORD, {"step": step, **record})
+    step, record = _measured(runtime, dtype) if found is None else (found, {"how": "read from a filter"})
+    store.put_calibration(where, name, {"step": step, **record})
     return step
 
 
 def _read(runtime: Runtime) -> int | None:
     with scratch_folder() as folder:
         path = folder / "optimised.onnx"
-        open_session(_convolution(32, 1, 56).SerializeToString(), runtime, optimized_model_path=path)
+        open_session(_convolution(32, 1, _IMAGES[0]).SerializeToString(), runtime, optimized_model_path=path)
         if not path.is_file():
             return None
         rows = [t.dims[0] for t in onnx.load(path).graph.initializer if len(t.dims) == 4]
     return int(rows[0]) if rows and 1 < rows[0] <= max(_CANDIDATES) else None
 
 
-def _measured(runtime: Runtime) -> tuple[int, dict[str, Any]]:
-    """The step, and the milliseconds by width that it follows from; larger images until widths matter."""
-    for side in _SIDES:
-        shapes = {"x": (1, 64, side, side)}
-        models = [_convolution(64, width, side).SerializeToString() for width in _WIDTHS]
-        sessions = [open_placed(model, runtime, shapes) for model in models]
-        feeds = [random_feeds(session, shapes, 0) for session in sessions]
+def _measured(runtime: Runtime, dtype: str) -> tuple[int, dict[str, Any]]:
+    """The step, and the milliseconds by width that it follows from; more work until widths matter."""
+    for images in _IMAGES:
+        models = [_convolution(64, width, images, dtype).SerializeToString() for width in _WIDTHS]
+        sessions = [open_placed(model, runtime, {}) for model in models]
+        feeds = [random_feeds(sessions[0], {}, 0)] * len(sessions)
         timing = measure(sessions, feeds, budget_s=4.0, threads=runtime.threads, on_cpu=runtime.on_cpu)
         ms = dict(zip(_WIDTHS, timing.ms, strict=True))
         if ms[_WIDTHS[-1]] >= _VISIBLE * ms[_WIDTHS[0]]:
@@ -86,13 +87,24 @@ def step_of(ms: Mapping[int, float]) -> int:
     return min(_CANDIDATES, key=error)
 
 
-def _convolution(inputs: int, outputs: int, side: int) -> onnx.ModelProto:
-    weight = np.full((outputs, inputs, 3, 3), 0.01, np.float32)
+def computed_in(structure: Structure) -> str:
+    """float16 if most layers of the model compute in it, else float32."""
+    layers = [op.outputs[0] for op in structure.shadow.operations if op.op_type in CONTRACTIONS]
+    halves = sum(structure.shadow.types.get(name) is ir.DataType.FLOAT16 for name in layers)
+    return "float16" if 2 * halves > len(layers) else "float32"
+
+
+def _convolution(
+    inputs: int, outputs: int, images: tuple[int, int], dtype: str = "float32"
+) -> onnx.ModelProto:
+    count, side = images
+    weight = np.full((outputs, inputs, 3, 3), 0.01, dtype)
+    kind = helper.np_dtype_to_tensor_dtype(weight.dtype)
     graph = helper.make_graph(
         [helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])],
         "granularity",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, inputs, side, side])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, outputs, side, side])],
+        [helper.make_tensor_value_info("x", kind, [count, inputs, side, side])],
+        [helper.make_tensor_value_info("y", kind, [count, outputs, side, side])],
         [numpy_helper.from_array(weight, "w")],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)

@@ -16,7 +16,7 @@ import numpy as np
 
 from onnx_mdp.compiled_profiling import group_count, group_of, profile_group
 from onnx_mdp.cost_terms import CostTerm, cost_terms, width
-from onnx_mdp.granularity import granularity, unit_choices
+from onnx_mdp.granularity import computed_in, granularity, unit_choices
 from onnx_mdp.large_models import for_session
 from onnx_mdp.lut_store import LutStore, Run
 from onnx_mdp.model_io import topology_hash
@@ -109,7 +109,7 @@ def build_table(
     """
     started = time.perf_counter()
     where = context(runtime)
-    step = granularity(runtime, store)
+    step = granularity(runtime, store, computed_in(structure))
     choices = {i: unit_choices(structure.dimensions[i], step, max_choices) for i in structure.prunable}
     terms = cost_terms(structure)
     key = table_key(structure)

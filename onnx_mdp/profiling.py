@@ -131,9 +131,10 @@ def _tag(structure: Structure, model: ir.Model) -> None:
 
 
 def _kept_runs(times: npt.NDArray[np.float64], runtime: Runtime) -> npt.NDArray[np.bool_]:
-    """Runs that no other process disturbed; all of them if too few are left."""
+    """Runs that no other process disturbed; all of them if that is not to be seen, or too few are left."""
     quiet = undisturbed(times[0], times[1])
-    return quiet if runtime.threads == 1 and quiet.sum() >= 3 else np.ones(times.shape[1], np.bool_)
+    seen = runtime.threads == 1 and runtime.on_cpu and quiet.sum() >= 3
+    return quiet if seen else np.ones(times.shape[1], np.bool_)
 
 
 def _events(document: Iterable[Mapping[str, Any]]) -> list[_Event]:

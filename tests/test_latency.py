@@ -33,6 +33,7 @@ from onnx_mdp.scoring import score
 from onnx_mdp.solution_plan import plan_from_choice, variant_from_choice
 from onnx_mdp.staircases import affine, fit_runs
 from onnx_mdp.structure import Dimension, Extent, Structure
+from onnx_mdp.timing import Timing
 from onnx_mdp.variants import Variant, full_variant, plan_of_variant, random_variant, variant_of_plan
 
 # A dimension of one unit, concats inside and outside of a block, a block with inner dimensions and one
@@ -441,10 +442,38 @@ def test_the_step_is_the_block_of_a_staircase(block: int, overhead: float) -> No
 def test_a_device_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(granularity_module, "_read", lambda runtime: None)
     found = iter([(32, {"how": "measured"})])
-    monkeypatch.setattr(granularity_module, "_measured", lambda runtime: next(found))
+    monkeypatch.setattr(granularity_module, "_measured", lambda runtime, dtype: next(found))
     for _ in range(2):
         with open_store(tmp_path / "store.sqlite") as store:
             assert granularity(runtime(), store) == 32
+
+
+def test_half_precision_has_a_step_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(granularity_module, "_read", lambda runtime: None)
+    steps = {"float32": (16, {}), "float16": (8, {})}
+    monkeypatch.setattr(granularity_module, "_measured", lambda runtime, dtype: steps[dtype])
+    with open_store(tmp_path / "store.sqlite") as store:
+        for _ in range(2):
+            assert granularity(runtime(), store, "float16") == 8
+            assert granularity(runtime(), store) == 16
+
+
+def test_work_that_does_not_show_is_made_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting a kernel takes as long for any width, until there is enough work."""
+    rounds = iter((0.0, 0.0, 0.01, 1.0))
+
+    def measured(sessions: Sequence[object], *_: object, **__: object) -> Timing:
+        work = next(rounds)
+        widths = granularity_module._WIDTHS
+        ms = tuple(1.0 + work * -(-width // 32) for width in widths)
+        return Timing(ms, 0.0, 4, (ms, ms))
+
+    monkeypatch.setattr(granularity_module, "open_placed", lambda *_: object())
+    monkeypatch.setattr(granularity_module, "random_feeds", lambda *_: {})
+    monkeypatch.setattr(granularity_module, "measure", measured)
+    step, record = granularity_module._measured(runtime(), "float32")
+    assert (step, record["how"]) == (32, "measured")
+    assert next(rounds, None) is None
 
 
 @pytest.mark.openvino

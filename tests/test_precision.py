@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 from zoo import analyse, cut_wrongly, prune_checked, random_plan, text_model
 
 from onnx_mdp.errors import UsageError
+from onnx_mdp.granularity import computed_in
 from onnx_mdp.model_io import load_model
 from onnx_mdp.plan import PruningPlan, plan_json
 from onnx_mdp.precision import has_halves, in_float32, is_float
@@ -252,3 +253,11 @@ def test_weights_behind_casts_are_cut_where_they_are_stored(form: str) -> None:
     for name, cut in {"a": before["a"][[1, 6]], "b": before["b"][[1, 6]], "c": before["c"][[1, 6]]}.items():
         assert np.array_equal(after[name], cut)
     assert [n.op_type for n in pruned.graph] == [n.op_type for n in model.graph]
+    assert computed_in(structure) == ("float16" if kind == "float16" else "float32")
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_the_type_that_layers_compute_in(half: str) -> None:
+    assert computed_in(analyse(chain(half))[1]) == ("float16" if half == "float16" else "float32")
+    single = text_model("(float[1,4] x) => (float[1,4] y) <float[4,4] w> { y = MatMul(x, w) }")
+    assert computed_in(analyse(single)[1]) == "float32"
