@@ -36,7 +36,7 @@ __all__ = [
     "tolerance",
 ]
 
-MAX_ROUNDS = 6
+MAX_ROUNDS = 4
 _ROUND_SECONDS = 4.5  # of interleaved measuring
 HEADROOM = 0.012  # two measurements of one ratio differ by 1 to 1.5 % on a shared machine
 
@@ -132,7 +132,8 @@ def close_loop(loop: Loop, target: float, base_ms: float, progress: Progress) ->
     """Solve, rewrite, measure; scale the table by what was measured; until the target is met.
 
     It aims a little below the target, so that a second measurement still meets it, unless that cannot
-    be reached. A measurement that uses up that headroom is good enough only at the second attempt.
+    be reached. A measurement that uses up that headroom is good enough only at the second attempt, and one
+    that leaves more of the target unused than the tolerance only at the last.
     """
     aim = target * (1 - HEADROOM)
     state = base_ms / predict_ms(loop.table, loop.structure, full_variant(loop.structure))
@@ -155,12 +156,17 @@ def close_loop(loop: Loop, target: float, base_ms: float, progress: Progress) ->
         tried.add(identity)
         candidate = _measure_plan(loop, plan, solution, base_ms, progress, step)
         candidates.append(candidate)
-        if abs(candidate.measured_ms / aim - 1) <= tolerance(candidate.noise):
+        slack = tolerance(candidate.noise)
+        if min(target * (1 - slack), aim) <= candidate.measured_ms <= aim * (1 + slack):
             if once or _with_headroom(candidate, aim):
                 break
             once = True
         state *= candidate.measured_ms / candidate.predicted_ms
-    return Found(best(candidates, target), len(candidates), fastest)
+    found = best(candidates, target)
+    if fastest is None and found is not None and found.measured_ms > target * (1 + tolerance(found.noise)):
+        unreachable, _ = planned(loop, 0.0, state)
+        fastest = None if unreachable.fastest_ns is None else unreachable.fastest_ns * 1e-6 * state
+    return Found(found, len(candidates), fastest)
 
 
 def planned(loop: Loop, aim: float, state: float) -> tuple[Solution, PruningPlan | None]:

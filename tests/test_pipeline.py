@@ -313,6 +313,35 @@ def test_of_the_candidates_that_fit_the_most_valuable_is_returned(
     assert (result.plan, result.measured_ms) == (best.plan, best.measured_ms)
 
 
+@pytest.mark.parametrize(
+    ("shares", "taken"),
+    [
+        ((0.99,), 0.99),  # below the target by what two measurements differ
+        ((1.005, 1.0), 1.005),  # no headroom twice; both meet the target, so the more valuable one
+        ((1.005, 0.965, 0.99), 0.99),  # the second leaves more unused than the tolerance
+        ((1.1, 0.9, 1.1, 0.96), 0.96),  # four are the most
+    ],
+)
+def test_the_loop_measures_until_the_target_is_used(
+    pruned: Prune, monkeypatch: pytest.MonkeyPatch, shares: tuple[float, ...], taken: float
+) -> None:
+    target, left = 0.5 * BASE_MS, iter(shares)
+    plans = itertools.count()
+    monkeypatch.setattr(closed_loop, "plan_identity", lambda plan: str(next(plans)))
+    measure_plan = closed_loop._measure_plan
+
+    def measured(*arguments: Any) -> closed_loop.Candidate:
+        share = next(left)
+        found = measure_plan(*arguments)
+        return replace(found, measured_ms=share * target, value=share, noise=0.0)
+
+    monkeypatch.setattr(closed_loop, "_measure_plan", measured)
+    result = pruned(Device(), target_ratio=0.5)
+    assert next(left, None) is None
+    assert result.iterations == len(shares)
+    assert result.measured_ms == pytest.approx(taken * target)
+
+
 def candidate(measured_ms: float, value: float, noise: float = 0.0) -> closed_loop.Candidate:
     return closed_loop.Candidate(PruningPlan({}), net()[0], 1.0, measured_ms, 1.0, noise, value)
 
