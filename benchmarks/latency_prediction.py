@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -32,7 +33,9 @@ from benchmarks.harness import (
 )
 from benchmarks.measuring import Ratios, table_from_nothing
 from benchmarks.model_files import model_path
+from benchmarks.prediction_figure import prediction_svg
 from benchmarks.rival_predictions import isolated_table, linear_ratios, macs_ratios, table_ratios
+from onnx_mdp.files import write_text
 from onnx_mdp.latency import LatencyTable
 from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import analyze
@@ -138,6 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "verdict": lambda r: r.verdict,
     }
     print_table("prediction error, median / worst", columns, rows)
+    figure = given.output / f"{Path(__file__).stem}.svg"
+    write_text(prediction_svg(rows), figure, overwrite=True)
+    note(f"figure → {figure}")
     summary = " · ".join(f"{r.model} {_two(r.errors['calibrated'])}, F {r.noise:.1%}" for r in rows)
     return publish(__file__, given, rows, combined([row.verdict for row in rows]), summary)
 

@@ -21,7 +21,7 @@ from onnx_mdp.rewriting import rewrite
 from onnx_mdp.runtime import InferenceSession, Runtime
 from onnx_mdp.structure import Structure
 from onnx_mdp.timing import Feeds, measure, random_feeds
-from onnx_mdp.variants import Variant, full_variant, plan_of_variant, random_variant
+from onnx_mdp.variants import Variant, full_variant, plan_of_variant, random_variant, spread_variant
 from onnx_mdp.windows import Window, cut_window
 
 __all__ = ["group_count", "group_of", "open_window", "profile_group"]
@@ -52,7 +52,7 @@ def _variant(structure: Structure, choices: Mapping[int, Sequence[int]], group: 
         return random_variant(structure, choices, rng, low=0.0, high=1e-9)
     if group % 2:
         return random_variant(structure, choices, rng)
-    return random_variant(structure, choices, rng, low=0.05, spread=True, drop=rng.choice([0.0, 0.4]))
+    return spread_variant(structure, choices, rng)
 
 
 def profile_group(

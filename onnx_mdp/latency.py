@@ -29,8 +29,15 @@ from onnx_mdp.runtime import InferenceSession, Runtime, context
 from onnx_mdp.session import session
 from onnx_mdp.staircases import affine, features, fit_runs, regime
 from onnx_mdp.structure import Structure
-from onnx_mdp.timing import Feeds, measure, random_feeds
-from onnx_mdp.variants import Variant, full_variant, measure_models, plan_of_variant, random_variant
+from onnx_mdp.timing import Feeds, random_feeds
+from onnx_mdp.variants import (
+    Variant,
+    full_variant,
+    measure_models,
+    plan_of_variant,
+    random_variant,
+    spread_variant,
+)
 from onnx_mdp.window_fit import WindowFit, fit_windows
 
 __all__ = [
@@ -45,6 +52,7 @@ __all__ = [
 
 VARIANTS = 16
 _QUANTILES = (0.05, 0.35, 0.65, 0.95)
+_CALIBRATION_S = 8.0
 
 Progress = Callable[[str, int, int], None]
 
@@ -213,13 +221,7 @@ def _profile(
     else:
         variant = random_variant(structure, choices, rng)
     model = rewrite(structure, plan_of_variant(structure, variant), split=True)
-    probe = open_placed(for_session(model), runtime, structure.shadow.inputs)
-    feeds = random_feeds(probe, structure.shadow.inputs, seed)
-    first = measure([probe], [feeds], rounds=4, threads=runtime.threads, on_cpu=runtime.on_cpu).ms[0]
-    runs = 6 if first > 25 else 12 if first > 8 else 24
-    return profile_variant(
-        structure, terms, model, variant.kept, runtime, variant=number, seed=seed, runs=runs
-    )
+    return profile_variant(structure, terms, model, variant.kept, runtime, variant=number, seed=seed)
 
 
 def term_ms(table: LatencyTable, term: CostTerm, a: float, b: float) -> float:
@@ -260,10 +262,7 @@ def _calibrate(
     The whole variants of ``windows`` count as well, for they were not seen through a profiler.
     """
     rng = np.random.default_rng([seed, 2**31])
-    pool = [
-        random_variant(structure, draft.choices, rng, low=0.05, spread=True, drop=rng.choice([0.0, 0.4]))
-        for _ in range(64)
-    ]
+    pool = [spread_variant(structure, draft.choices, rng) for _ in range(64)]
     pool.sort(key=lambda variant: predict_ms(draft, structure, variant))
     chosen = [full_variant(structure), *(pool[int(q * (len(pool) - 1))] for q in _QUANTILES)]
     plans = [plan_of_variant(structure, variant) for variant in chosen]
@@ -273,6 +272,7 @@ def _calibrate(
         structure.shadow.inputs,
         runtime,
         seed=seed,
+        budget_s=_CALIBRATION_S,
         on_round=lambda done, total: progress("calibrate", done, total),
     )
     predicted = np.asarray([predict_ms(draft, structure, v) for v in chosen])

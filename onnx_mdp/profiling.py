@@ -57,12 +57,12 @@ def profile_variant(
     *,
     variant: int,
     seed: int,
-    runs: int,
+    runs: int | None = None,
 ) -> Run:
     """Profile one variant (edited in place) and return a sample for each cost term.
 
     ``kept`` gives the kept units of each dimension; ``runs`` the number of runs of each of two sessions,
-    one with the profiler and one without, alternating in blocks.
+    one with the profiler and one without, alternating in blocks (None: by how long one takes).
 
     Raises:
         MeasurementError: less than 98 % of the profiled time could be charged to a term.
@@ -76,9 +76,12 @@ def profile_variant(
         plain = open_placed(data, runtime, inputs)
         feeds = random_feeds(plain, inputs, seed)
         walls: dict[str, list[npt.NDArray[Any]]] = {"profiled": [], "plain": []}
-        for _ in range(max(2, -(-runs // (_BLOCK - 1)))):
+        blocks = 2
+        while len(walls["plain"]) < blocks:
             walls["profiled"].append(np.stack(run_times(profiled, feeds, _BLOCK)))
             walls["plain"].append(np.stack(run_times(plain, feeds, _BLOCK))[:, 1:])
+            wanted = _runs(float(np.median(walls["plain"][0][0]))) if runs is None else runs
+            blocks = max(2, -(-wanted // (_BLOCK - 1)))
         events = _events(json.loads(Path(profiled.end_profiling()).read_text()))
     wall = np.concatenate(walls["profiled"], axis=1)
     keep = _kept_runs(wall, runtime)
@@ -100,6 +103,11 @@ def profile_variant(
     return Run(
         variant, seed, plain_ms, total, nodes, spent, samples, {"kept": {str(k): v for k, v in kept.items()}}
     )
+
+
+def _runs(ms: float) -> int:
+    """How many runs of so many milliseconds give a steady quantile."""
+    return 6 if ms > 25 else 12 if ms > 8 else 24
 
 
 def shows_nodes(

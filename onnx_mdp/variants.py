@@ -20,8 +20,12 @@ __all__ = [
     "measure_models",
     "plan_of_variant",
     "random_variant",
+    "spread_variant",
     "variant_of_plan",
 ]
+
+_LEAST_LEVEL = 0.05
+_DROPS = (0.0, 0.3, 0.6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +48,39 @@ def random_variant(
     *,
     low: float = 0.1,
     high: float = 1.0,
-    spread: bool = False,
     drop: float = 0.0,
 ) -> Variant:
-    """Independent random widths from ``choices``; ``spread`` adds one common level to all of them.
+    """Independent random widths from ``choices``.
 
-    Each width is a uniform share in [low, high] of the full one, rounded up to a choice; with ``spread``
-    the shares scatter around a level drawn first. Each block is removed with probability ``drop``.
+    Each width is a uniform share in [low, high] of the full one, rounded up to a choice. Each block is
+    removed with probability ``drop``.
     """
-    level = rng.uniform(low, high) if spread else None
+    shares = {index: rng.uniform(low, high) for index in choices}
+    return _variant(structure, choices, shares, drop, rng)
+
+
+def spread_variant(
+    structure: Structure, choices: Mapping[int, Sequence[int]], rng: np.random.Generator
+) -> Variant:
+    """Widths around one common level, from 5 % to all and as often at any scale; none to most blocks removed.
+
+    Such variants take from a few percent to nearly all of the unpruned latency.
+    """
+    level = np.exp(rng.uniform(np.log(_LEAST_LEVEL), 0.0))
+    shares = {index: np.clip(level * rng.uniform(0.5, 1.6), 0.02, 1.0) for index in choices}
+    return _variant(structure, choices, shares, rng.choice(_DROPS), rng)
+
+
+def _variant(
+    structure: Structure,
+    choices: Mapping[int, Sequence[int]],
+    shares: Mapping[int, float],
+    drop: float,
+    rng: np.random.Generator,
+) -> Variant:
     kept = dict(full_variant(structure).kept)
     for index, options in choices.items():
-        share = rng.uniform(low, high) if level is None else np.clip(level * rng.uniform(0.5, 1.6), 0.02, 1.0)
-        wanted = share * structure.dimensions[index].count
+        wanted = shares[index] * structure.dimensions[index].count
         kept[index] = next((k for k in options if k >= wanted), options[-1])
     gone = frozenset(b.name for b in structure.blocks if drop and rng.random() < drop)
     return Variant(kept, gone)

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from benchmarks.harness import NOISE_LIMIT, Verdict, combined, judge
 from benchmarks.measuring import measured_ratios, table_from_nothing
 from benchmarks.metered import Metered, run_metered
 from benchmarks.model_files import model_path
+from benchmarks.prediction_figure import prediction_svg
 from benchmarks.rival_predictions import linear_ratios, macs_ratios, table_ratios
 from benchmarks.samples import samples_for, top1
 from onnx_mdp.double_precision import run_in_double
@@ -396,3 +398,14 @@ def test_the_linear_rival_sees_no_saving_in_what_a_layer_reads(demo: Structure) 
     (linear,), (ours,) = (f(demo, table, [small]) for f in (linear_ratios, table_ratios))
     assert macs_ratios(demo, [small])[0] < linear < 1
     assert 0 < ours < 1
+
+
+def test_the_figure_of_predictions_shows_every_model_and_method() -> None:
+    errors = {"calibrated": (0.01, -0.02), "linear": (0.5, 1.0), "macs": (0.1, -0.3)}
+    rows = [
+        latency_prediction.Prediction(name, "CPUExecutionProvider", 1.0, 1.0, 0.0, (0.2, 0.9), errors, "pass")
+        for name in "ab"
+    ]
+    root = ElementTree.fromstring(prediction_svg(rows))
+    texts = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"onnx-mdp", "a", "b", "measured / unpruned"} <= {text for text in texts if text}

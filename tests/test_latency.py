@@ -34,7 +34,14 @@ from onnx_mdp.solution_plan import plan_from_choice, variant_from_choice
 from onnx_mdp.staircases import affine, fit_runs
 from onnx_mdp.structure import Dimension, Extent, Structure
 from onnx_mdp.timing import Timing
-from onnx_mdp.variants import Variant, full_variant, plan_of_variant, random_variant, variant_of_plan
+from onnx_mdp.variants import (
+    Variant,
+    full_variant,
+    plan_of_variant,
+    random_variant,
+    spread_variant,
+    variant_of_plan,
+)
 
 # A dimension of one unit, concats inside and outside of a block, a block with inner dimensions and one
 # without, a strided and a depthwise convolution, two pools, a resize and a linear layer.
@@ -382,11 +389,11 @@ def test_random_variants_take_offered_widths_and_come_back_from_their_plans() ->
     structure = net()[1]
     rng = np.random.default_rng(7)
     choices = {i: unit_choices(structure.dimensions[i], 4, 6) for i in structure.prunable}
-    for spread in (False, True):
-        for _ in range(30):
-            variant = random_variant(structure, choices, rng, spread=spread, drop=0.3)
-            assert all(variant.kept[i] in options for i, options in choices.items())
-            assert variant_of_plan(structure, plan_of_variant(structure, variant)) == variant
+    drawn = [random_variant(structure, choices, rng, drop=0.3) for _ in range(30)]
+    drawn += [spread_variant(structure, choices, rng) for _ in range(30)]
+    for variant in drawn:
+        assert all(variant.kept[i] in options for i, options in choices.items())
+        assert variant_of_plan(structure, plan_of_variant(structure, variant)) == variant
     assert plan_of_variant(structure, full_variant(structure)).empty
 
 
