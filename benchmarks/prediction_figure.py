@@ -17,7 +17,7 @@ _SHOWN = (
 )
 
 
-class Predicted(Protocol):
+class _Predicted(Protocol):
     """What is shown of one model: measured ratios to the unpruned latency, and relative errors by method."""
 
     @property
@@ -37,7 +37,7 @@ class Predicted(Protocol):
         """Signed relative errors of the predicted ratios."""
 
 
-def prediction_svg(rows: Sequence[Predicted]) -> str:
+def prediction_svg(rows: Sequence[_Predicted]) -> str:
     """The document; on the diagonal a prediction is right, and the lines beside it are 10 % off."""
     import matplotlib.style
     from matplotlib.figure import Figure
@@ -54,7 +54,7 @@ def prediction_svg(rows: Sequence[Predicted]) -> str:
                 axes.plot(ends, share * ends, color="#c6c6c6", linewidth=0.6)
             for method, label, marker, colour in _SHOWN:
                 predicted = measured * (1 + np.asarray(row.errors[method]))
-                axes.scatter(measured, predicted, 14, colour, marker, label=label, linewidths=0.9)
+                axes.scatter(measured, predicted, 14, colour, marker=marker, label=label, linewidths=0.9)
             axes.set(xscale="log", yscale="log", xlim=ends)
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
