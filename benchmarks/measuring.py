@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_mdp.console import Screen
+from onnx_mdp.cli.console import Screen
 from onnx_mdp.latency import LatencyTable, build_table
 from onnx_mdp.lut_store import open_store
 from onnx_mdp.model_io import model_bytes

@@ -14,7 +14,7 @@ def start() -> None:
     if importlib.util.find_spec("typer") is None:
         sys.stderr.write("error: the command line needs typer: run `pip install typer`\n")
         sys.exit(MissingBackendError.exit_code)
-    from onnx_mdp.cli import main
+    from onnx_mdp.cli.app import main
 
     supervise(main)
 

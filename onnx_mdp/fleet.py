@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from onnx_mdp.command_options import Options, load_structure
-from onnx_mdp.console import Screen
+from onnx_mdp.cli.console import Screen
+from onnx_mdp.cli.options import Options, load_structure
 from onnx_mdp.errors import MdpError, MeasurementError, MissingBackendError, UsageError
 from onnx_mdp.files import scratch_folder
 from onnx_mdp.latency import build_table, table_key

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from onnx_mdp import cli
+from onnx_mdp.cli import app as cli
 
 __all__ = ["Outcome", "Run", "call", "is_refused"]
 

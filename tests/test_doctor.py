@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from command_line import Run
 
-from onnx_mdp import doctor, doctor_commands, machine
+from onnx_mdp import doctor, machine
+from onnx_mdp.cli import doctor_commands
 from onnx_mdp.errors import MissingBackendError
 from onnx_mdp.lut_store import open_store
 

@@ -178,33 +178,34 @@ ORDER = (
     "report",
     "repair_report",
     "figures",
-    "console",
-    "command_options",
-    "finetune_commands",
-    "mask_commands",
-    "commands",
-    "lut_commands",
+    "cli",
+    "cli.console",
+    "cli.options",
+    "cli.finetune_commands",
+    "cli.mask_commands",
+    "cli.commands",
+    "cli.lut_commands",
     "machine",
     "doctor",
-    "device_commands",
-    "doctor_commands",
+    "cli.device_commands",
+    "cli.doctor_commands",
     "fleet",
-    "fleet_commands",
-    "repair_commands",
+    "cli.fleet_commands",
+    "cli.repair_commands",
     "plan_report",
-    "plan_commands",
+    "cli.plan_commands",
     "shapes_data",
     "demo",
-    "cli_parameters",
-    "finetune_parameters",
-    "lut_cli",
-    "device_cli",
-    "cli",
+    "cli.parameters",
+    "cli.finetune_parameters",
+    "cli.lut",
+    "cli.device",
+    "cli.app",
     "__main__",
 )
 MAX_LINES = 400
 REGISTRIES = {"app.callback", "app.command", "device.command", "lut.command", "kernel", "rule"}
-MAY_PRINT = {"cli", "console", "supervision"}
+MAY_PRINT = {"cli.app", "cli.console", "supervision"}
 FORBIDDEN_IMPORTS = {"cPickle", "cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "torch"}
 
 
@@ -264,10 +265,10 @@ def test_imports_run_downhill(name: str) -> None:
 
 def test_the_layering_check_sees_lazy_imports_and_skips_type_checking() -> None:
     text = (
-        "if TYPE_CHECKING:\n    from onnx_mdp.cli import app\n"
-        "def f():\n    from onnx_mdp.commands import run_prune\n    import pickle as p\n"
+        "if TYPE_CHECKING:\n    from onnx_mdp.cli.app import app\n"
+        "def f():\n    from onnx_mdp.cli.commands import run_prune\n    import pickle as p\n"
     )
-    assert list(imports(ast.parse(text))) == [("onnx_mdp.commands", "run_prune"), ("pickle", "")]
+    assert list(imports(ast.parse(text))) == [("onnx_mdp.cli.commands", "run_prune"), ("pickle", "")]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -12,8 +12,8 @@ import pytest
 from command_line import Outcome
 from zoo import text_model
 
-from onnx_mdp import commands
 from onnx_mdp.accelerators import gpu_of
+from onnx_mdp.cli import commands
 from onnx_mdp.errors import MissingBackendError
 from onnx_mdp.latency import LatencyTable, build_table
 from onnx_mdp.lut_store import LutStore

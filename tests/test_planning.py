@@ -13,7 +13,8 @@ from command_line import Run, is_refused
 from zoo import CNNS, analyse, random_plan, zoo_path, zoo_structure
 
 from onnx_mdp import shadow
-from onnx_mdp.command_options import PlanOptions
+from onnx_mdp.cli.options import PlanOptions
+from onnx_mdp.cli.plan_commands import parse_targets
 from onnx_mdp.cost_terms import cost_terms, width
 from onnx_mdp.documents import plan_totals
 from onnx_mdp.errors import MissingBackendError, UsageError
@@ -23,7 +24,6 @@ from onnx_mdp.granularity import unit_choices
 from onnx_mdp.latency import Calibration, LatencyTable, predict_ms, table_key
 from onnx_mdp.model_io import load_model
 from onnx_mdp.plan import load_plan
-from onnx_mdp.plan_commands import parse_targets
 from onnx_mdp.resources import Product, mac_products, memory_moments, parameter_products
 from onnx_mdp.scoring import score
 from onnx_mdp.solution_plan import plan_from_choice

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import onnx_mdp
-from onnx_mdp.cli import app
+from onnx_mdp.cli.app import app
 from onnx_mdp.model_io import content_hash, load_model
 from onnx_mdp.operator_coverage import operators_markdown
 

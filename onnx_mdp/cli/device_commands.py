@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from onnx_mdp.bench import bench, read_jobs
-from onnx_mdp.command_options import Options
+from onnx_mdp.cli.options import Options
 
 __all__ = ["run_bench"]
 

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_mdp.closed_loop import Request, tolerance
-from onnx_mdp.command_options import Options
-from onnx_mdp.errors import UsageError
-from onnx_mdp.finetune_commands import (
+from onnx_mdp.cli.finetune_commands import (
     FinetuneOptions,
     Trained,
     training_inputs,
     training_process,
     training_summary,
 )
+from onnx_mdp.cli.options import Options
+from onnx_mdp.closed_loop import Request, tolerance
+from onnx_mdp.errors import UsageError
 from onnx_mdp.large_models import for_session
 from onnx_mdp.pipeline import PruneResult, stamp, with_model
 from onnx_mdp.scoring import score

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnx_mdp.command_options import Options
+from onnx_mdp.cli.options import Options
 from onnx_mdp.errors import UsageError
 from onnx_mdp.files import check_output, write_files
 from onnx_mdp.fleet import Measured, measure_fleet

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from onnx_mdp.command_options import Options, PlanOptions
+    from onnx_mdp.cli.options import Options, PlanOptions
 
 __all__ = [
     "AsJson",
@@ -140,8 +140,8 @@ Choices = Annotated[int, typer.Option("--choices", min=2, max=256, help="Most wi
 
 def output_options(as_json: AsJson = False, quiet: Quiet = False) -> "Options":
     """Where a command prints."""
-    from onnx_mdp.command_options import Options
-    from onnx_mdp.console import Screen
+    from onnx_mdp.cli.console import Screen
+    from onnx_mdp.cli.options import Options
 
     return Options(screen=Screen(quiet=quiet, as_json=as_json))
 
@@ -247,7 +247,7 @@ def plan_options(
     also: Also = None,
 ) -> "PlanOptions":
     """How a plan is made."""
-    from onnx_mdp.command_options import PlanOptions
+    from onnx_mdp.cli.options import PlanOptions
 
     return PlanOptions(
         criterion=criterion,

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from onnx_mdp._version import __version__
-from onnx_mdp.cli_parameters import (
+from onnx_mdp.cli.device import device
+from onnx_mdp.cli.finetune_parameters import masking_options, training_options
+from onnx_mdp.cli.lut import lut as lut_group
+from onnx_mdp.cli.parameters import (
     Choices,
     Data,
     Model,
@@ -32,15 +35,12 @@ from onnx_mdp.cli_parameters import (
     seeded_options,
     store_options,
 )
-from onnx_mdp.device_cli import device
 from onnx_mdp.errors import MdpError
-from onnx_mdp.finetune_parameters import masking_options, training_options
-from onnx_mdp.lut_cli import lut as lut_group
 
 if TYPE_CHECKING:
-    from onnx_mdp.command_options import Options, PlanOptions
-    from onnx_mdp.finetune_commands import FinetuneOptions
-    from onnx_mdp.mask_commands import MaskOptions
+    from onnx_mdp.cli.finetune_commands import FinetuneOptions
+    from onnx_mdp.cli.mask_commands import MaskOptions
+    from onnx_mdp.cli.options import Options, PlanOptions
 
 __all__ = ["app", "main"]
 
@@ -77,7 +77,7 @@ def analyze(
     ] = None,
 ) -> None:
     """Show what can be pruned, what is frozen and why."""
-    from onnx_mdp.commands import run_analyze
+    from onnx_mdp.cli.commands import run_analyze
 
     raise typer.Exit(run_analyze(model, options, table))
 
@@ -101,7 +101,7 @@ def profile(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure the latency table of a model on this machine; a second run measures nothing."""
-    from onnx_mdp.commands import run_profile
+    from onnx_mdp.cli.commands import run_profile
 
     raise typer.Exit(run_profile(model, options, choices=choices, output=output, overwrite=overwrite))
 
@@ -138,8 +138,8 @@ def prune(
     ] = None,
 ) -> None:
     """Prune a model until it meets a latency on this machine, and prove the result."""
-    from onnx_mdp.commands import PruneOptions, run_prune
-    from onnx_mdp.finetune_commands import training_of
+    from onnx_mdp.cli.commands import PruneOptions, run_prune
+    from onnx_mdp.cli.finetune_commands import training_of
 
     wanted = PruneOptions(
         target_ms=target_ms,
@@ -174,7 +174,7 @@ def solve_(
     overwrite: Overwrite = False,
 ) -> None:
     """Choose widths and blocks by a table, measuring nothing, and say why; `apply` makes the model."""
-    from onnx_mdp.plan_commands import SolveOptions, run_solve
+    from onnx_mdp.cli.plan_commands import SolveOptions, run_solve
 
     wanted = SolveOptions(
         target_ms=target_ms,
@@ -204,7 +204,7 @@ def pareto(
     overwrite: Overwrite = False,
 ) -> None:
     """Show what every latency costs in importance: the whole front, by a table, measuring nothing."""
-    from onnx_mdp.plan_commands import FrontOptions, run_pareto
+    from onnx_mdp.cli.plan_commands import FrontOptions, run_pareto
 
     wanted = FrontOptions(
         targets=targets, milliseconds=milliseconds, output=output, overwrite=overwrite, plan=plan
@@ -222,7 +222,7 @@ def apply(
     overwrite: Overwrite = False,
 ) -> None:
     """Replay a plan: the same file, bit for bit, verified again."""
-    from onnx_mdp.commands import run_apply
+    from onnx_mdp.cli.commands import run_apply
 
     raise typer.Exit(run_apply(model, plan, output, options, overwrite=overwrite))
 
@@ -244,7 +244,7 @@ def repair(
     overwrite: Overwrite = False,
 ) -> None:
     """Change the weights of a pruned model so that its layers give what the original's gave; no labels."""
-    from onnx_mdp.repair_commands import RepairOptions, run_repair
+    from onnx_mdp.cli.repair_commands import RepairOptions, run_repair
 
     wanted = RepairOptions(
         methods=methods,
@@ -269,7 +269,7 @@ def verify(
     preprocess: Preprocess = None,
 ) -> None:
     """Check that a pruned file computes what the masked original computes."""
-    from onnx_mdp.commands import run_verify
+    from onnx_mdp.cli.commands import run_verify
 
     code = run_verify(original, pruned, plan, options, max_ms=max_ms, data=data, preprocess=preprocess)
     raise typer.Exit(code)
@@ -293,7 +293,7 @@ def finetune(
     overwrite: Overwrite = False,
 ) -> None:
     """Train the weights of a pruned model, by its original, by labels, or by both; also under torchrun."""
-    from onnx_mdp.finetune_commands import run_finetune
+    from onnx_mdp.cli.finetune_commands import run_finetune
 
     wanted = replace(training, data=data, preprocess=preprocess, resume=resume)
     raise typer.Exit(run_finetune(model, teacher, output, options, wanted, overwrite=overwrite))

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnx_mdp._version import __version__
-from onnx_mdp.command_options import Options
+from onnx_mdp.cli.options import Options
 from onnx_mdp.doctor import Clock, Provider, Store, clock, providers, store_health
 from onnx_mdp.errors import MdpError, MissingBackendError
 from onnx_mdp.machine import Machine, extras, flavours, machine, versions

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onnx_mdp.cli_parameters import Overwrite, given, store_options
+from onnx_mdp.cli.parameters import Overwrite, given, store_options
 
 if TYPE_CHECKING:
-    from onnx_mdp.command_options import Options
+    from onnx_mdp.cli.options import Options
 
 __all__ = ["lut"]
 
@@ -25,7 +25,7 @@ Only = Annotated[
 @given(options=store_options)
 def ls(options: "Options", only: Only = "") -> None:
     """List the stored tables, and where and when they were measured."""
-    from onnx_mdp.lut_commands import run_lut_list
+    from onnx_mdp.cli.lut_commands import run_lut_list
 
     raise typer.Exit(run_lut_list(options, only))
 
@@ -39,7 +39,7 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Write measurements as JSON lines."""
-    from onnx_mdp.lut_commands import run_lut_export
+    from onnx_mdp.cli.lut_commands import run_lut_export
 
     raise typer.Exit(run_lut_export(output, options, only, overwrite=overwrite))
 
@@ -50,7 +50,7 @@ def merge(
     sources: Annotated[list[Path], typer.Argument(metavar="FILE.jsonl...")], options: "Options"
 ) -> None:
     """Read measurements that other machines exported; merging again changes nothing."""
-    from onnx_mdp.lut_commands import run_lut_merge
+    from onnx_mdp.cli.lut_commands import run_lut_merge
 
     raise typer.Exit(run_lut_merge(sources, options))
 
@@ -66,6 +66,6 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go.")] = False,
 ) -> None:
     """Remove stored tables and give their space back."""
-    from onnx_mdp.lut_commands import run_lut_clear
+    from onnx_mdp.cli.lut_commands import run_lut_clear
 
     raise typer.Exit(run_lut_clear(options, only, older_than, dry_run=dry_run))

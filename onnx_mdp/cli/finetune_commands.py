@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_mdp.binding import bind_shapes, graph_inputs
-from onnx_mdp.command_options import Options, PlanOptions, input_types, parse_shapes
-from onnx_mdp.console import Screen
+from onnx_mdp.cli.console import Screen
+from onnx_mdp.cli.options import Options, PlanOptions, input_types, parse_shapes
 from onnx_mdp.errors import MdpError, MissingBackendError, UsageError
 from onnx_mdp.files import check_output
 from onnx_mdp.large_models import save_model

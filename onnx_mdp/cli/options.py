@@ -17,7 +17,7 @@ from onnx_mdp.accelerators import gpu_of
 from onnx_mdp.attention_scale import unit_products
 from onnx_mdp.binding import graph_inputs
 from onnx_mdp.calibration import CalibrationData, load_data
-from onnx_mdp.console import Screen
+from onnx_mdp.cli.console import Screen
 from onnx_mdp.errors import UsageError
 from onnx_mdp.formulation import Caps
 from onnx_mdp.gradient_scores import GRADIENT_CRITERIA, LOSSES, GradientOptions

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onnx_mdp.cli_parameters import (
+from onnx_mdp.cli.parameters import (
     Choices,
     Overwrite,
     given,
@@ -15,7 +15,7 @@ from onnx_mdp.cli_parameters import (
 )
 
 if TYPE_CHECKING:
-    from onnx_mdp.command_options import Options
+    from onnx_mdp.cli.options import Options
 
 __all__ = ["device"]
 
@@ -32,7 +32,7 @@ def bench(
     ],
 ) -> None:
     """Time a list of models on this device, each beside its original; stopped, the same command goes on."""
-    from onnx_mdp.device_commands import run_bench
+    from onnx_mdp.cli.device_commands import run_bench
 
     raise typer.Exit(run_bench(jobs, output, options))
 
@@ -41,7 +41,7 @@ def bench(
 @given(options=store_options)
 def doctor(options: "Options") -> None:
     """Show what runs on this machine, how steadily it measures, and what is missing."""
-    from onnx_mdp.doctor_commands import run_doctor
+    from onnx_mdp.cli.doctor_commands import run_doctor
 
     raise typer.Exit(run_doctor(options))
 
@@ -63,7 +63,7 @@ def fleet(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure the tables of models on the devices of a Ray cluster, into one store."""
-    from onnx_mdp.fleet_commands import FleetOptions, run_fleet
+    from onnx_mdp.cli.fleet_commands import FleetOptions, run_fleet
 
     wanted = FleetOptions(
         devices=tuple(devices),

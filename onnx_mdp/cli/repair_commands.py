@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnx_mdp.changed_weights import weights_apart
-from onnx_mdp.command_options import Options, load_structure, read_inputs, with_plan_inputs
+from onnx_mdp.cli.options import Options, load_structure, read_inputs, with_plan_inputs
 from onnx_mdp.documents import repair_document
 from onnx_mdp.errors import UsageError
 from onnx_mdp.files import check_output

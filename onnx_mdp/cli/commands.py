@@ -15,8 +15,9 @@ from onnx_mdp.changed_weights import (
     require_finite,
     weights_apart,
 )
-from onnx_mdp.closed_loop import Request, tolerance
-from onnx_mdp.command_options import (
+from onnx_mdp.cli.finetune_commands import FinetuneOptions, Trained, check_finetuning, finetune_model
+from onnx_mdp.cli.mask_commands import MaskOptions, check_masking, prune_in_training
+from onnx_mdp.cli.options import (
     Options,
     PlanOptions,
     accepted_fallback,
@@ -27,17 +28,16 @@ from onnx_mdp.command_options import (
     read_inputs,
     with_plan_inputs,
 )
+from onnx_mdp.closed_loop import Request, tolerance
 from onnx_mdp.cost_terms import width
 from onnx_mdp.documents import analyze_document, profile_document, prune_document, verify_document
 from onnx_mdp.errors import UsageError
 from onnx_mdp.figures import structure_svg
 from onnx_mdp.files import Content, check_output, write_text
-from onnx_mdp.finetune_commands import FinetuneOptions, Trained, check_finetuning, finetune_model
 from onnx_mdp.handover import bench_hint, open_handover
 from onnx_mdp.large_models import for_session, save_model
 from onnx_mdp.latency import LatencyTable, build_table, term_ms
 from onnx_mdp.lut_store import LutStore, open_store
-from onnx_mdp.mask_commands import MaskOptions, check_masking, prune_in_training
 from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import PruneResult, apply_plan, prune
 from onnx_mdp.plan import check_plan, load_plan, plan_json

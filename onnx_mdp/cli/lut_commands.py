@@ -8,7 +8,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
-from onnx_mdp.command_options import Options
+from onnx_mdp.cli.options import Options
 from onnx_mdp.errors import UsageError
 from onnx_mdp.files import check_output
 from onnx_mdp.lut_store import StoreSummary, open_store

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_mdp.command_options import Options, PlanOptions, calibration, command_line, load_structure
+from onnx_mdp.cli.options import Options, PlanOptions, calibration, command_line, load_structure
 from onnx_mdp.errors import UnsupportedModelError, UsageError
 from onnx_mdp.explain import explain
 from onnx_mdp.files import check_output, write_text

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onnx_mdp.cli_parameters import Labels
+from onnx_mdp.cli.parameters import Labels
 
 if TYPE_CHECKING:
-    from onnx_mdp.finetune_commands import FinetuneOptions
-    from onnx_mdp.mask_commands import MaskOptions
+    from onnx_mdp.cli.finetune_commands import FinetuneOptions
+    from onnx_mdp.cli.mask_commands import MaskOptions
 
 __all__ = ["masking_options", "training_options"]
 
@@ -87,7 +87,7 @@ def training_options(
     device: Device = "auto",
 ) -> "FinetuneOptions":
     """How weights are trained; the data is the command's own."""
-    from onnx_mdp.finetune_commands import FinetuneOptions
+    from onnx_mdp.cli.finetune_commands import FinetuneOptions
 
     overrides = {
         "epochs": epochs,
@@ -144,6 +144,6 @@ def masking_options(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
 ) -> "MaskOptions":
     """How pruning and training meet."""
-    from onnx_mdp.mask_commands import MaskOptions
+    from onnx_mdp.cli.mask_commands import MaskOptions
 
     return MaskOptions(mode, redecide, schedule, resume)
