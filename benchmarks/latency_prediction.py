@@ -141,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "verdict": lambda r: r.verdict,
     }
     print_table("prediction error, median / worst", columns, rows)
+    given.output.mkdir(parents=True, exist_ok=True)
     figure = given.output / f"{Path(__file__).stem}.svg"
     write_text(prediction_svg(rows), figure, overwrite=True)
     note(f"figure → {figure}")
