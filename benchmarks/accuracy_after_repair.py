@@ -19,13 +19,13 @@ from benchmarks.measuring import table_from_nothing
 from benchmarks.model_files import model_path
 from benchmarks.plans import solved_plans
 from benchmarks.samples import CALIBRATION, Samples, samples_for, top1
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.pipeline import analyze
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.repair import parse_methods, repair
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.runtime import Runtime
-from onnx_mdp.structure import Structure
+from onnx_mdp.repairing.repair import parse_methods, repair
+from onnx_mdp.running.runtime import Runtime
+from onnx_mdp.surgery.rewriting import rewrite
 
 __all__ = ["Result", "main"]
 

@@ -35,14 +35,14 @@ from benchmarks.measuring import measured_ratios, table_from_nothing
 from benchmarks.model_files import model_path
 from benchmarks.plans import solved_plans
 from benchmarks.samples import Samples, samples_for, top1
-from onnx_mdp.closed_loop import tolerance
-from onnx_mdp.gradient_scores import GRADIENT_CRITERIA, GradientOptions, gradient_scores
+from onnx_mdp.analysis.structure import Structure
+from onnx_mdp.importance.gradient_scores import GRADIENT_CRITERIA, GradientOptions, gradient_scores
+from onnx_mdp.importance.scoring import Criterion, Feeds, Progress, Scores, gradient_criterion
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.pipeline import analyze
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.runtime import Runtime
-from onnx_mdp.scoring import Criterion, Feeds, Progress, Scores, gradient_criterion
-from onnx_mdp.structure import Structure
+from onnx_mdp.planning.closed_loop import tolerance
+from onnx_mdp.running.runtime import Runtime
+from onnx_mdp.surgery.rewriting import rewrite
 
 __all__ = ["Result", "main"]
 

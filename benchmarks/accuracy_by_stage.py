@@ -22,16 +22,16 @@ from benchmarks.finetuned import finetuned
 from benchmarks.harness import Verdict, arguments, combined, judge, note, print_table, publish, run_main
 from benchmarks.model_files import model_path
 from benchmarks.samples import Samples, samples_for, save_training_images, top1
-from onnx_mdp.closed_loop import Request
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import UsageError
-from onnx_mdp.gradient_scores import GRADIENT_CRITERIA
-from onnx_mdp.lut_store import open_store
+from onnx_mdp.importance.gradient_scores import GRADIENT_CRITERIA
+from onnx_mdp.importance.scoring import gradient_criterion
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.pipeline import PruneResult, analyze, prune
-from onnx_mdp.repair import repair
-from onnx_mdp.runtime import Runtime
-from onnx_mdp.scoring import gradient_criterion
-from onnx_mdp.structure import Structure
+from onnx_mdp.planning.closed_loop import Request
+from onnx_mdp.repairing.repair import repair
+from onnx_mdp.running.runtime import Runtime
+from onnx_mdp.tables.lut_store import open_store
 from onnx_mdp.torch_backend import require_torch
 
 __all__ = ["Result", "main"]

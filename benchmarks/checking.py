@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 
 from benchmarks.metered import run_metered
-from onnx_mdp.runtime import Runtime, import_onnxruntime
-from onnx_mdp.variants import measure_models
+from onnx_mdp.running.runtime import Runtime, import_onnxruntime
+from onnx_mdp.tables.variants import measure_models
 
 __all__ = ["Look", "input_shapes", "look_at", "parameters"]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from onnx_mdp.data.images import PREPROCESSINGS
 from onnx_mdp.errors import UsageError
-from onnx_mdp.images import PREPROCESSINGS
-from onnx_mdp.runtime import Runtime, open_session
+from onnx_mdp.running.runtime import Runtime, open_session
 
 __all__ = ["BATCH", "PREPROCESSING", "Cifar"]
 

@@ -17,12 +17,12 @@ from benchmarks.harness import note
 from benchmarks.kept_models import Kept, Made
 from benchmarks.measuring import table_from_nothing
 from benchmarks.model_files import model_path
-from onnx_mdp.formulation import formulate
-from onnx_mdp.gradient_scores import GradientOptions
+from onnx_mdp.importance.gradient_scores import GradientOptions
+from onnx_mdp.importance.scoring import Importance, gradient_criterion, score
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.pipeline import analyze
-from onnx_mdp.runtime import Runtime
-from onnx_mdp.scoring import Importance, gradient_criterion, score
+from onnx_mdp.planning.formulation import formulate
+from onnx_mdp.running.runtime import Runtime
 
 if TYPE_CHECKING:
     from onnx_mdp.training.finetuning import FinetuneRequest

@@ -12,19 +12,19 @@ from dataclasses import dataclass
 import onnx
 
 from benchmarks.harness import note
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import UsageError
-from onnx_mdp.formulation import Formulation, to_ns
-from onnx_mdp.latency import LatencyTable, predict_ms
+from onnx_mdp.importance.scoring import Feeds, Importance, ranking
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.repair import repair
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.runtime import Runtime
-from onnx_mdp.scoring import Feeds, Importance, ranking
-from onnx_mdp.solution_plan import plan_from_choice
+from onnx_mdp.planning.formulation import Formulation, to_ns
+from onnx_mdp.planning.solution_plan import plan_from_choice
+from onnx_mdp.repairing.repair import repair
+from onnx_mdp.running.runtime import Runtime
 from onnx_mdp.solvers import solve
-from onnx_mdp.structure import Structure
-from onnx_mdp.variants import full_variant, measure_models
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.tables.latency import LatencyTable, predict_ms
+from onnx_mdp.tables.variants import full_variant, measure_models
 
 __all__ = ["SHAPES", "Fast", "Planner", "Pruner", "at_speed", "uniform"]
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from benchmarks.measuring import Ratios, measured_ratios
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.model_io import model_bytes
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.runtime import Runtime
-from onnx_mdp.structure import Structure
-from onnx_mdp.variants import Variant, full_variant, plan_of_variant
+from onnx_mdp.running.runtime import Runtime
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.tables.variants import Variant, full_variant, plan_of_variant
 
 __all__ = ["heterogeneous_variant", "measured_configurations"]
 

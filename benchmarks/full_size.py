@@ -25,16 +25,16 @@ from benchmarks.harness import Verdict, arguments, combined, note, print_table, 
 from benchmarks.metered import run_metered
 from benchmarks.model_files import model_path
 from benchmarks.plans import random_plan
-from onnx_mdp.blocks import Block
-from onnx_mdp.comparison import Trial, compare, distances
-from onnx_mdp.computation import Computation
+from onnx_mdp.analysis.blocks import Block
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.model_io import clone, load_model
 from onnx_mdp.pipeline import analyze
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.structure import Structure
-from onnx_mdp.timing import random_feeds
-from onnx_mdp.verification import TOLERANCE, require, verify
+from onnx_mdp.running.computation import Computation
+from onnx_mdp.running.timing import random_feeds
+from onnx_mdp.surgery.comparison import Trial, compare, distances
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.surgery.verification import TOLERANCE, require, verify
 
 __all__ = ["Row", "block_errors", "main", "plan_errors", "zeroed"]
 

@@ -20,19 +20,19 @@ from typing import Any
 from benchmarks.harness import Verdict, arguments, combined, note, print_table, publish, run_main
 from benchmarks.measuring import table_from_nothing
 from benchmarks.model_files import model_path
-from onnx_mdp.formulation import formulate, to_ns
-from onnx_mdp.latency import LatencyTable, predict_ms
+from onnx_mdp.analysis.structure import Structure
+from onnx_mdp.importance.scoring import Importance, score
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.pipeline import analyze
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.runtime import Runtime, open_session
-from onnx_mdp.scoring import Importance, score
-from onnx_mdp.solution_plan import plan_from_choice
+from onnx_mdp.planning.formulation import formulate, to_ns
+from onnx_mdp.planning.solution_plan import plan_from_choice
+from onnx_mdp.planning.width_rules import WidthRules
+from onnx_mdp.running.runtime import Runtime, open_session
+from onnx_mdp.running.timing import random_feeds
 from onnx_mdp.solvers import SolveLimits, solve
-from onnx_mdp.structure import Structure
-from onnx_mdp.timing import random_feeds
-from onnx_mdp.variants import full_variant
-from onnx_mdp.width_rules import WidthRules
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.tables.latency import LatencyTable, predict_ms
+from onnx_mdp.tables.variants import full_variant
 
 __all__ = ["Result", "main", "only"]
 

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from onnx_mdp.errors import MdpError
 from onnx_mdp.files import write_text
-from onnx_mdp.runtime import device_name, import_onnxruntime
+from onnx_mdp.running.runtime import device_name, import_onnxruntime
 
 __all__ = [
     "NOISE_LIMIT",

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from benchmarks.roofline import Device, Draft
-from onnx_mdp.problem import Block, Budget, Factor, PruningProblem
+from onnx_mdp.planning.problem import Block, Budget, Factor, PruningProblem
 
 __all__ = ["INSTANCES", "bottleneck_resnet", "mobilenet_v2", "transformer", "with_budgets"]
 

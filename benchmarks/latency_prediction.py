@@ -35,14 +35,14 @@ from benchmarks.measuring import Ratios, table_from_nothing
 from benchmarks.model_files import model_path
 from benchmarks.prediction_figure import prediction_svg
 from benchmarks.rival_predictions import isolated_table, linear_ratios, macs_ratios, table_ratios
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.files import write_text
-from onnx_mdp.latency import LatencyTable
 from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import analyze
-from onnx_mdp.providers import SHORT_NAMES
-from onnx_mdp.runtime import runtime
-from onnx_mdp.structure import Structure
-from onnx_mdp.variants import Variant
+from onnx_mdp.running.providers import SHORT_NAMES
+from onnx_mdp.running.runtime import runtime
+from onnx_mdp.tables.latency import LatencyTable
+from onnx_mdp.tables.variants import Variant
 
 __all__ = ["Prediction", "main"]
 

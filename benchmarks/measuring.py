@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.cli.console import Screen
-from onnx_mdp.latency import LatencyTable, build_table
-from onnx_mdp.lut_store import open_store
 from onnx_mdp.model_io import model_bytes
-from onnx_mdp.placement import open_placed
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.runtime import InferenceSession, Runtime
-from onnx_mdp.structure import Structure
-from onnx_mdp.timing import Timing, measure, random_feeds
+from onnx_mdp.running.placement import open_placed
+from onnx_mdp.running.runtime import InferenceSession, Runtime
+from onnx_mdp.running.timing import Timing, measure, random_feeds
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.tables.latency import LatencyTable, build_table
+from onnx_mdp.tables.lut_store import open_store
 
 __all__ = ["Ratios", "measured_ratios", "table_from_nothing"]
 

@@ -25,14 +25,14 @@ import onnx
 
 from benchmarks.harness import ROOT, Verdict, arguments, combined, note, print_table, publish, run_main
 from benchmarks.model_files import model_path
-from onnx_mdp.documents import shares
 from onnx_mdp.model_io import load_model, parameter_count
 from onnx_mdp.pipeline import analyze
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.runtime import Runtime, open_session
-from onnx_mdp.timing import random_feeds
-from onnx_mdp.variants import plan_of_variant, random_variant
-from onnx_mdp.verification import TOLERANCE, verify
+from onnx_mdp.reports.documents import shares
+from onnx_mdp.running.runtime import Runtime, open_session
+from onnx_mdp.running.timing import random_feeds
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.surgery.verification import TOLERANCE, verify
+from onnx_mdp.tables.variants import plan_of_variant, random_variant
 
 __all__ = ["Attempt", "Row", "main", "onnxsim", "ours", "torch_pruning"]
 

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import UsageError
-from onnx_mdp.formulation import formulate, to_ns
-from onnx_mdp.latency import LatencyTable, predict_ms
+from onnx_mdp.importance.scoring import Criterion, score
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.scoring import Criterion, score
-from onnx_mdp.solution_plan import plan_from_choice
+from onnx_mdp.planning.formulation import formulate, to_ns
+from onnx_mdp.planning.solution_plan import plan_from_choice
 from onnx_mdp.solvers import solve
-from onnx_mdp.structure import Structure
-from onnx_mdp.variants import full_variant
+from onnx_mdp.tables.latency import LatencyTable, predict_ms
+from onnx_mdp.tables.variants import full_variant
 
 __all__ = ["Planned", "random_plan", "solved_plans"]
 

@@ -35,7 +35,7 @@ from benchmarks.harness import (
 )
 from benchmarks.metered import Metered, run_metered
 from benchmarks.model_files import model_path
-from onnx_mdp.closed_loop import tolerance
+from onnx_mdp.planning.closed_loop import tolerance
 
 __all__ = ["Row", "flaws_of", "main", "missed_target", "summary"]
 

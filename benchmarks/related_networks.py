@@ -30,13 +30,13 @@ from benchmarks.harness import (
 from benchmarks.measuring import Ratios, table_from_nothing
 from benchmarks.model_files import model_path
 from benchmarks.rival_predictions import table_ratios
-from onnx_mdp.latency import LatencyTable, build_table
-from onnx_mdp.lut_store import open_store
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import analyze
-from onnx_mdp.runtime import Runtime
-from onnx_mdp.structure import Structure
-from onnx_mdp.variants import Variant
+from onnx_mdp.running.runtime import Runtime
+from onnx_mdp.tables.latency import LatencyTable, build_table
+from onnx_mdp.tables.lut_store import open_store
+from onnx_mdp.tables.variants import Variant
 
 __all__ = ["Relation", "main"]
 

@@ -12,18 +12,18 @@ from dataclasses import replace
 
 import numpy as np
 
-from onnx_mdp.compiled_profiling import open_window
-from onnx_mdp.cost_terms import CostTerm, width
-from onnx_mdp.documents import plan_totals
-from onnx_mdp.latency import LatencyTable, predict_ms, term_ms
-from onnx_mdp.lut_records import Run, Sample
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.runtime import Runtime
-from onnx_mdp.staircases import fit_runs
-from onnx_mdp.structure import Structure
-from onnx_mdp.timing import measure
-from onnx_mdp.variants import Variant, full_variant, plan_of_variant, random_variant
-from onnx_mdp.windows import Window, cut_window
+from onnx_mdp.analysis.structure import Structure
+from onnx_mdp.reports.documents import plan_totals
+from onnx_mdp.running.runtime import Runtime
+from onnx_mdp.running.timing import measure
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.tables.compiled_profiling import open_window
+from onnx_mdp.tables.cost_terms import CostTerm, width
+from onnx_mdp.tables.latency import LatencyTable, predict_ms, term_ms
+from onnx_mdp.tables.lut_records import Run, Sample
+from onnx_mdp.tables.staircases import fit_runs
+from onnx_mdp.tables.variants import Variant, full_variant, plan_of_variant, random_variant
+from onnx_mdp.tables.windows import Window, cut_window
 
 __all__ = ["isolated_table", "linear_ratios", "macs_ratios", "table_ratios"]
 

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_mdp.problem import Block, Factor, PruningProblem, Variable
+from onnx_mdp.planning.problem import Block, Factor, PruningProblem, Variable
 
 __all__ = ["Device", "Draft"]
 

@@ -18,9 +18,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.model_files import zoo_file
+from onnx_mdp.data.images import PREPROCESSINGS
 from onnx_mdp.errors import UsageError
-from onnx_mdp.images import PREPROCESSINGS
-from onnx_mdp.runtime import Runtime, open_session
+from onnx_mdp.running.runtime import Runtime, open_session
 
 __all__ = ["CALIBRATION", "Samples", "samples_for", "save_training_images", "top1"]
 

@@ -24,15 +24,15 @@ from benchmarks.harness import Verdict, arguments, note, print_table, publish, r
 from benchmarks.measuring import table_from_nothing
 from benchmarks.model_files import model_path
 from benchmarks.samples import samples_for, top1
-from onnx_mdp.closed_loop import Request
 from onnx_mdp.errors import UsageError
-from onnx_mdp.latency import predict_ms
+from onnx_mdp.importance.scoring import score
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.pipeline import analyze
-from onnx_mdp.runtime import Runtime
-from onnx_mdp.scoring import score
+from onnx_mdp.planning.closed_loop import Request
+from onnx_mdp.running.runtime import Runtime
+from onnx_mdp.tables.latency import predict_ms
+from onnx_mdp.tables.variants import full_variant, variant_of_plan
 from onnx_mdp.torch_backend import require_torch
-from onnx_mdp.variants import full_variant, variant_of_plan
 
 __all__ = ["Result", "main"]
 

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.harness import Verdict, note
 from benchmarks.instances import INSTANCES, with_budgets
 from benchmarks.roofline import Device
-from onnx_mdp.problem import PruningProblem, Solution
+from onnx_mdp.planning.problem import PruningProblem, Solution
 from onnx_mdp.solvers import SolveLimits, cheapest, solve
 from onnx_mdp.solvers.fronts import solve_front
 

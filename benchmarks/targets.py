@@ -30,8 +30,8 @@ from benchmarks.harness import (
 )
 from benchmarks.metered import run_metered
 from benchmarks.model_files import model_path
-from onnx_mdp.closed_loop import tolerance
 from onnx_mdp.errors import MeasurementError
+from onnx_mdp.planning.closed_loop import tolerance
 
 __all__ = ["Cell", "combined_cells", "main"]
 

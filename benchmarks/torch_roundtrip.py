@@ -22,12 +22,12 @@ import torch
 from benchmarks.harness import Verdict, arguments, combined, note, print_table, publish, run_main
 from benchmarks.model_files import model_path, zoo_file, zoo_files
 from benchmarks.zoo_coverage import SHAPES
-from onnx_mdp.binding import bind_shapes
-from onnx_mdp.computation import Computation
-from onnx_mdp.double_precision import run_in_double
+from onnx_mdp.analysis.binding import bind_shapes
 from onnx_mdp.errors import MdpError
 from onnx_mdp.model_io import load_model
-from onnx_mdp.timing import random_feeds
+from onnx_mdp.numerics.double_precision import run_in_double
+from onnx_mdp.running.computation import Computation
+from onnx_mdp.running.timing import random_feeds
 from onnx_mdp.training.bridge import to_torch, write_back
 from onnx_mdp.training.interpreter import OnnxModule
 

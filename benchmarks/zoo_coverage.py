@@ -6,7 +6,7 @@ within 1e-9 in float64.
 
 Most files were written by others: TorchScript of torch 1.2 to 2.13, dynamo, tf2onnx, Paddle, opset 9 to 20.
 Normal noise drives some of them to where a sigmoid that saturates amplifies the rounding of float32; these
-are computed in float64 (see `onnx_mdp.double_precision`).
+are computed in float64 (see `onnx_mdp.numerics.double_precision`).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ import onnx_ir as ir
 from benchmarks.harness import Verdict, arguments, combined, note, print_table, publish, run_main
 from benchmarks.model_files import zoo_file, zoo_files
 from benchmarks.plans import random_plan
-from onnx_mdp.computation import Computation
-from onnx_mdp.documents import shares
-from onnx_mdp.double_precision import run_in_double
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import MdpError
-from onnx_mdp.masking import masked_model
 from onnx_mdp.model_io import load_model, parameter_count
+from onnx_mdp.numerics.double_precision import run_in_double
 from onnx_mdp.pipeline import analyze
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.structure import Structure
-from onnx_mdp.timing import random_feeds
-from onnx_mdp.verification import TOLERANCE, verify
+from onnx_mdp.reports.documents import shares
+from onnx_mdp.running.computation import Computation
+from onnx_mdp.running.timing import random_feeds
+from onnx_mdp.surgery.masking import masked_model
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.surgery.verification import TOLERANCE, verify
 
 __all__ = ["SHAPES", "Law", "Row", "check_plan", "frozen_reasons", "main"]
 

@@ -22,11 +22,11 @@ from onnx_mdp.errors import MdpError, MeasurementError, OutputError, UsageError
 from onnx_mdp.files import write_files
 from onnx_mdp.json_input import read_text
 from onnx_mdp.large_models import for_session
-from onnx_mdp.lut_records import canonical, json_object
 from onnx_mdp.model_io import load_model
-from onnx_mdp.runtime import Runtime, context
-from onnx_mdp.session import session
-from onnx_mdp.variants import measure_models
+from onnx_mdp.running.runtime import Runtime, context
+from onnx_mdp.tables.lut_records import canonical, json_object
+from onnx_mdp.tables.session import session
+from onnx_mdp.tables.variants import measure_models
 
 __all__ = ["Job", "Result", "bench", "job_of", "jobs_text", "read_jobs", "read_results"]
 

@@ -13,7 +13,7 @@ from onnx_mdp.cli.commands import PruneOptions, run_prune
 from onnx_mdp.cli.options import Options, PlanOptions
 from onnx_mdp.errors import OutputError
 from onnx_mdp.files import write_files
-from onnx_mdp.runtime import Runtime, open_session
+from onnx_mdp.running.runtime import Runtime, open_session
 from onnx_mdp.shapes_data import shapes
 
 __all__ = ["accuracy", "run_demo"]

@@ -13,13 +13,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_mdp.errors import MdpError, OutputError
 from onnx_mdp.files import scratch_folder
-from onnx_mdp.granularity import granularity
-from onnx_mdp.lut_file import default_path
-from onnx_mdp.lut_store import open_store
-from onnx_mdp.placement import open_placed
-from onnx_mdp.providers import SHORT_NAMES
-from onnx_mdp.runtime import InferenceSession, Runtime, import_onnxruntime, one_line
-from onnx_mdp.timing import Feeds, random_feeds, run_times, undisturbed
+from onnx_mdp.running.placement import open_placed
+from onnx_mdp.running.providers import SHORT_NAMES
+from onnx_mdp.running.runtime import InferenceSession, Runtime, import_onnxruntime, one_line
+from onnx_mdp.running.timing import Feeds, random_feeds, run_times, undisturbed
+from onnx_mdp.tables.granularity import granularity
+from onnx_mdp.tables.lut_file import default_path
+from onnx_mdp.tables.lut_store import open_store
 
 __all__ = ["Clock", "Provider", "Store", "clock", "providers", "store_health"]
 

@@ -19,10 +19,10 @@ from onnx_mdp.cli.console import Screen
 from onnx_mdp.cli.options import Options, load_structure
 from onnx_mdp.errors import MdpError, MeasurementError, MissingBackendError, UsageError
 from onnx_mdp.files import scratch_folder
-from onnx_mdp.latency import build_table, table_key
-from onnx_mdp.lut_store import LutStore, open_store
-from onnx_mdp.session import session
-from onnx_mdp.table_file import table_json
+from onnx_mdp.tables.latency import build_table, table_key
+from onnx_mdp.tables.lut_store import LutStore, open_store
+from onnx_mdp.tables.session import session
+from onnx_mdp.tables.table_file import table_json
 
 __all__ = ["Measured", "measure_fleet"]
 

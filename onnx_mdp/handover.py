@@ -15,7 +15,11 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnx_mdp.bench import Job, Result, job_of, jobs_text, read_results
-from onnx_mdp.closed_loop import (
+from onnx_mdp.errors import OutputError, UsageError
+from onnx_mdp.files import write_files
+from onnx_mdp.large_models import save_model
+from onnx_mdp.plan import PruningPlan, plan_identity
+from onnx_mdp.planning.closed_loop import (
     HEADROOM,
     MAX_ROUNDS,
     Candidate,
@@ -25,13 +29,9 @@ from onnx_mdp.closed_loop import (
     planned,
     tolerance,
 )
-from onnx_mdp.errors import OutputError, UsageError
-from onnx_mdp.files import write_files
-from onnx_mdp.large_models import save_model
-from onnx_mdp.latency import predict_ms
-from onnx_mdp.plan import PruningPlan, plan_identity
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.variants import full_variant
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.tables.latency import predict_ms
+from onnx_mdp.tables.variants import full_variant
 
 __all__ = ["Handover", "bench_hint", "close_elsewhere", "open_handover"]
 

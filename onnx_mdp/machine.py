@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnx_mdp.runtime import device_name
+from onnx_mdp.running.runtime import device_name
 
 __all__ = ["Extra", "Machine", "extras", "flavours", "machine", "versions"]
 

@@ -19,25 +19,25 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnx_mdp._version import __version__
-from onnx_mdp.binding import bind_shapes
-from onnx_mdp.closed_loop import Clock, Loop, Request, close_loop, tolerance
+from onnx_mdp.analysis.binding import bind_shapes
+from onnx_mdp.analysis.shadow import prepare
+from onnx_mdp.analysis.states import kept_shapes
+from onnx_mdp.analysis.structure import Structure, analyze_shadow, macs
 from onnx_mdp.errors import UnsupportedModelError, UsageError
-from onnx_mdp.formulation import formulate
 from onnx_mdp.handover import Handover, close_elsewhere
+from onnx_mdp.importance.scoring import score
 from onnx_mdp.large_models import LargeModel, for_session
-from onnx_mdp.latency import LatencyTable, build_table
-from onnx_mdp.lut_store import LutStore
 from onnx_mdp.model_io import parameter_count
 from onnx_mdp.plan import PruningPlan, plan_identity, removed_classes
-from onnx_mdp.repair import Repaired, check_repair, repair
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.scoring import score
-from onnx_mdp.shadow import prepare
-from onnx_mdp.states import kept_shapes
-from onnx_mdp.structure import Structure, analyze_shadow, macs
-from onnx_mdp.timing import Timing
-from onnx_mdp.variants import measure_models
-from onnx_mdp.verification import Evidence, require, verify
+from onnx_mdp.planning.closed_loop import Clock, Loop, Request, close_loop, tolerance
+from onnx_mdp.planning.formulation import formulate
+from onnx_mdp.repairing.repair import Repaired, check_repair, repair
+from onnx_mdp.running.timing import Timing
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.surgery.verification import Evidence, require, verify
+from onnx_mdp.tables.latency import LatencyTable, build_table
+from onnx_mdp.tables.lut_store import LutStore
+from onnx_mdp.tables.variants import measure_models
 
 __all__ = ["PruneResult", "Status", "analyze", "apply_plan", "prune", "stamp", "with_model"]
 

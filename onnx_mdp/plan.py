@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from onnx_mdp.analysis.structure import Dimension, Structure
 from onnx_mdp.errors import UsageError
-from onnx_mdp.structure import Dimension, Structure
 
 __all__ = [
     "PruningPlan",

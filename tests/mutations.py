@@ -22,21 +22,21 @@ from google.protobuf.message import Message
 from onnx import external_data_helper, helper, numpy_helper
 from zoo import random_plan, text_model
 
-from onnx_mdp.cost_terms import cost_terms
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import MdpError
-from onnx_mdp.formulation import formulate, to_ns
-from onnx_mdp.granularity import unit_choices
+from onnx_mdp.importance.scoring import score
 from onnx_mdp.large_models import save_model
-from onnx_mdp.latency import Calibration, LatencyTable, table_key
 from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import analyze, apply_plan
 from onnx_mdp.plan import check_plan, load_plan, plan_json
-from onnx_mdp.scoring import score
-from onnx_mdp.solution_plan import plan_from_solution
+from onnx_mdp.planning.formulation import formulate, to_ns
+from onnx_mdp.planning.solution_plan import plan_from_solution
 from onnx_mdp.solvers import solve
-from onnx_mdp.structure import Structure
-from onnx_mdp.table_file import load_table, table_json
-from onnx_mdp.verification import verify
+from onnx_mdp.surgery.verification import verify
+from onnx_mdp.tables.cost_terms import cost_terms
+from onnx_mdp.tables.granularity import unit_choices
+from onnx_mdp.tables.latency import Calibration, LatencyTable, table_key
+from onnx_mdp.tables.table_file import load_table, table_json
 
 __all__ = ["SECONDS", "work"]
 

@@ -14,13 +14,13 @@ import onnx
 import pytest
 from zoo import analyse, informative, prune_checked, random_plan, run, text_model
 
-from onnx_mdp.cost_terms import width
+from onnx_mdp.analysis.structure import Dimension, Structure, extent, macs
 from onnx_mdp.errors import UsageError
+from onnx_mdp.importance.scoring import activation
 from onnx_mdp.plan import PruningPlan, kept_count, kept_units, removed_classes
-from onnx_mdp.resources import mac_products
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.scoring import activation
-from onnx_mdp.structure import Dimension, Structure, extent, macs
+from onnx_mdp.planning.resources import mac_products
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.tables.cost_terms import width
 
 WEIGHTS = (
     "float[6,12] wq, float[12] bq, float[6,12] wk, float[12] bk, float[6,12] wv, float[12] bv, float[12,6] wo, "

@@ -10,9 +10,9 @@ import pytest
 from test_attention import CASES, prunable
 from zoo import analyse, prune_checked, random_plan, run
 
-from onnx_mdp.attention_scale import score_factors
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.plan import PruningPlan, plan_identity, removed_classes
-from onnx_mdp.structure import Structure
+from onnx_mdp.surgery.attention_scale import score_factors
 
 
 def one_of_each_head(structure: Structure) -> PruningPlan:

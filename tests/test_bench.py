@@ -18,15 +18,15 @@ from test_cli import TINY
 from zoo import text_model
 
 from onnx_mdp import bench as bench_module
-from onnx_mdp import timing
 from onnx_mdp.bench import Job, bench, job_of, jobs_text, read_jobs, read_results
 from onnx_mdp.errors import MeasurementError, OutputError, UsageError
-from onnx_mdp.latency import build_table
-from onnx_mdp.lut_store import open_store
 from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import analyze
-from onnx_mdp.runtime import Runtime
-from onnx_mdp.table_file import table_json
+from onnx_mdp.running import timing
+from onnx_mdp.running.runtime import Runtime
+from onnx_mdp.tables.latency import build_table
+from onnx_mdp.tables.lut_store import open_store
+from onnx_mdp.tables.table_file import table_json
 
 HEADER = '{"format":"onnx-mdp-jobs","schema_version":1}\n'
 STORED = '{"format":"onnx-mdp-results","schema_version":1}\n'
@@ -39,7 +39,7 @@ def silent(stage: str, done: int, total: int) -> None:
 def measure_little(monkeypatch: pytest.MonkeyPatch) -> None:
     full = timing.measure
     monkeypatch.setattr(
-        "onnx_mdp.variants.measure", lambda *a, **options: full(*a, **{**options, "rounds": 6})
+        "onnx_mdp.tables.variants.measure", lambda *a, **options: full(*a, **{**options, "rounds": 6})
     )
 
 
@@ -102,7 +102,7 @@ def test_a_line_that_was_cut_off_is_measured_again(folder: Path, rest: str) -> N
 
 def test_a_killed_bench_loses_no_finished_job(folder: Path) -> None:
     code = """
-import onnx_mdp.timing as timing
+import onnx_mdp.running.timing as timing
 full = timing.measure
 timing.measure = lambda sessions, feeds, **options: full(sessions, feeds, **{**options, "rounds": 60})
 from onnx_mdp.__main__ import start

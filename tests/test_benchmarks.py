@@ -34,15 +34,15 @@ from benchmarks.model_files import model_path
 from benchmarks.prediction_figure import prediction_svg
 from benchmarks.rival_predictions import linear_ratios, macs_ratios, table_ratios
 from benchmarks.samples import samples_for, top1
-from onnx_mdp.double_precision import run_in_double
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import MeasurementError, UsageError, VerificationError
 from onnx_mdp.model_io import load_model, parameter_count
+from onnx_mdp.numerics.double_precision import run_in_double
 from onnx_mdp.pipeline import analyze
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.runtime import Runtime
-from onnx_mdp.structure import Structure
-from onnx_mdp.variants import plan_of_variant, random_variant
+from onnx_mdp.running.runtime import Runtime
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.tables.variants import plan_of_variant, random_variant
 from tests.zoo import run, text_model, zoo_path
 
 FOLDER = Path(harness.__file__).parent

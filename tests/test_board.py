@@ -16,10 +16,10 @@ from scipy.sparse.csgraph import connected_components
 from test_cli import TINY
 from zoo import text_model
 
-from onnx_mdp.coupling import settle
-from onnx_mdp.nonnegative import nonnegative_least_squares
+from onnx_mdp.analysis.coupling import settle
+from onnx_mdp.analysis.shadow import Shadow
 from onnx_mdp.rules import Labelling
-from onnx_mdp.shadow import Shadow
+from onnx_mdp.tables.nonnegative import nonnegative_least_squares
 
 # What a board lacks; a package that is imported all the same is an error that names it.
 LACKING = ("PIL", "highspy", "matplotlib", "platformdirs", "pyomo", "scipy", "torch")
@@ -36,12 +36,12 @@ COMMAND = BOARD.format(LACKING) + "from onnx_mdp.__main__ import start; start()"
 LIBRARY = f"""
 {BOARD.format(LACKING_TO_A_LIBRARY)}
 from pathlib import Path
-from onnx_mdp.latency import build_table
-from onnx_mdp.lut_store import open_store
+from onnx_mdp.tables.latency import build_table
+from onnx_mdp.tables.lut_store import open_store
 from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import analyze
-from onnx_mdp.runtime import Runtime
-from onnx_mdp.table_file import table_json
+from onnx_mdp.running.runtime import Runtime
+from onnx_mdp.tables.table_file import table_json
 
 structure = analyze(load_model("model.onnx"), {{}})
 with open_store() as store:

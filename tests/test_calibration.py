@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from onnx_mdp.calibration import CalibrationData, load_data
+from onnx_mdp.data.calibration import CalibrationData, load_data
+from onnx_mdp.data.images import PREPROCESSINGS
 from onnx_mdp.errors import UsageError
-from onnx_mdp.images import PREPROCESSINGS
 
 FLOAT, INT = np.dtype("float32"), np.dtype("int64")
 RNG = np.random.default_rng(5)

@@ -29,11 +29,13 @@ from command_line import Outcome, Run, is_refused
 from onnx import numpy_helper
 from zoo import text_model
 
-from onnx_mdp import closed_loop, latency, pipeline
+from onnx_mdp import pipeline
 from onnx_mdp.cli import app as cli
 from onnx_mdp.errors import MeasurementError, VerificationError
 from onnx_mdp.model_io import load_model
-from onnx_mdp.timing import Timing
+from onnx_mdp.planning import closed_loop
+from onnx_mdp.running.timing import Timing
+from onnx_mdp.tables import latency
 
 TINY = """
 (float[1,3,32,32] x) => (float[1,10] y)

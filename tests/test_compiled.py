@@ -14,22 +14,23 @@ from test_latency import NET
 from test_placement import needs
 from zoo import analyse, text_model
 
-from onnx_mdp import compiled_profiling, latency
-from onnx_mdp.compiled_profiling import group_of, profile_group
-from onnx_mdp.cost_terms import cost_terms, width
+import onnx_mdp
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import MeasurementError
 from onnx_mdp.large_models import for_session
-from onnx_mdp.latency import LatencyTable, build_table, predict_ms
-from onnx_mdp.lut_store import Run, open_store
-from onnx_mdp.profiling import shows_nodes
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.runtime import Runtime, open_session, runtime
-from onnx_mdp.staircases import features
-from onnx_mdp.structure import Structure
-from onnx_mdp.timing import random_feeds
-from onnx_mdp.variants import Variant, full_variant, plan_of_variant, random_variant
-from onnx_mdp.window_fit import fit_windows
-from onnx_mdp.windows import cut_window
+from onnx_mdp.running.runtime import Runtime, open_session, runtime
+from onnx_mdp.running.timing import random_feeds
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.tables import compiled_profiling, latency
+from onnx_mdp.tables.compiled_profiling import group_of, profile_group
+from onnx_mdp.tables.cost_terms import cost_terms, width
+from onnx_mdp.tables.latency import LatencyTable, build_table, predict_ms
+from onnx_mdp.tables.lut_store import Run, open_store
+from onnx_mdp.tables.profiling import shows_nodes
+from onnx_mdp.tables.staircases import features
+from onnx_mdp.tables.variants import Variant, full_variant, plan_of_variant, random_variant
+from onnx_mdp.tables.window_fit import fit_windows
+from onnx_mdp.tables.windows import cut_window
 
 STEP = 8
 
@@ -184,7 +185,7 @@ def test_openvino_is_profiled_by_windows_and_pruned_to_its_target(
     run: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     needs("OpenVINOExecutionProvider")
-    model = str(Path(latency.__file__).parent / "demo_model" / "shapes_resnet.onnx")
+    model = str(Path(onnx_mdp.__file__).parent / "demo_model" / "shapes_resnet.onnx")
     table = run("profile", model, "--ep", "openvino", "--json", "-o", "table.json")
     assert table.code == 0, table.err
     assert table.document["provider"] == "OpenVINOExecutionProvider"

@@ -13,10 +13,10 @@ import pytest
 from onnx import helper, numpy_helper
 from zoo import text_model
 
-from onnx_mdp.computation import Computation, weightless, with_weights
 from onnx_mdp.errors import MeasurementError
 from onnx_mdp.model_io import load_model, model_bytes
-from onnx_mdp.runtime import Runtime, open_session
+from onnx_mdp.running.computation import Computation, weightless, with_weights
+from onnx_mdp.running.runtime import Runtime, open_session
 
 
 def small_and_large() -> onnx.ModelProto:
@@ -134,7 +134,7 @@ def test_a_sequence_is_no_tensor() -> None:
 PEAK = """
 import resource, sys
 import numpy as np, onnx, onnx.helper as h, onnx_ir as ir
-from onnx_mdp.computation import Computation
+from onnx_mdp.running.computation import Computation
 
 array = np.ones((7000, 7000), np.float32)  # 196 MB
 value = [h.make_tensor_value_info(n, 1, [1, 7000]) for n in "xy"]
@@ -154,7 +154,7 @@ print(more / (1e6 if sys.platform == "darwin" else 1e3))
 LONG = """
 import resource, sys
 import numpy as np, onnx.parser, onnx_ir as ir
-from onnx_mdp.computation import Computation
+from onnx_mdp.running.computation import Computation
 
 names = [f"t{i}" for i in range(1, 31)]
 text = "agraph (float[N] t0) => (float[N] t30) { " + " ".join(

@@ -20,19 +20,19 @@ from test_cli import TINY
 from zoo import text_model
 
 from onnx_mdp.files import scratch_folder, write_files
-from onnx_mdp.latency import VARIANTS
-from onnx_mdp.lut_store import open_store
 from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import analyze
 from onnx_mdp.plan import load_plan
-from onnx_mdp.verification import verify
+from onnx_mdp.surgery.verification import verify
+from onnx_mdp.tables.latency import VARIANTS
+from onnx_mdp.tables.lut_store import open_store
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a child dies with its parent on Linux")
 
 # The command with few rounds of measuring, and with pauses where files are written, to be hit there.
 COMMAND = """
 import os, time
-import onnx_mdp.timing as timing
+import onnx_mdp.running.timing as timing
 
 full = timing.measure
 timing.measure = lambda sessions, feeds, **options: full(sessions, feeds, **{**options, "rounds": 6})

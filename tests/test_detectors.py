@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from zoo import analyse, cut_wrongly, informative, prune_checked, random_plan
 
+from onnx_mdp.analysis.structure import Extent, Structure, extent
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.structure import Extent, Structure, extent
-from onnx_mdp.verification import verify
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.surgery.verification import verify
 
 Exported = Callable[..., Path]
 

@@ -11,7 +11,7 @@ from command_line import Run
 from onnx_mdp import doctor, machine
 from onnx_mdp.cli import doctor_commands
 from onnx_mdp.errors import MissingBackendError
-from onnx_mdp.lut_store import open_store
+from onnx_mdp.tables.lut_store import open_store
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from onnx_mdp.errors import MissingBackendError, SolverError
-from onnx_mdp.problem import Block, Budget, Factor, PruningProblem, Variable, WidthSum
+from onnx_mdp.planning.problem import Block, Budget, Factor, PruningProblem, Variable, WidthSum
 from onnx_mdp.solvers import SolveLimits, cheapest, compiled, fastest, mindtpy, network, search, solve
 from onnx_mdp.solvers.compiled import CompiledProblem
 from onnx_mdp.solvers.exact import Exact, price, upper_bound

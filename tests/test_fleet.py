@@ -15,7 +15,7 @@ from command_line import Run, is_refused
 from test_cli import TINY
 from zoo import text_model
 
-from onnx_mdp.lut_store import open_store
+from onnx_mdp.tables.lut_store import open_store
 
 CLUSTER = """
 import json, os, subprocess, sys, time

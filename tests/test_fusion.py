@@ -10,11 +10,11 @@ import onnx_ir as ir
 import pytest
 from zoo import analyse, informative, operands, prune_checked, random_plan, run, text_model
 
-from onnx_mdp import fusion
+from onnx_mdp.analysis.structure import Dimension, Structure
 from onnx_mdp.plan import PruningPlan, kept_count
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.structure import Dimension, Structure
-from onnx_mdp.verification import verify
+from onnx_mdp.surgery import fusion
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.surgery.verification import verify
 
 Exported = Callable[..., Path]
 

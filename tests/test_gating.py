@@ -11,13 +11,13 @@ import pytest
 from test_rules import ALL, ATTENTION, CONTRACTION, NORMALISATION, UNIT_STATISTICS, model_of
 from zoo import analyse, random_plan, zoo_structure
 
-from onnx_mdp.computation import Computation
-from onnx_mdp.gating import gated_model
-from onnx_mdp.integer_form import without_rounding
-from onnx_mdp.masking import masked_model
+from onnx_mdp.analysis.structure import Structure
+from onnx_mdp.numerics.integer_form import without_rounding
 from onnx_mdp.plan import PruningPlan, removed_classes
-from onnx_mdp.structure import Structure
-from onnx_mdp.timing import random_feeds
+from onnx_mdp.running.computation import Computation
+from onnx_mdp.running.timing import random_feeds
+from onnx_mdp.surgery.gating import gated_model
+from onnx_mdp.surgery.masking import masked_model
 
 Exported = Callable[..., Path]
 ZOO = ("cifar10/resnet20.onnx", "detect/ultraface_rfb320.onnx", "cifar10/vit_p4_d128_dynamo.onnx")

@@ -22,14 +22,14 @@ from zoo import analyse
 pytest.importorskip("torch")
 import torch
 
-from onnx_mdp import gradient_scores as gradient_module
-from onnx_mdp.computation import Computation
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import UsageError
-from onnx_mdp.gradient_scores import GradientOptions, gradient_scores
-from onnx_mdp.integer_form import without_rounding
-from onnx_mdp.scoring import gradient_criterion, score
-from onnx_mdp.structure import Structure
-from onnx_mdp.table_file import table_json
+from onnx_mdp.importance import gradient_scores as gradient_module
+from onnx_mdp.importance.gradient_scores import GradientOptions, gradient_scores
+from onnx_mdp.importance.scoring import gradient_criterion, score
+from onnx_mdp.numerics.integer_form import without_rounding
+from onnx_mdp.running.computation import Computation
+from onnx_mdp.tables.table_file import table_json
 from onnx_mdp.training.bridge import to_torch
 from onnx_mdp.training.gradients import GateGradients
 

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from zoo import analyse, informative, prune_checked, random_plan
 
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.structure import Structure
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

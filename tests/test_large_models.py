@@ -20,10 +20,10 @@ from zoo import analyse, run, text_model
 
 from onnx_mdp import files, model_io
 from onnx_mdp.errors import OutputError
+from onnx_mdp.importance.scoring import score
 from onnx_mdp.large_models import LargeModel, for_session, save_model
 from onnx_mdp.model_io import content_hash, load_model
-from onnx_mdp.runtime import Runtime, open_session
-from onnx_mdp.scoring import score
+from onnx_mdp.running.runtime import Runtime, open_session
 
 FEEDS = {"x": np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)}
 

@@ -16,25 +16,26 @@ import pytest
 from test_placement import needs
 from zoo import analyse, random_plan, text_model, zoo_structure
 
-from onnx_mdp import granularity as granularity_module
-from onnx_mdp import latency, profiling, staircases
-from onnx_mdp.cost_terms import CostTerm, anchors, cost_terms, width
+import onnx_mdp
+from onnx_mdp.analysis.structure import Dimension, Extent, Structure
 from onnx_mdp.errors import MeasurementError
-from onnx_mdp.formulation import formulate
-from onnx_mdp.granularity import granularity, step_of, unit_choices
-from onnx_mdp.latency import Calibration, LatencyTable, build_table, predict_ms, table_key, term_ms
-from onnx_mdp.lut_store import LutStore, Run, Sample, open_store
+from onnx_mdp.importance.scoring import score
 from onnx_mdp.model_io import load_model
-from onnx_mdp.problem import Choice, PruningProblem
-from onnx_mdp.profiling import profile_variant
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.runtime import context, open_session, runtime
-from onnx_mdp.scoring import score
-from onnx_mdp.solution_plan import plan_from_choice, variant_from_choice
-from onnx_mdp.staircases import affine, fit_runs
-from onnx_mdp.structure import Dimension, Extent, Structure
-from onnx_mdp.timing import Timing
-from onnx_mdp.variants import (
+from onnx_mdp.planning.formulation import formulate
+from onnx_mdp.planning.problem import Choice, PruningProblem
+from onnx_mdp.planning.solution_plan import plan_from_choice, variant_from_choice
+from onnx_mdp.running.runtime import context, open_session, runtime
+from onnx_mdp.running.timing import Timing
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.tables import granularity as granularity_module
+from onnx_mdp.tables import latency, profiling, staircases
+from onnx_mdp.tables.cost_terms import CostTerm, anchors, cost_terms, width
+from onnx_mdp.tables.granularity import granularity, step_of, unit_choices
+from onnx_mdp.tables.latency import Calibration, LatencyTable, build_table, predict_ms, table_key, term_ms
+from onnx_mdp.tables.lut_store import LutStore, Run, Sample, open_store
+from onnx_mdp.tables.profiling import profile_variant
+from onnx_mdp.tables.staircases import affine, fit_runs
+from onnx_mdp.tables.variants import (
     Variant,
     full_variant,
     plan_of_variant,
@@ -604,7 +605,7 @@ def test_too_little_charged_time_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_demo_model_is_charged_to_98_percent() -> None:
-    path = Path(latency.__file__).parent / "demo_model" / "shapes_resnet.onnx"
+    path = Path(onnx_mdp.__file__).parent / "demo_model" / "shapes_resnet.onnx"
     _, structure = analyse(load_model(path))
     model = rewrite(structure, plan_of_variant(structure, full_variant(structure)))
     run = profile_variant(

@@ -27,17 +27,17 @@ from zoo import (
     zoo_structure,
 )
 
-from onnx_mdp.documents import verify_document
-from onnx_mdp.double_precision import run_in_double
+from onnx_mdp.analysis.structure import Dimension, Structure
 from onnx_mdp.errors import VerificationError
-from onnx_mdp.masking import masked_model
 from onnx_mdp.model_io import model_bytes
+from onnx_mdp.numerics.double_precision import run_in_double
 from onnx_mdp.plan import PruningPlan, removed_classes
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.runtime import Runtime, open_session
-from onnx_mdp.structure import Dimension, Structure
-from onnx_mdp.timing import random_feeds
-from onnx_mdp.verification import TOLERANCE, Evidence, require, verify
+from onnx_mdp.reports.documents import verify_document
+from onnx_mdp.running.runtime import Runtime, open_session
+from onnx_mdp.running.timing import random_feeds
+from onnx_mdp.surgery.masking import masked_model
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.surgery.verification import TOLERANCE, Evidence, require, verify
 
 # In these a sigmoid of a large factor, or a product with a tiny one, amplifies the rounding of float32.
 ILL_CONDITIONED = (

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from onnx_mdp.errors import OutputError, UsageError
-from onnx_mdp.lut_store import LutStore, Run, Sample, open_store
+from onnx_mdp.tables.lut_store import LutStore, Run, Sample, open_store
 
 CONTEXT: dict[str, str | int] = {
     "provider": "CPUExecutionProvider",
@@ -121,7 +121,7 @@ import os, signal
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from onnx_mdp.lut_store import Run, Sample, open_store
+from onnx_mdp.tables.lut_store import Run, Sample, open_store
 store = open_store(Path({str(path)!r}))
 for variant in range(20):
     store.add_run({CONTEXT!r}, "m", Run(variant, 0, 1.0, 2.0, 3, 4.0, (Sample("k", 1.0, 2.0, 3.0, 4),)))

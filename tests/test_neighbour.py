@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from onnx_mdp import demo
-from onnx_mdp.latency import build_table, predict_ms
-from onnx_mdp.lut_store import open_store
 from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import analyze
-from onnx_mdp.runtime import Runtime
-from onnx_mdp.variants import full_variant
+from onnx_mdp.running.runtime import Runtime
+from onnx_mdp.tables.latency import build_table, predict_ms
+from onnx_mdp.tables.lut_store import open_store
+from onnx_mdp.tables.variants import full_variant
 
 MODEL = Path(demo.__file__).parent / "demo_model" / "shapes_resnet.onnx"
 BUSY = "while True:\n    sum(range(10_000))"

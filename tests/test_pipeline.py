@@ -15,19 +15,20 @@ import onnx_ir as ir
 import pytest
 from zoo import analyse, run, text_model
 
-from onnx_mdp import closed_loop, pipeline
-from onnx_mdp.closed_loop import Request, tolerance
-from onnx_mdp.cost_terms import cost_terms
+from onnx_mdp import pipeline
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import UnsupportedModelError, VerificationError
-from onnx_mdp.granularity import unit_choices
-from onnx_mdp.latency import Calibration, LatencyTable
-from onnx_mdp.lut_store import LutStore, open_store
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.pipeline import PruneResult, apply_plan, prune
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.runtime import runtime
-from onnx_mdp.structure import Structure
-from onnx_mdp.timing import Timing
+from onnx_mdp.planning import closed_loop
+from onnx_mdp.planning.closed_loop import Request, tolerance
+from onnx_mdp.running.runtime import runtime
+from onnx_mdp.running.timing import Timing
+from onnx_mdp.tables.cost_terms import cost_terms
+from onnx_mdp.tables.granularity import unit_choices
+from onnx_mdp.tables.latency import Calibration, LatencyTable
+from onnx_mdp.tables.lut_store import LutStore, open_store
 
 NET = """
 (float[1,3,8,8] x) => (float[1,10] y)
@@ -185,8 +186,8 @@ BASE_MS = true_ms(model_bytes(net()[0]))
 
 
 def test_the_true_table_predicts_the_device() -> None:
-    from onnx_mdp.latency import full_variant, plan_of_variant, predict_ms, random_variant
-    from onnx_mdp.rewriting import rewrite
+    from onnx_mdp.surgery.rewriting import rewrite
+    from onnx_mdp.tables.latency import full_variant, plan_of_variant, predict_ms, random_variant
 
     _, structure = net()
     table = biased_table(structure, lambda: 1.0)

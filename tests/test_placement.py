@@ -12,16 +12,16 @@ import pytest
 from command_line import Outcome
 from zoo import text_model
 
-from onnx_mdp.accelerators import gpu_of
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.cli import commands
 from onnx_mdp.errors import MissingBackendError
-from onnx_mdp.latency import LatencyTable, build_table
-from onnx_mdp.lut_store import LutStore
-from onnx_mdp.placement import fallback_in, fallback_of, open_placed
-from onnx_mdp.providers import SHORT_NAMES, add_plugin
-from onnx_mdp.runtime import Runtime, import_onnxruntime, open_session, runtime
-from onnx_mdp.structure import Structure
-from onnx_mdp.timing import random_feeds, run_times
+from onnx_mdp.running.accelerators import gpu_of
+from onnx_mdp.running.placement import fallback_in, fallback_of, open_placed
+from onnx_mdp.running.providers import SHORT_NAMES, add_plugin
+from onnx_mdp.running.runtime import Runtime, import_onnxruntime, open_session, runtime
+from onnx_mdp.running.timing import random_feeds, run_times
+from onnx_mdp.tables.latency import LatencyTable, build_table
+from onnx_mdp.tables.lut_store import LutStore
 
 PARTS = """
 (float[1,8,16,16] x) => (float[1,4,14,14] y) <float[8,8,3,3] w, float[4,8,1,1] v> {

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from zoo import analyse, random_plan, text_model
 
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import UsageError
 from onnx_mdp.model_io import content_hash
 from onnx_mdp.plan import (
@@ -22,8 +23,7 @@ from onnx_mdp.plan import (
     removed_classes,
     to_ranges,
 )
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.structure import Structure
+from onnx_mdp.surgery.rewriting import rewrite
 
 FULL = PruningPlan(
     keep={"conv_0": (0, 1, 2, 5), "conv_7": (3,)},

@@ -12,26 +12,26 @@ import pytest
 from command_line import Run, is_refused
 from zoo import CNNS, analyse, random_plan, zoo_path, zoo_structure
 
-from onnx_mdp import shadow
+from onnx_mdp.analysis import shadow
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.cli.options import PlanOptions
 from onnx_mdp.cli.plan_commands import parse_targets
-from onnx_mdp.cost_terms import cost_terms, width
-from onnx_mdp.documents import plan_totals
 from onnx_mdp.errors import MissingBackendError, UsageError
-from onnx_mdp.explain import explain
-from onnx_mdp.formulation import Caps, Formulation, formulate, to_ns
-from onnx_mdp.granularity import unit_choices
-from onnx_mdp.latency import Calibration, LatencyTable, predict_ms, table_key
+from onnx_mdp.importance.scoring import score
 from onnx_mdp.model_io import load_model
 from onnx_mdp.plan import load_plan
-from onnx_mdp.resources import Product, mac_products, memory_moments, parameter_products
-from onnx_mdp.scoring import score
-from onnx_mdp.solution_plan import plan_from_choice
+from onnx_mdp.planning.explain import explain
+from onnx_mdp.planning.formulation import Caps, Formulation, formulate, to_ns
+from onnx_mdp.planning.resources import Product, mac_products, memory_moments, parameter_products
+from onnx_mdp.planning.solution_plan import plan_from_choice
+from onnx_mdp.planning.width_rules import WidthRules
+from onnx_mdp.reports.documents import plan_totals
 from onnx_mdp.solvers import SolveLimits, cheapest, solve
-from onnx_mdp.structure import Structure
-from onnx_mdp.table_file import load_table, table_json
-from onnx_mdp.variants import Variant, full_variant, variant_of_plan
-from onnx_mdp.width_rules import WidthRules
+from onnx_mdp.tables.cost_terms import cost_terms, width
+from onnx_mdp.tables.granularity import unit_choices
+from onnx_mdp.tables.latency import Calibration, LatencyTable, predict_ms, table_key
+from onnx_mdp.tables.table_file import load_table, table_json
+from onnx_mdp.tables.variants import Variant, full_variant, variant_of_plan
 
 DEMO = Path(__file__).resolve().parents[1] / "onnx_mdp" / "demo_model" / "shapes_resnet.onnx"
 EXACT = SolveLimits(gap=0.0)

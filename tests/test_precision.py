@@ -16,12 +16,12 @@ from onnx import helper, numpy_helper
 from zoo import analyse, cut_wrongly, prune_checked, random_plan, text_model
 
 from onnx_mdp.errors import UsageError
-from onnx_mdp.granularity import computed_in
 from onnx_mdp.model_io import load_model
+from onnx_mdp.numerics.precision import has_halves, in_float32, is_float
 from onnx_mdp.plan import PruningPlan, plan_json
-from onnx_mdp.precision import has_halves, in_float32, is_float
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.verification import verify
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.surgery.verification import verify
+from onnx_mdp.tables.granularity import computed_in
 
 FLOAT = onnx.TensorProto.FLOAT
 HALVES = {"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}

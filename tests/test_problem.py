@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from onnx_mdp.problem import (
+from onnx_mdp.planning.problem import (
     Block,
     Factor,
     PruningProblem,

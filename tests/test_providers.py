@@ -10,12 +10,12 @@ import pytest
 from command_line import Outcome
 from test_placement import needs, parts
 
-from onnx_mdp.accelerators import Gpu, gpu_of, parse_gpu
-from onnx_mdp.bound_session import BoundSession, device_of
 from onnx_mdp.errors import UsageError
-from onnx_mdp.provider_options import session_provider_options
-from onnx_mdp.runtime import context, open_session, runtime
-from onnx_mdp.timing import measure, random_feeds
+from onnx_mdp.running.accelerators import Gpu, gpu_of, parse_gpu
+from onnx_mdp.running.bound_session import BoundSession, device_of
+from onnx_mdp.running.provider_options import session_provider_options
+from onnx_mdp.running.runtime import context, open_session, runtime
+from onnx_mdp.running.timing import measure, random_feeds
 
 
 def told(

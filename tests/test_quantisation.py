@@ -20,16 +20,16 @@ from onnxruntime.quantization import (
 from test_precision import in_halves
 from zoo import analyse, cut_wrongly, informative, prune_checked, random_plan, run, text_model
 
-from onnx_mdp.computation import Computation
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import UsageError
-from onnx_mdp.integer_form import is_quantized, without_rounding
 from onnx_mdp.model_io import load_model
+from onnx_mdp.numerics.integer_form import is_quantized, without_rounding
+from onnx_mdp.numerics.qdq_form import in_qdq_form
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.qdq_form import in_qdq_form
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.structure import Structure
-from onnx_mdp.timing import random_feeds
-from onnx_mdp.verification import verify
+from onnx_mdp.running.computation import Computation
+from onnx_mdp.running.timing import random_feeds
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.surgery.verification import verify
 
 # A layer whose weight and bias are stored as integers, each output with a scale of its own.
 STORED = """(float[1,3,6,6] x) => (float[1,4,6,6] y) <

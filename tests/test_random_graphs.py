@@ -24,14 +24,14 @@ from onnx.reference.op_run import OpRun
 from random_graphs import random_model
 from zoo import analyse, random_plan, run
 
-from onnx_mdp.binding import doubled_shapes
-from onnx_mdp.computation import Computation
-from onnx_mdp.double_precision import BatchNormalization, in_double
-from onnx_mdp.masking import masked_model
+from onnx_mdp.analysis.binding import doubled_shapes
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.model_io import model_bytes
+from onnx_mdp.numerics.double_precision import BatchNormalization, in_double
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.structure import Structure
+from onnx_mdp.running.computation import Computation
+from onnx_mdp.surgery.masking import masked_model
+from onnx_mdp.surgery.rewriting import rewrite
 
 TOLERANCE, TOLERANCE_IN_DOUBLE = 1e-5, 1e-6  # of the scale; masks hold ratios in float32
 EXAMPLES, SLOW_EXAMPLES, WORKERS = 120, 20_000, 2

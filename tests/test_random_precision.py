@@ -16,13 +16,13 @@ from test_precision import in_halves, with_casts
 from test_random_graphs import check_same, feeds
 from zoo import analyse, random_plan
 
-from onnx_mdp.computation import Computation
-from onnx_mdp.integer_form import without_rounding
-from onnx_mdp.masking import masked_model
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.model_io import load_model, model_bytes
-from onnx_mdp.precision import in_float32
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.structure import Structure
+from onnx_mdp.numerics.integer_form import without_rounding
+from onnx_mdp.numerics.precision import in_float32
+from onnx_mdp.running.computation import Computation
+from onnx_mdp.surgery.masking import masked_model
+from onnx_mdp.surgery.rewriting import rewrite
 
 GRAPHS = 150
 

@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 import onnx_mdp
+from onnx_mdp.analysis.operator_coverage import operators_markdown
 from onnx_mdp.cli.app import app
 from onnx_mdp.model_io import content_hash, load_model
-from onnx_mdp.operator_coverage import operators_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = Path(onnx_mdp.__file__).parent / "demo_model" / "shapes_resnet.onnx"

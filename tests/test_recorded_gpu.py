@@ -18,22 +18,22 @@ import onnx
 import pytest
 from test_precision import in_halves
 
-from onnx_mdp import compiled_profiling, granularity, latency, variants
-from onnx_mdp.compiled_profiling import group_of
-from onnx_mdp.cost_terms import cost_terms
-from onnx_mdp.formulation import formulate, to_ns
-from onnx_mdp.latency import build_table, predict_ms
-from onnx_mdp.lut_store import LutStore, Run, open_store
+from onnx_mdp.analysis.structure import Structure
+from onnx_mdp.importance.scoring import magnitude, score
 from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import analyze
-from onnx_mdp.runtime import runtime
-from onnx_mdp.scoring import magnitude, score
-from onnx_mdp.solution_plan import variant_from_choice
+from onnx_mdp.planning.formulation import formulate, to_ns
+from onnx_mdp.planning.solution_plan import variant_from_choice
+from onnx_mdp.running.runtime import runtime
 from onnx_mdp.solvers import solve
-from onnx_mdp.staircases import affine
-from onnx_mdp.structure import Structure
-from onnx_mdp.variants import Variant
-from onnx_mdp.window_fit import fit_windows
+from onnx_mdp.tables import compiled_profiling, granularity, latency, variants
+from onnx_mdp.tables.compiled_profiling import group_of
+from onnx_mdp.tables.cost_terms import cost_terms
+from onnx_mdp.tables.latency import build_table, predict_ms
+from onnx_mdp.tables.lut_store import LutStore, Run, open_store
+from onnx_mdp.tables.staircases import affine
+from onnx_mdp.tables.variants import Variant
+from onnx_mdp.tables.window_fit import fit_windows
 
 pytestmark = pytest.mark.slow
 

@@ -11,13 +11,13 @@ import pytest
 from test_cli import TINY
 from zoo import text_model
 
-from onnx_mdp.cost_terms import CostTerm, cost_terms
-from onnx_mdp.latency import VARIANTS, build_table
-from onnx_mdp.lut_store import LutStore, Run, Sample, open_store
 from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import analyze
-from onnx_mdp.related import OWN_VARIANTS, Fit, related_runs
-from onnx_mdp.runtime import Runtime
+from onnx_mdp.running.runtime import Runtime
+from onnx_mdp.tables.cost_terms import CostTerm, cost_terms
+from onnx_mdp.tables.latency import VARIANTS, build_table
+from onnx_mdp.tables.lut_store import LutStore, Run, Sample, open_store
+from onnx_mdp.tables.related import OWN_VARIANTS, Fit, related_runs
 
 HERE: dict[str, str | int] = {"device": "here"}
 FIT = Fit(seed=0, variants=4)

@@ -14,19 +14,19 @@ from command_line import Outcome
 from zoo import analyse, text_model
 
 import onnx_mdp
-from onnx_mdp.changed_weights import mark_weights
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import UnsupportedModelError, UsageError
 from onnx_mdp.large_models import for_session, save_model
-from onnx_mdp.layer_samples import inputs_at, outputs_at, store_matrix, weight_matrix
-from onnx_mdp.linear_layers import Layer, linear_layers, numbers, store
 from onnx_mdp.model_io import clone, content_hash, load_model
 from onnx_mdp.pipeline import analyze
 from onnx_mdp.plan import PruningPlan, plan_json, removed_classes
-from onnx_mdp.repair import METHODS, repair
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.runtime import Runtime, open_session
+from onnx_mdp.repairing.layer_samples import inputs_at, outputs_at, store_matrix, weight_matrix
+from onnx_mdp.repairing.linear_layers import Layer, linear_layers, numbers, store
+from onnx_mdp.repairing.repair import METHODS, repair
+from onnx_mdp.running.runtime import Runtime, open_session
 from onnx_mdp.shapes_data import shapes
-from onnx_mdp.structure import Structure
+from onnx_mdp.surgery.changed_weights import mark_weights
+from onnx_mdp.surgery.rewriting import rewrite
 
 DEMO = Path(onnx_mdp.__file__).parent / "demo_model" / "shapes_resnet.onnx"
 

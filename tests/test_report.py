@@ -17,17 +17,17 @@ from onnx import numpy_helper
 from rich.console import Console
 from zoo import analyse, random_plan, text_model, zoo_structure
 
-from onnx_mdp.binding import bind_shapes
-from onnx_mdp.documents import analyze_document, frozen_operators, plan_totals, shares
-from onnx_mdp.figures import structure_svg
-from onnx_mdp.frozen_parts import frozen_parts
+from onnx_mdp.analysis.binding import bind_shapes
+from onnx_mdp.analysis.shadow import prepare
+from onnx_mdp.analysis.structure import Structure, macs
 from onnx_mdp.model_io import parameter_count
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.report import analysis_table, plan_table, printable
-from onnx_mdp.rewriting import rewrite
+from onnx_mdp.reports.documents import analyze_document, frozen_operators, plan_totals, shares
+from onnx_mdp.reports.figures import structure_svg
+from onnx_mdp.reports.frozen_parts import frozen_parts
+from onnx_mdp.reports.report import analysis_table, plan_table, printable
 from onnx_mdp.rules import RULES
-from onnx_mdp.shadow import prepare
-from onnx_mdp.structure import Structure, macs
+from onnx_mdp.surgery.rewriting import rewrite
 
 RESIDUAL = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -299,5 +299,5 @@ def test_the_figure_names_every_layer_with_its_widths():
 
 
 def test_reports_do_not_import_matplotlib_until_a_figure_is_drawn():
-    code = "import sys, onnx_mdp.figures, onnx_mdp.report; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys; from onnx_mdp.reports import figures, report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -19,16 +19,16 @@ import onnx.numpy_helper
 import pytest
 from zoo import analyse, informative, operands, prune_checked, random_plan, text_model
 
-from onnx_mdp.computation import Computation
-from onnx_mdp.double_precision import run_in_double
-from onnx_mdp.labels import keep_vector
-from onnx_mdp.masking import masked_model
-from onnx_mdp.operator_coverage import operators_document
+from onnx_mdp.analysis.labels import keep_vector
+from onnx_mdp.analysis.operator_coverage import operators_document
+from onnx_mdp.analysis.structure import Structure
+from onnx_mdp.numerics.double_precision import run_in_double
 from onnx_mdp.plan import PruningPlan, removed_classes
-from onnx_mdp.rewriting import rewrite
 from onnx_mdp.rules import RULES, Rule
-from onnx_mdp.structure import Structure
-from onnx_mdp.timing import random_feeds
+from onnx_mdp.running.computation import Computation
+from onnx_mdp.running.timing import random_feeds
+from onnx_mdp.surgery.masking import masked_model
+from onnx_mdp.surgery.rewriting import rewrite
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,12 @@ import pytest
 from onnx import numpy_helper
 from zoo import analyse, run, text_model
 
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import UsageError
-from onnx_mdp.gradient_scores import GRADIENT_CRITERIA
+from onnx_mdp.importance.gradient_scores import GRADIENT_CRITERIA
+from onnx_mdp.importance.scoring import CRITERIA, Importance, Scores, activation, magnitude, ranking, score
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.scoring import CRITERIA, Importance, Scores, activation, magnitude, ranking, score
-from onnx_mdp.structure import Structure
+from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.torch_backend import has_torch
 
 NET = """

@@ -9,12 +9,12 @@ import pytest
 from onnx import helper, numpy_helper
 from zoo import CNNS, run, text_model, zoo_path
 
-from onnx_mdp.binding import bind_shapes, doubled_shapes, graph_inputs
+from onnx_mdp.analysis.binding import bind_shapes, doubled_shapes, graph_inputs
+from onnx_mdp.analysis.shadow import Shadow, add_initializer, prepare
 from onnx_mdp.errors import MeasurementError, UnsupportedModelError, UsageError
 from onnx_mdp.model_io import load_model, model_bytes
-from onnx_mdp.runtime import Runtime, open_session
-from onnx_mdp.shadow import Shadow, add_initializer, prepare
-from onnx_mdp.timing import random_feeds
+from onnx_mdp.running.runtime import Runtime, open_session
+from onnx_mdp.running.timing import random_feeds
 
 FEED = {"x": np.random.default_rng(0).standard_normal((1, 3, 6, 6)).astype(np.float32)}
 

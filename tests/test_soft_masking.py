@@ -18,18 +18,18 @@ import pytest
 from command_line import Run, is_refused
 from zoo import analyse, random_plan, text_model
 
-from onnx_mdp.closed_loop import Request
-from onnx_mdp.cost_terms import cost_terms
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import MdpError, UsageError
-from onnx_mdp.granularity import unit_choices
-from onnx_mdp.latency import Calibration, LatencyTable, predict_ms
+from onnx_mdp.importance.scoring import Importance, score
 from onnx_mdp.model_io import model_bytes
 from onnx_mdp.plan import PruningPlan, removed_classes
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.scoring import Importance, score
+from onnx_mdp.planning.closed_loop import Request
 from onnx_mdp.shapes_data import shapes
-from onnx_mdp.structure import Structure
-from onnx_mdp.variants import variant_of_plan
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.tables.cost_terms import cost_terms
+from onnx_mdp.tables.granularity import unit_choices
+from onnx_mdp.tables.latency import Calibration, LatencyTable, predict_ms
+from onnx_mdp.tables.variants import variant_of_plan
 
 torch = pytest.importorskip("torch")
 

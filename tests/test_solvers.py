@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from onnx_mdp.errors import MissingBackendError, SolverError, UsageError
-from onnx_mdp.problem import Block, Factor, PruningProblem, Solution, Variable, WidthSum
+from onnx_mdp.planning.problem import Block, Factor, PruningProblem, Solution, Variable, WidthSum
 from onnx_mdp.solvers import SOLVERS, SolveLimits, fastest, solve
 
 EXACT = SolveLimits(gap=0.0)

@@ -15,15 +15,15 @@ import pytest
 from command_line import Run, is_refused
 from zoo import prune_checked, random_plan, text_model
 
+from onnx_mdp.analysis.states import kept_feeds, kept_part
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import UsageError, VerificationError
+from onnx_mdp.importance.output_drift import unit_steps
 from onnx_mdp.model_io import load_model
-from onnx_mdp.output_drift import unit_steps
 from onnx_mdp.pipeline import analyze, apply_plan
 from onnx_mdp.plan import PruningPlan, load_plan, plan_identity, plan_json, removed_classes
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.states import kept_feeds, kept_part
-from onnx_mdp.structure import Structure
-from onnx_mdp.verification import verify
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.surgery.verification import verify
 
 # A convolution that adds what it made of the frame before.
 RECURRENT = """(float[1,3,6,6] x, float[1,8,6,6] h) => (float[1,4,6,6] y, float[1,8,6,6] h_out) <

@@ -8,14 +8,14 @@ import onnx_ir as ir
 import pytest
 from zoo import text_model
 
-from onnx_mdp.comparison import Trial, compare
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import analyze
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.structure import Structure
-from onnx_mdp.ties import choices
-from onnx_mdp.verification import Evidence, verify
+from onnx_mdp.surgery.comparison import Trial, compare
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.surgery.ties import choices
+from onnx_mdp.surgery.verification import Evidence, verify
 
 # Fifty of 200 rows by a score that rounding tells apart; each stands for a payload of its own.
 QUERIES = """(float[1,200,16] x, float[1,200,3] p) => (float[1,50,3] y, float[1,50,1] best) <

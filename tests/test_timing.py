@@ -11,10 +11,10 @@ import onnx
 import onnx.parser
 import pytest
 
-from onnx_mdp import timing as timing_module
 from onnx_mdp.errors import MeasurementError, MissingBackendError, UsageError
-from onnx_mdp.runtime import context, device_name, import_onnxruntime, one_line, open_session, runtime
-from onnx_mdp.timing import Samples, drift_correct, measure, random_feeds, run_times, undisturbed
+from onnx_mdp.running import timing as timing_module
+from onnx_mdp.running.runtime import context, device_name, import_onnxruntime, one_line, open_session, runtime
+from onnx_mdp.running.timing import Samples, drift_correct, measure, random_feeds, run_times, undisturbed
 
 TRUE_MS = np.geomspace(4.0, 80.0, 12)
 
@@ -202,7 +202,7 @@ def test_a_missing_onnxruntime_names_the_install_command(monkeypatch: pytest.Mon
 
 
 def test_the_runtime_is_imported_only_when_a_session_is_opened() -> None:
-    code = "import sys, onnx_mdp.timing, onnx_mdp.runtime; sys.exit('onnxruntime' in sys.modules)"
+    code = "import sys; from onnx_mdp.running import runtime, timing; sys.exit('onnxruntime' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

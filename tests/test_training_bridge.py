@@ -16,13 +16,13 @@ from test_precision import in_halves
 from zoo import SMALL_MODELS, SmallModel, analyse, random_plan, small_model, text_model
 
 from onnx_mdp import model_io, to_torch, write_back
-from onnx_mdp.binding import bind_shapes
+from onnx_mdp.analysis.binding import bind_shapes
 from onnx_mdp.errors import UnsupportedModelError, UsageError
 from onnx_mdp.large_models import save_model
 from onnx_mdp.model_io import content_hash, load_model, model_bytes
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.runtime import Runtime, open_session
-from onnx_mdp.timing import random_feeds
+from onnx_mdp.running.runtime import Runtime, open_session
+from onnx_mdp.running.timing import random_feeds
+from onnx_mdp.surgery.rewriting import rewrite
 
 torch = pytest.importorskip("torch")
 

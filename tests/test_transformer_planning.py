@@ -10,29 +10,30 @@ import pytest
 from zoo import analyse, prune_checked, random_plan
 
 from benchmarks.granularity import only
-from onnx_mdp import closed_loop, pipeline
-from onnx_mdp.binding import bind_shapes
-from onnx_mdp.closed_loop import Request
-from onnx_mdp.cost_terms import HEADS, SUMMED_HEADS, cost_terms, width
-from onnx_mdp.documents import analyze_document, plan_totals
-from onnx_mdp.formulation import Formulation, formulate
-from onnx_mdp.granularity import unit_choices
-from onnx_mdp.latency import Calibration, LatencyTable, predict_ms, table_key
-from onnx_mdp.lut_store import open_store
+from onnx_mdp import pipeline
+from onnx_mdp.analysis.binding import bind_shapes
+from onnx_mdp.analysis.shadow import prepare
+from onnx_mdp.analysis.structure import Structure, extent, macs
+from onnx_mdp.importance.scoring import Importance, ranked_rows, ranking, score
 from onnx_mdp.model_io import model_bytes, parameter_count
 from onnx_mdp.pipeline import prune
 from onnx_mdp.plan import kept_units, load_plan, plan_json
-from onnx_mdp.problem import Choice
-from onnx_mdp.resources import mac_products, parameter_products
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.scoring import Importance, ranked_rows, ranking, score
-from onnx_mdp.shadow import prepare
-from onnx_mdp.solution_plan import plan_from_choice, variant_from_choice
+from onnx_mdp.planning import closed_loop
+from onnx_mdp.planning.closed_loop import Request
+from onnx_mdp.planning.formulation import Formulation, formulate
+from onnx_mdp.planning.problem import Choice
+from onnx_mdp.planning.resources import mac_products, parameter_products
+from onnx_mdp.planning.solution_plan import plan_from_choice, variant_from_choice
+from onnx_mdp.planning.width_rules import WidthRules, kept_blocks, tied_blocks
+from onnx_mdp.reports.documents import analyze_document, plan_totals
+from onnx_mdp.running.timing import Timing
 from onnx_mdp.solvers import SolveLimits, solve
-from onnx_mdp.structure import Structure, extent, macs
-from onnx_mdp.timing import Timing
-from onnx_mdp.variants import full_variant, plan_of_variant, random_variant, variant_of_plan
-from onnx_mdp.width_rules import WidthRules, kept_blocks, tied_blocks
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.tables.cost_terms import HEADS, SUMMED_HEADS, cost_terms, width
+from onnx_mdp.tables.granularity import unit_choices
+from onnx_mdp.tables.latency import Calibration, LatencyTable, predict_ms, table_key
+from onnx_mdp.tables.lut_store import open_store
+from onnx_mdp.tables.variants import full_variant, plan_of_variant, random_variant, variant_of_plan
 
 NAMES = ("deit_micro", "swin_micro", "pvt_micro", "detr_micro")
 Exported = Callable[..., Path]

@@ -14,12 +14,12 @@ import pytest
 from onnx import helper, numpy_helper
 from zoo import analyse, cut_wrongly, informative, operands, prune_checked, random_plan, run
 
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import VerificationError
 from onnx_mdp.model_io import model_bytes
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.structure import Structure
-from onnx_mdp.verification import require, verify
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.surgery.verification import require, verify
 
 Exported = Callable[..., Path]
 

@@ -14,10 +14,11 @@ from command_line import Run, is_refused
 from onnx import TensorProto, helper, numpy_helper
 from zoo import run as run_model
 
-from onnx_mdp import computation, untrusted
+from onnx_mdp import untrusted
 from onnx_mdp.errors import MdpError, MeasurementError, UnreadableModelError
 from onnx_mdp.model_io import content_hash, load_model
 from onnx_mdp.pipeline import analyze
+from onnx_mdp.running import computation
 
 NASTY = "../../\x1b]0;hi\x07\x1b[31m\n<svg onload='alert(1)'>&/\u202e"
 

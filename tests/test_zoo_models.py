@@ -21,9 +21,9 @@ import pytest
 from zoo import SMALL_MODELS, SmallModel, analyse, operands, random_plan, small_model
 
 from onnx_mdp.model_io import model_bytes
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.timing import random_feeds
-from onnx_mdp.verification import verify
+from onnx_mdp.running.timing import random_feeds
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.surgery.verification import verify
 
 MULTIPLES = (1, 4, 2, 8, 1)  # of the units that stay, for each plan
 CPU_SECONDS = 720  # two cores for six minutes

@@ -20,16 +20,16 @@ import pytest
 from onnx import numpy_helper
 from wild import WILD
 
-from onnx_mdp import rewriting
-from onnx_mdp.binding import bind_shapes
+from onnx_mdp.analysis.binding import bind_shapes
+from onnx_mdp.analysis.shadow import prepare
+from onnx_mdp.analysis.structure import Structure, analyze_shadow
 from onnx_mdp.model_io import ModelLike, load_model, model_bytes
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.runtime import Runtime, open_session
-from onnx_mdp.shadow import prepare
-from onnx_mdp.structure import Structure, analyze_shadow
-from onnx_mdp.timing import random_feeds
-from onnx_mdp.verification import Evidence, verify
+from onnx_mdp.running.runtime import Runtime, open_session
+from onnx_mdp.running.timing import random_feeds
+from onnx_mdp.surgery import rewriting
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.surgery.verification import Evidence, verify
 
 __all__ = [
     "CNNS",

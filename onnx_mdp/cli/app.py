@@ -86,7 +86,7 @@ def analyze(
 @given(options=output_options)
 def operators(options: "Options") -> None:
     """List the operators that have a rule, what becomes of units there, and what is frozen."""
-    from onnx_mdp.operator_coverage import operators_document, operators_markdown
+    from onnx_mdp.analysis.operator_coverage import operators_document, operators_markdown
 
     options.screen.result(operators_markdown(), operators_document())
 
@@ -343,6 +343,6 @@ def _interrupted() -> NoReturn:
 
 def _harmless(text: str) -> str:
     """Escape, line by line, what a name in a message could steer the terminal with."""
-    from onnx_mdp.report import printable
+    from onnx_mdp.reports.report import printable
 
     return "\n".join(printable(line) for line in text.split("\n"))

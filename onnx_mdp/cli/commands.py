@@ -9,12 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from onnx_mdp.changed_weights import (
-    ChangedWeights,
-    how_weights_changed,
-    require_finite,
-    weights_apart,
-)
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.cli.finetune_commands import FinetuneOptions, Trained, check_finetuning, finetune_model
 from onnx_mdp.cli.mask_commands import MaskOptions, check_masking, prune_in_training
 from onnx_mdp.cli.options import (
@@ -28,28 +23,33 @@ from onnx_mdp.cli.options import (
     read_inputs,
     with_plan_inputs,
 )
-from onnx_mdp.closed_loop import Request, tolerance
-from onnx_mdp.cost_terms import width
-from onnx_mdp.documents import analyze_document, profile_document, prune_document, verify_document
 from onnx_mdp.errors import UsageError
-from onnx_mdp.figures import structure_svg
 from onnx_mdp.files import Content, check_output, write_text
 from onnx_mdp.handover import bench_hint, open_handover
 from onnx_mdp.large_models import for_session, save_model
-from onnx_mdp.latency import LatencyTable, build_table, term_ms
-from onnx_mdp.lut_store import LutStore, open_store
 from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import PruneResult, apply_plan, prune
 from onnx_mdp.plan import check_plan, load_plan, plan_json
-from onnx_mdp.repair import parse_methods
-from onnx_mdp.repair_report import repair_text
-from onnx_mdp.report import analysis_table, cost_table, plan_table, printable
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.runtime import context
-from onnx_mdp.structure import Structure
-from onnx_mdp.table_file import load_table, table_json
-from onnx_mdp.variants import full_variant, measure_models
-from onnx_mdp.verification import Evidence, verify
+from onnx_mdp.planning.closed_loop import Request, tolerance
+from onnx_mdp.repairing.repair import parse_methods
+from onnx_mdp.reports.documents import analyze_document, profile_document, prune_document, verify_document
+from onnx_mdp.reports.figures import structure_svg
+from onnx_mdp.reports.repair_report import repair_text
+from onnx_mdp.reports.report import analysis_table, cost_table, plan_table, printable
+from onnx_mdp.running.runtime import context
+from onnx_mdp.surgery.changed_weights import (
+    ChangedWeights,
+    how_weights_changed,
+    require_finite,
+    weights_apart,
+)
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.surgery.verification import Evidence, verify
+from onnx_mdp.tables.cost_terms import width
+from onnx_mdp.tables.latency import LatencyTable, build_table, term_ms
+from onnx_mdp.tables.lut_store import LutStore, open_store
+from onnx_mdp.tables.table_file import load_table, table_json
+from onnx_mdp.tables.variants import full_variant, measure_models
 
 __all__ = [
     "PruneOptions",

@@ -15,7 +15,7 @@ from onnx_mdp.cli.options import Options
 from onnx_mdp.doctor import Clock, Provider, Store, clock, providers, store_health
 from onnx_mdp.errors import MdpError, MissingBackendError
 from onnx_mdp.machine import Machine, extras, flavours, machine, versions
-from onnx_mdp.report import printable
+from onnx_mdp.reports.report import printable
 
 __all__ = ["run_doctor"]
 

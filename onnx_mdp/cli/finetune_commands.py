@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from onnx_mdp.binding import bind_shapes, graph_inputs
+from onnx_mdp.analysis.binding import bind_shapes, graph_inputs
 from onnx_mdp.cli.console import Screen
 from onnx_mdp.cli.options import Options, PlanOptions, input_types, parse_shapes
 from onnx_mdp.errors import MdpError, MissingBackendError, UsageError
 from onnx_mdp.files import check_output
 from onnx_mdp.large_models import save_model
 from onnx_mdp.model_io import load_model
-from onnx_mdp.report import printable
-from onnx_mdp.runtime import import_onnxruntime
+from onnx_mdp.reports.report import printable
+from onnx_mdp.running.runtime import import_onnxruntime
 from onnx_mdp.torch_backend import require_torch
 
 if TYPE_CHECKING:

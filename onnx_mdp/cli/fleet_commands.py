@@ -10,8 +10,8 @@ from onnx_mdp.cli.options import Options
 from onnx_mdp.errors import UsageError
 from onnx_mdp.files import check_output, write_files
 from onnx_mdp.fleet import Measured, measure_fleet
-from onnx_mdp.lut_store import open_store
-from onnx_mdp.report import printable
+from onnx_mdp.reports.report import printable
+from onnx_mdp.tables.lut_store import open_store
 
 __all__ = ["FleetOptions", "run_fleet"]
 

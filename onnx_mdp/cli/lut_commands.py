@@ -11,8 +11,8 @@ from typing import Any
 from onnx_mdp.cli.options import Options
 from onnx_mdp.errors import UsageError
 from onnx_mdp.files import check_output
-from onnx_mdp.lut_store import StoreSummary, open_store
-from onnx_mdp.report import printable
+from onnx_mdp.reports.report import printable
+from onnx_mdp.tables.lut_store import StoreSummary, open_store
 
 __all__ = ["run_lut_clear", "run_lut_export", "run_lut_list", "run_lut_merge"]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.cli.finetune_commands import (
     FinetuneOptions,
     Trained,
@@ -17,13 +18,12 @@ from onnx_mdp.cli.finetune_commands import (
     training_summary,
 )
 from onnx_mdp.cli.options import Options
-from onnx_mdp.closed_loop import Request, tolerance
 from onnx_mdp.errors import UsageError
+from onnx_mdp.importance.scoring import score
 from onnx_mdp.large_models import for_session
 from onnx_mdp.pipeline import PruneResult, stamp, with_model
-from onnx_mdp.scoring import score
-from onnx_mdp.structure import Structure
-from onnx_mdp.variants import measure_models
+from onnx_mdp.planning.closed_loop import Request, tolerance
+from onnx_mdp.tables.variants import measure_models
 
 if TYPE_CHECKING:
     from onnx_mdp.training.masks import Schedule

@@ -13,28 +13,28 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnx_mdp.accelerators import gpu_of
-from onnx_mdp.attention_scale import unit_products
-from onnx_mdp.binding import graph_inputs
-from onnx_mdp.calibration import CalibrationData, load_data
+from onnx_mdp.analysis.binding import graph_inputs
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.cli.console import Screen
+from onnx_mdp.data.calibration import CalibrationData, load_data
 from onnx_mdp.errors import UsageError
-from onnx_mdp.formulation import Caps
-from onnx_mdp.gradient_scores import GRADIENT_CRITERIA, LOSSES, GradientOptions
+from onnx_mdp.importance.gradient_scores import GRADIENT_CRITERIA, LOSSES, GradientOptions
+from onnx_mdp.importance.scoring import CRITERIA, Criterion, gradient_criterion
 from onnx_mdp.large_models import for_session
 from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import analyze
-from onnx_mdp.placement import fallback_of
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.problem import SolveLimits
-from onnx_mdp.report import printable
-from onnx_mdp.runtime import Runtime, runtime
-from onnx_mdp.scoring import CRITERIA, Criterion, gradient_criterion
+from onnx_mdp.planning.formulation import Caps
+from onnx_mdp.planning.problem import SolveLimits
+from onnx_mdp.planning.width_rules import WidthRules
+from onnx_mdp.reports.report import printable
+from onnx_mdp.running.accelerators import gpu_of
+from onnx_mdp.running.placement import fallback_of
+from onnx_mdp.running.runtime import Runtime, runtime
 from onnx_mdp.solvers import SOLVERS
-from onnx_mdp.structure import Structure
-from onnx_mdp.table_file import load_table
+from onnx_mdp.surgery.attention_scale import unit_products
+from onnx_mdp.tables.table_file import load_table
 from onnx_mdp.torch_backend import require_torch
-from onnx_mdp.width_rules import WidthRules
 
 __all__ = [
     "Options",

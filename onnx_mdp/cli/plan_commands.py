@@ -8,27 +8,27 @@ from pathlib import Path
 
 import numpy as np
 
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.cli.options import Options, PlanOptions, calibration, command_line, load_structure
 from onnx_mdp.errors import UnsupportedModelError, UsageError
-from onnx_mdp.explain import explain
 from onnx_mdp.files import check_output, write_text
-from onnx_mdp.formulation import Formulation, formulate, to_ns
-from onnx_mdp.latency import LatencyTable
+from onnx_mdp.importance.scoring import Importance, score
 from onnx_mdp.plan import plan_json
-from onnx_mdp.plan_report import (
+from onnx_mdp.planning.explain import explain
+from onnx_mdp.planning.formulation import Formulation, formulate, to_ns
+from onnx_mdp.planning.solution_plan import plan_from_solution
+from onnx_mdp.reports.plan_report import (
     explanation_document,
     explanation_table,
     front_document,
     front_svg,
     front_table,
 )
-from onnx_mdp.report import plan_table
-from onnx_mdp.scoring import Importance, score
-from onnx_mdp.solution_plan import plan_from_solution
+from onnx_mdp.reports.report import plan_table
 from onnx_mdp.solvers import cheapest, solve
 from onnx_mdp.solvers.fronts import solve_front
-from onnx_mdp.structure import Structure
-from onnx_mdp.table_file import load_table
+from onnx_mdp.tables.latency import LatencyTable
+from onnx_mdp.tables.table_file import load_table
 
 __all__ = ["FrontOptions", "SolveOptions", "parse_targets", "run_pareto", "run_solve"]
 

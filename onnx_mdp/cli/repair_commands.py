@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnx_mdp.changed_weights import weights_apart
 from onnx_mdp.cli.options import Options, load_structure, read_inputs, with_plan_inputs
-from onnx_mdp.documents import repair_document
 from onnx_mdp.errors import UsageError
 from onnx_mdp.files import check_output
 from onnx_mdp.large_models import save_model
 from onnx_mdp.model_io import load_model
 from onnx_mdp.plan import check_plan, load_plan
-from onnx_mdp.repair import check_repair, parse_methods, repair
-from onnx_mdp.repair_report import repair_table, repair_text
-from onnx_mdp.rewriting import rewrite
+from onnx_mdp.repairing.repair import check_repair, parse_methods, repair
+from onnx_mdp.reports.documents import repair_document
+from onnx_mdp.reports.repair_report import repair_table, repair_text
+from onnx_mdp.surgery.changed_weights import weights_apart
+from onnx_mdp.surgery.rewriting import rewrite
 
 __all__ = ["RepairOptions", "run_repair"]
 

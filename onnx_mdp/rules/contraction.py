@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from onnx_mdp.analysis.shadow import Operation
 from onnx_mdp.rules.attention import Side, multiply_activations, multiply_sides
 from onnx_mdp.rules.elementwise import meet
 from onnx_mdp.rules.labelling import Labelling, Labels, couple, rule, varying
-from onnx_mdp.shadow import Operation
 
 __all__ = ["reduced_axes"]
 

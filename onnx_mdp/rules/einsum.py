@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from onnx_mdp.analysis.shadow import Operation
 from onnx_mdp.rules.attention import Side, multiply_sides
 from onnx_mdp.rules.labelling import Labelling, Labels, Role, rule, squash, varying
-from onnx_mdp.shadow import Operation
 
 __all__ = ["letters"]
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from onnx_mdp.analysis.shadow import Operation
 from onnx_mdp.rules.labelling import Labelling, Labels, align, align_shape, couple, rule, squash, varying
-from onnx_mdp.shadow import Operation
 
 __all__ = ["meet"]
 

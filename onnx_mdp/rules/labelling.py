@@ -21,8 +21,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from onnx_mdp.precision import is_float
-from onnx_mdp.shadow import Operation, Shadow
+from onnx_mdp.analysis.shadow import Operation, Shadow
+from onnx_mdp.numerics.precision import is_float
 
 __all__ = [
     "RULES",

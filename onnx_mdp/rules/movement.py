@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from onnx_mdp.precision import is_float
+from onnx_mdp.analysis.shadow import Operation
+from onnx_mdp.numerics.precision import is_float
 from onnx_mdp.rules.labelling import Labelling, Labels, align, couple, expand, rule, squash, varying
-from onnx_mdp.shadow import Operation
 
 __all__ = ["normalised_axes", "slice_ranges"]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from onnx_mdp.analysis.shadow import Operation
 from onnx_mdp.rules.labelling import Labelling, rule
-from onnx_mdp.shadow import Operation
 
 __all__ = ["scales"]
 

@@ -11,9 +11,9 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
+from onnx_mdp.analysis.shadow import Operation
 from onnx_mdp.rules.elementwise import meet
 from onnx_mdp.rules.labelling import Labelling, Labels, align, couple, rule, squash, varying
-from onnx_mdp.shadow import Operation
 
 __all__: list[str] = []
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from onnx_mdp.analysis.shadow import Operation
 from onnx_mdp.rules.labelling import Labelling, expand, rule, squash, varying
-from onnx_mdp.shadow import Operation
 
 __all__: list[str] = []
 

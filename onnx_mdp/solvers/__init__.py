@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from onnx_mdp.errors import MissingBackendError, SolverError, UsageError
-from onnx_mdp.problem import Budget, Factor, PruningProblem, Solution, SolveLimits, valued_by_cost
+from onnx_mdp.planning.problem import Budget, Factor, PruningProblem, Solution, SolveLimits, valued_by_cost
 
 __all__ = ["SOLVERS", "SolveLimits", "Solver", "cheapest", "fastest", "solve"]
 

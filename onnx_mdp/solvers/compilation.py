@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_mdp.problem import PruningProblem, WidthSum
+from onnx_mdp.planning.problem import PruningProblem, WidthSum
 from onnx_mdp.solvers.buckets import MAX_BUCKET, TooWideError
 from onnx_mdp.solvers.network import Network, Table
 

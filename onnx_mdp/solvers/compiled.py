@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from onnx_mdp.problem import Choice, PruningProblem
+from onnx_mdp.planning.problem import Choice, PruningProblem
 from onnx_mdp.solvers.buckets import Floats
 from onnx_mdp.solvers.compilation import compile_network
 from onnx_mdp.solvers.network import Network

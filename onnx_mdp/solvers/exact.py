@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from onnx_mdp.errors import SolverError
-from onnx_mdp.problem import PruningProblem, Solution, SolveLimits
+from onnx_mdp.planning.problem import PruningProblem, Solution, SolveLimits
 from onnx_mdp.solvers.buckets import Floats
 from onnx_mdp.solvers.compiled import CompiledProblem
 from onnx_mdp.solvers.dual import Dual, solve_dual

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_mdp.errors import UsageError
-from onnx_mdp.problem import PruningProblem, Solution, SolveLimits
+from onnx_mdp.planning.problem import PruningProblem, Solution, SolveLimits
 
 __all__ = ["MAX_COMBINATIONS", "solve_exhaustively"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onnx_mdp.problem import PruningProblem, Solution, SolveLimits
+from onnx_mdp.planning.problem import PruningProblem, Solution, SolveLimits
 from onnx_mdp.solvers import Solver, solve
 from onnx_mdp.solvers.buckets import TooWideError
 from onnx_mdp.solvers.exact import Exact

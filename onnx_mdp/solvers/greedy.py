@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from onnx_mdp.errors import SolverError
-from onnx_mdp.problem import Choice, PruningProblem, Solution, SolveLimits
+from onnx_mdp.planning.problem import Choice, PruningProblem, Solution, SolveLimits
 
 __all__ = ["Cut", "cuts", "solve_greedily"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnx_mdp.problem import Choice, Solution, Status
+from onnx_mdp.planning.problem import Choice, Solution, Status
 from onnx_mdp.solvers.buckets import Floats
 from onnx_mdp.solvers.compiled import CompiledProblem
 from onnx_mdp.solvers.network import Network, Point

@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnx_mdp.errors import SolverError
-from onnx_mdp.problem import Factor, PruningProblem, Solution, SolveLimits
+from onnx_mdp.planning.problem import Factor, PruningProblem, Solution, SolveLimits
 from onnx_mdp.solvers.exact import Exact
 
 __all__ = ["solve_linearly"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_mdp.problem import Factor, PruningProblem, WidthSum
+from onnx_mdp.planning.problem import Factor, PruningProblem, WidthSum
 
 __all__ = ["MilpTable", "live_options", "merged", "milp_tables", "restricted"]
 

@@ -27,7 +27,7 @@ import pyomo.environ as pyo  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from onnx_mdp.errors import MissingBackendError, SolverError
-from onnx_mdp.problem import Choice, PruningProblem, Solution, SolveLimits
+from onnx_mdp.planning.problem import Choice, PruningProblem, Solution, SolveLimits
 
 __all__ = ["build_minlp", "solve_by_outer_approximation"]
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_mdp.problem import Choice
+from onnx_mdp.planning.problem import Choice
 from onnx_mdp.solvers.buckets import (
     Bucket,
     Floats,

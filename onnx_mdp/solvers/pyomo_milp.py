@@ -34,7 +34,15 @@ from pyomo.contrib.appsi.solvers.highs import Highs  # type: ignore[import-untyp
 from pyomo.core.expr.numeric_expr import LinearExpression  # type: ignore[import-untyped]
 
 from onnx_mdp.errors import SolverError
-from onnx_mdp.problem import Choice, PruningProblem, Solution, SolveLimits, Status, WidthSum, valued_by_cost
+from onnx_mdp.planning.problem import (
+    Choice,
+    PruningProblem,
+    Solution,
+    SolveLimits,
+    Status,
+    WidthSum,
+    valued_by_cost,
+)
 from onnx_mdp.solvers.milp_tables import MilpTable, live_options, merged, milp_tables, restricted
 
 __all__ = ["solve_milp"]

@@ -17,8 +17,8 @@ import torch
 
 from onnx_mdp.errors import VerificationError
 from onnx_mdp.large_models import for_session
-from onnx_mdp.precision import has_halves, in_float32
-from onnx_mdp.runtime import Runtime, open_session
+from onnx_mdp.numerics.precision import has_halves, in_float32
+from onnx_mdp.running.runtime import Runtime, open_session
 from onnx_mdp.training.batched import Batched
 
 __all__ = ["require_agreement"]

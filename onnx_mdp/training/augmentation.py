@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from onnx_mdp.data.images import Box, Framing, ImageInput
 from onnx_mdp.errors import UsageError
-from onnx_mdp.images import Box, Framing, ImageInput
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "augmentation"]
 

@@ -20,11 +20,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from onnx_mdp.changed_weights import ADDED_BIAS
+from onnx_mdp.analysis.shadow import add_initializer
 from onnx_mdp.errors import UsageError
 from onnx_mdp.model_io import ModelLike, clone, load_model
-from onnx_mdp.precision import in_float32
-from onnx_mdp.shadow import add_initializer
+from onnx_mdp.numerics.precision import in_float32
+from onnx_mdp.surgery.changed_weights import ADDED_BIAS
 from onnx_mdp.training.bridge import to_torch, write_tensors
 from onnx_mdp.training.interpreter import OnnxModule
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 import onnx_ir as ir
 from torch import Tensor
 
+from onnx_mdp.analysis.normal_form import inline_functions, refuse_unknown_form
 from onnx_mdp.errors import UsageError
 from onnx_mdp.model_io import ModelLike, clone, load_model
-from onnx_mdp.normal_form import inline_functions, refuse_unknown_form
-from onnx_mdp.precision import in_float32
+from onnx_mdp.numerics.precision import in_float32
 from onnx_mdp.training.interpreter import OnnxModule
 
 __all__ = ["to_torch", "write_back", "write_tensors"]

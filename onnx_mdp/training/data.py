@@ -19,9 +19,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from onnx_mdp.data.images import ImageInput, image_input
+from onnx_mdp.data.targets import Targets
 from onnx_mdp.errors import UsageError
-from onnx_mdp.images import ImageInput, image_input
-from onnx_mdp.targets import Targets
 from onnx_mdp.training.augmentation import Augmentation, augmentation
 from onnx_mdp.training.batches import Batch, Share
 from onnx_mdp.training.loaders import LoaderData, is_loader, open_loader

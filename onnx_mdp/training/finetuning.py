@@ -21,10 +21,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from onnx_mdp.changed_weights import mark_weights
 from onnx_mdp.errors import UsageError
 from onnx_mdp.model_io import content_hash
 from onnx_mdp.plan import PruningPlan
+from onnx_mdp.surgery.changed_weights import mark_weights
 from onnx_mdp.training.agreement import require_agreement
 from onnx_mdp.training.batched import Batched, freeze_unreached, takes_batches
 from onnx_mdp.training.batches import Batch

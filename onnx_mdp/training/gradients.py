@@ -15,10 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import UsageError
-from onnx_mdp.gating import gated_model
-from onnx_mdp.precision import widened
-from onnx_mdp.structure import Structure
+from onnx_mdp.numerics.precision import widened
+from onnx_mdp.surgery.gating import gated_model
 from onnx_mdp.training.bridge import to_torch
 from onnx_mdp.training.score_losses import SampleLoss, UserLoss, loss_of
 

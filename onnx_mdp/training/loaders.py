@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from onnx_mdp.calibration import fitted
+from onnx_mdp.data.calibration import fitted
 from onnx_mdp.errors import UsageError
 from onnx_mdp.training.batches import Batch, Share
 

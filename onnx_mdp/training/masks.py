@@ -28,11 +28,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import UsageError
-from onnx_mdp.gating import gated_model
+from onnx_mdp.importance.scoring import Importance, Scores, score
 from onnx_mdp.plan import PruningPlan, removed_classes
-from onnx_mdp.scoring import Importance, Scores, score
-from onnx_mdp.structure import Structure
+from onnx_mdp.surgery.gating import gated_model
 from onnx_mdp.training.batchnorm import insert_batchnorm
 from onnx_mdp.training.bridge import to_torch
 from onnx_mdp.training.distributed import Group

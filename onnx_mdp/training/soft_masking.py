@@ -20,23 +20,23 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_mdp.closed_loop import Clock, Loop, Request, close_loop
+from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import MdpError, UnsupportedModelError, UsageError
-from onnx_mdp.formulation import formulate, to_ns
+from onnx_mdp.importance.scoring import Importance, score
 from onnx_mdp.large_models import for_session
-from onnx_mdp.latency import LatencyTable, predict_ms
 from onnx_mdp.plan import PruningPlan, removed_classes
-from onnx_mdp.rewriting import rewrite
-from onnx_mdp.scoring import Importance, score
-from onnx_mdp.solution_plan import plan_from_solution
+from onnx_mdp.planning.closed_loop import Clock, Loop, Request, close_loop
+from onnx_mdp.planning.formulation import formulate, to_ns
+from onnx_mdp.planning.solution_plan import plan_from_solution
 from onnx_mdp.solvers import solve
-from onnx_mdp.structure import Structure
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.surgery.verification import Evidence, require, verify
+from onnx_mdp.tables.latency import LatencyTable, predict_ms
+from onnx_mdp.tables.variants import full_variant, variant_of_plan
 from onnx_mdp.training.batchnorm import normalised_layers
 from onnx_mdp.training.distributed import Group
 from onnx_mdp.training.finetuning import FinetuneRequest, FinetuneResult, Masking, finetune
 from onnx_mdp.training.masks import Decision, MaskedNetwork, Masks, Schedule
-from onnx_mdp.variants import full_variant, variant_of_plan
-from onnx_mdp.verification import Evidence, require, verify
 
 __all__ = ["Budgets", "MaskedResult", "require_maskable", "train_with_masks"]
 

@@ -17,9 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from onnx_mdp.calibration import array_header, fitted
-from onnx_mdp.errors import UsageError
-from onnx_mdp.images import (
+from onnx_mdp.data.calibration import array_header, fitted
+from onnx_mdp.data.images import (
     Framing,
     ImageInput,
     Preprocessing,
@@ -29,7 +28,8 @@ from onnx_mdp.images import (
     pixels_of_array,
     pixels_of_file,
 )
-from onnx_mdp.targets import Targets, archive_targets, folder_targets
+from onnx_mdp.data.targets import Targets, archive_targets, folder_targets
+from onnx_mdp.errors import UsageError
 
 __all__ = ["Source", "open_source"]
 

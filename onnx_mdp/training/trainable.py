@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_mdp.independence import subgraphs
+from onnx_mdp.numerics.independence import subgraphs
 from onnx_mdp.training.kernels import KERNELS
 
 __all__ = ["StoredTensors", "constant_of", "operator_key", "sort_stored"]

@@ -1,0 +1,3 @@
+"""What each unit is worth."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""The problem that is solved, its solution as a plan, and the loop that meets the target."""
+
+__all__: list[str] = []

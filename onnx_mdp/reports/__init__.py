@@ -1,0 +1,3 @@
+"""What users read: tables, pictures and JSON."""
+
+__all__: list[str] = []

@@ -1,0 +1,295 @@
+"""Structure to latency table: profile random variants in place, fit staircases, calibrate on whole models.
+
+The table is the fit evaluated at every choice: full in both widths, and monotone by construction. An affine
+map, fitted to the unpruned model and four held-out variants, turns sums of terms into milliseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from onnx_mdp.analysis.structure import Structure
+from onnx_mdp.large_models import for_session
+from onnx_mdp.model_io import topology_hash
+from onnx_mdp.plan import PruningPlan
+from onnx_mdp.running.placement import open_placed
+from onnx_mdp.running.runtime import InferenceSession, Runtime, context
+from onnx_mdp.running.timing import Feeds, random_feeds
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.tables.compiled_profiling import group_count, group_of, profile_group
+from onnx_mdp.tables.cost_terms import CostTerm, cost_terms, width
+from onnx_mdp.tables.granularity import computed_in, granularity, unit_choices
+from onnx_mdp.tables.lut_store import LutStore, Run
+from onnx_mdp.tables.profiling import profile_variant, shows_nodes
+from onnx_mdp.tables.related import OWN_VARIANTS, Fit, related_runs
+from onnx_mdp.tables.session import session
+from onnx_mdp.tables.staircases import affine, features, fit_runs, regime
+from onnx_mdp.tables.variants import (
+    Variant,
+    full_variant,
+    measure_models,
+    plan_of_variant,
+    random_variant,
+    spread_variant,
+)
+from onnx_mdp.tables.window_fit import WindowFit, fit_windows
+
+__all__ = [
+    "VARIANTS",
+    "Calibration",
+    "LatencyTable",
+    "build_table",
+    "predict_ms",
+    "table_key",
+    "term_ms",
+]
+
+VARIANTS = 16
+_QUANTILES = (0.05, 0.35, 0.65, 0.95)
+_CALIBRATION_S = 8.0
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The affine map to whole-model milliseconds and how well it was known.
+
+    ``median_error`` and ``worst_error`` are relative errors on the held-out variants when only the unpruned
+    model sets the scale; ``noise`` is the split-half error F of their measurement.
+    """
+
+    scale: float
+    offset_ms: float
+    base_ms: float
+    median_error: float
+    worst_error: float
+    noise: float
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyTable:
+    """Fitted coefficients by shape key, and their calibration, for one model on one device.
+
+    ``measured`` variants were profiled for it now; a related model had the share ``shared`` of its keys.
+    """
+
+    context: Mapping[str, str | int]
+    key: str
+    granularity: int
+    terms: tuple[CostTerm, ...]
+    coefficients: Mapping[str, tuple[float, ...]]
+    calibration: Calibration
+    choices: Mapping[int, tuple[int, ...]]
+    measured: int
+    seconds: float
+    shared: float = 0.0
+
+    @property
+    def base_ms(self) -> float:
+        """Latency of the unpruned model when the table was calibrated."""
+        return self.calibration.base_ms
+
+
+def build_table(
+    structure: Structure,
+    runtime: Runtime,
+    store: LutStore,
+    *,
+    variants: int = VARIANTS,
+    seed: int = 0,
+    max_choices: int = 16,
+    progress: Progress = lambda stage, done, total: None,
+) -> LatencyTable:
+    """Measure what the store does not hold yet, and fit.
+
+    Every profiled variant is committed at once: an interrupted call goes on where it stopped. Where a related
+    model was profiled on this device, its runs join the fit, and few variants are profiled.
+
+    Raises:
+        MeasurementError: ONNX Runtime cannot run or profile a variant.
+    """
+    started = time.perf_counter()
+    where = context(runtime)
+    step = granularity(runtime, store, computed_in(structure))
+    choices = {i: unit_choices(structure.dimensions[i], step, max_choices) for i in structure.prunable}
+    terms = cost_terms(structure)
+    key = table_key(structure)
+    in_place = _in_place(structure, terms, runtime, store)
+    fit = Fit(seed, variants)
+    related = related_runs(store, where, key, terms, fit) if in_place else None
+    if related is not None:
+        count = min(OWN_VARIANTS, variants)
+    else:
+        count = variants if in_place else group_count(variants, runtime.provider)
+    stored = {run.variant: run for run in store.runs(where, key) if run.seed == seed}
+    missing = [v for v in range(count) if v not in stored]
+    base = None if in_place or not missing else _opened(structure, runtime, seed)
+    for done, number in enumerate(missing):
+        progress("profile", done, len(missing))
+        if base is None:
+            measured: tuple[Run, ...] = (_profile(structure, terms, choices, runtime, number, seed),)
+        else:
+            base_ms = stored[0].plain_ms if number else None
+            measured = profile_group(
+                structure, terms, choices, runtime, base, group=number, seed=seed, base_ms=base_ms
+            )
+        for run in measured:
+            store.add_run(where, key, replace(run, payload={**run.payload, "session": session()}))
+            stored[run.variant] = run
+    if missing:
+        progress("profile", len(missing), len(missing))
+    runs = tuple(run for number, run in sorted(stored.items()) if group_of(number) < count)
+    windows = None if in_place else fit_windows(structure, terms, runs, step)
+    if windows is None:
+        coefficients: Mapping[str, tuple[float, ...]]
+        coefficients = fit_runs(runs + (related.runs if related else ()), step)
+    else:
+        coefficients = windows.coefficients
+    name = fit.name(key, related)
+    saved = store.get_calibration(where, name)
+    if saved is None or missing or not saved.keys() >= set(Calibration.__slots__):
+        call = replace(_IDENTITY, offset_ms=windows.call_ms if windows else 0.0)
+        draft = LatencyTable(where, key, step, terms, coefficients, call, choices, len(missing), 0.0)
+        calibration = _calibrate(structure, draft, runtime, seed, progress, windows)
+        store.put_calibration(where, name, _payload(calibration) | {"session": session()})
+    else:
+        calibration = Calibration(**{name: float(saved[name]) for name in Calibration.__slots__})
+    spent = time.perf_counter() - started
+    found = (where, key, step, terms, coefficients, calibration, choices, len(missing), spent)
+    return LatencyTable(*found, related.share if related else 0.0)
+
+
+_IDENTITY = Calibration(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def _payload(calibration: Calibration) -> dict[str, Any]:
+    return {name: getattr(calibration, name) for name in Calibration.__slots__}
+
+
+def table_key(structure: Structure) -> str:
+    """What a table is valid for: the topology of the normalised model at its bound shapes, and its states."""
+    text = f"{topology_hash(structure.shadow.model)} {sorted(structure.shadow.inputs.items())}"
+    if structure.shadow.states:
+        text += f" {sorted(structure.shadow.states.items())}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _in_place(structure: Structure, terms: Sequence[CostTerm], runtime: Runtime, store: LutStore) -> bool:
+    """Whether the profiler shows the times of single operations; asked once for each model and device.
+
+    Providers that compile show one node, and others the time that it takes to start a node.
+    """
+    if runtime.provider == "CPUExecutionProvider":
+        return True
+    where, record = context(runtime), f"{table_key(structure)}.profiler"
+    known = store.get_calibration(where, record)
+    if known is None:
+        model, kept = rewrite(structure, PruningPlan(keep={}), split=True), full_variant(structure).kept
+        known = {"in_place": shows_nodes(structure, terms, model, kept, runtime)}
+        store.put_calibration(where, record, known)
+    return bool(known.get("in_place"))
+
+
+def _opened(structure: Structure, runtime: Runtime, seed: int) -> tuple[InferenceSession, Feeds]:
+    """A session of the unpruned model and its feeds."""
+    model = for_session(rewrite(structure, PruningPlan(keep={}), split=True))
+    session = open_placed(model, runtime, structure.shadow.inputs)
+    return session, random_feeds(session, structure.shadow.inputs, seed)
+
+
+def _profile(
+    structure: Structure,
+    terms: Sequence[CostTerm],
+    choices: Mapping[int, Sequence[int]],
+    runtime: Runtime,
+    number: int,
+    seed: int,
+) -> Run:
+    """Profile variant ``number``: 0 is the unpruned model, 1 the smallest, the others are random."""
+    rng = np.random.default_rng([seed, number])
+    if number == 0:
+        variant = full_variant(structure)
+    elif number == 1:
+        variant = random_variant(structure, choices, rng, low=0.0, high=1e-9)
+    else:
+        variant = random_variant(structure, choices, rng)
+    model = rewrite(structure, plan_of_variant(structure, variant), split=True)
+    return profile_variant(structure, terms, model, variant.kept, runtime, variant=number, seed=seed)
+
+
+def term_ms(table: LatencyTable, term: CostTerm, a: float, b: float) -> float:
+    """Calibrated milliseconds of one term at the widths ``a`` and ``b``."""
+    fitted = table.coefficients.get(regime(term.key, a, b, table.granularity)) or table.coefficients.get(
+        term.key
+    )
+    if fitted is None:  # never seen in a profile: the runtime removed it
+        return 0.0
+    return table.calibration.scale * float(np.dot(fitted, features(term.key, a, b, table.granularity)))
+
+
+def predict_ms(table: LatencyTable, structure: Structure, variant: Variant) -> float:
+    """Predicted latency of a variant in the machine state of the calibration."""
+    gone = {
+        index
+        for block in structure.blocks
+        if block.name in variant.removed_blocks
+        for index in (*block.operations, block.joint)
+    }
+    total = table.calibration.offset_ms
+    for term in table.terms:
+        if term.operation not in gone:
+            total += term_ms(table, term, width(term.reads, variant.kept), width(term.makes, variant.kept))
+    return total
+
+
+def _calibrate(
+    structure: Structure,
+    draft: LatencyTable,
+    runtime: Runtime,
+    seed: int,
+    progress: Progress,
+    windows: WindowFit | None = None,
+) -> Calibration:
+    """Measure the unpruned model and four held-out variants, and fit the affine map.
+
+    The whole variants of ``windows`` count as well, for they were not seen through a profiler.
+    """
+    rng = np.random.default_rng([seed, 2**31])
+    pool = [spread_variant(structure, draft.choices, rng) for _ in range(64)]
+    pool.sort(key=lambda variant: predict_ms(draft, structure, variant))
+    chosen = [full_variant(structure), *(pool[int(q * (len(pool) - 1))] for q in _QUANTILES)]
+    plans = [plan_of_variant(structure, variant) for variant in chosen]
+    models = [for_session(rewrite(structure, plan, split=True)) for plan in plans]
+    timing = measure_models(
+        models,
+        structure.shadow.inputs,
+        runtime,
+        seed=seed,
+        budget_s=_CALIBRATION_S,
+        on_round=lambda done, total: progress("calibrate", done, total),
+    )
+    predicted = np.asarray([predict_ms(draft, structure, v) for v in chosen])
+    measured = np.asarray(timing.ms)
+    errors = np.abs(predicted[1:] / measured[1:] * (measured[0] / predicted[0]) - 1.0)
+    if windows is None:
+        scale, offset = affine(predicted, measured)
+    else:
+        now = measured[0] / windows.measured[0]
+        scale, offset = affine(
+            np.concatenate([predicted, windows.predicted]), np.concatenate([measured, now * windows.measured])
+        )
+    return Calibration(
+        scale=scale,
+        offset_ms=offset + scale * draft.calibration.offset_ms,
+        base_ms=float(measured[0]),
+        median_error=float(np.median(errors)),
+        worst_error=float(errors.max()),
+        noise=timing.noise,
+    )

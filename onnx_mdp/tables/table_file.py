@@ -1,0 +1,75 @@
+"""A latency table as a JSON file: measured on one machine, solved on another, without ONNX Runtime."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnx_mdp.analysis.structure import Structure
+from onnx_mdp.errors import UsageError
+from onnx_mdp.tables.cost_terms import cost_terms
+from onnx_mdp.tables.latency import Calibration, LatencyTable, table_key
+
+if TYPE_CHECKING:
+    from onnx_mdp.document_forms import TableForm
+
+__all__ = ["load_table", "table_json"]
+
+_SCHEMA_VERSION = 1
+
+
+def table_json(structure: Structure, table: LatencyTable) -> str:
+    """The table as JSON with sorted keys."""
+    calibration = table.calibration
+    document: dict[str, Any] = {
+        "schema_version": _SCHEMA_VERSION,
+        "context": dict(table.context),
+        "key": table.key,
+        "granularity": table.granularity,
+        "coefficients": {key: list(four) for key, four in table.coefficients.items()},
+        "calibration": {name: getattr(calibration, name) for name in Calibration.__slots__},
+        "choices": {structure.dimensions[i].name: list(widths) for i, widths in table.choices.items()},
+    }
+    return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def load_table(path: Path, structure: Structure) -> LatencyTable:
+    """Read a table file for the model that it was measured on.
+
+    Raises:
+        UsageError: missing, not a table, of a newer schema, or of another model or other input shapes.
+    """
+    from onnx_mdp.document_forms import TableForm, read_document
+
+    document = read_document(path, TableForm, "a latency table", "`onnx-mdp profile -o` writes one")
+    if document.schema_version > _SCHEMA_VERSION:
+        raise UsageError(f"{path} was written by a newer onnx-mdp; upgrade")
+    if document.key != table_key(structure):
+        raise UsageError(f"{path} was measured on another model or at other input shapes")
+    return LatencyTable(
+        context=document.context,
+        key=document.key,
+        granularity=document.granularity,
+        terms=cost_terms(structure),
+        coefficients=document.coefficients,
+        calibration=Calibration(**document.calibration.model_dump()),
+        choices=_choices(path, document, structure),
+        measured=0,
+        seconds=0.0,
+    )
+
+
+def _choices(path: Path, document: TableForm, structure: Structure) -> dict[int, tuple[int, ...]]:
+    choices = {}
+    for index in structure.prunable:
+        dimension = structure.dimensions[index]
+        widths = document.choices.get(dimension.name, [])
+        ascending = all(a < b for a, b in itertools.pairwise(widths))
+        if not widths or not ascending or widths[0] < 1 or widths[-1] != dimension.count:
+            raise UsageError(
+                f"{path} does not offer widths of {dimension.name} that end at its {dimension.count}"
+            )
+        choices[index] = tuple(widths)
+    return choices
