@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--criteria", nargs="+", default=["taylor", "magnitude"], metavar="NAME")
     parser.add_argument("--trained", nargs="*", default=["taylor"], metavar="NAME", help="criteria to distil")
     parser.add_argument("--steps", type=int, default=400, help=f"of {_BATCH} images each (default: 400)")
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=3e-5)
     parser.add_argument("--images", type=int, help="evaluate on the first of them only (default: all)")
     given = parser.parse_args(argv)
     results: list[Result] = []
