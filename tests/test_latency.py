@@ -391,7 +391,7 @@ def test_random_variants_take_offered_widths_and_come_back_from_their_plans() ->
     rng = np.random.default_rng(7)
     choices = {i: unit_choices(structure.dimensions[i], 4, 6) for i in structure.prunable}
     drawn = [random_variant(structure, choices, rng, drop=0.3) for _ in range(30)]
-    drawn += [spread_variant(structure, choices, rng) for _ in range(30)]
+    drawn += [spread_variant(structure, choices, rng, level, 0.3) for level in rng.uniform(0.05, 1.0, 30)]
     for variant in drawn:
         assert all(variant.kept[i] in options for i, options in choices.items())
         assert variant_of_plan(structure, plan_of_variant(structure, variant)) == variant

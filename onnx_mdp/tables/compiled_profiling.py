@@ -21,7 +21,14 @@ from onnx_mdp.running.timing import Feeds, measure, random_feeds
 from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.tables.cost_terms import CostTerm
 from onnx_mdp.tables.lut_records import Run
-from onnx_mdp.tables.variants import Variant, full_variant, plan_of_variant, random_variant, spread_variant
+from onnx_mdp.tables.variants import (
+    LEAST_LEVEL,
+    Variant,
+    full_variant,
+    plan_of_variant,
+    random_variant,
+    spread_variant,
+)
 from onnx_mdp.tables.windows import Window, cut_window
 
 __all__ = ["group_count", "group_of", "open_window", "profile_group"]
@@ -52,7 +59,8 @@ def _variant(structure: Structure, choices: Mapping[int, Sequence[int]], group: 
         return random_variant(structure, choices, rng, low=0.0, high=1e-9)
     if group % 2:
         return random_variant(structure, choices, rng)
-    return spread_variant(structure, choices, rng)
+    level = rng.uniform(LEAST_LEVEL, 1.0)
+    return spread_variant(structure, choices, rng, level, rng.choice([0.0, 0.4]))
 
 
 def profile_group(

@@ -31,6 +31,7 @@ from onnx_mdp.tables.related import OWN_VARIANTS, Fit, related_runs
 from onnx_mdp.tables.session import session
 from onnx_mdp.tables.staircases import affine, features, fit_runs, regime
 from onnx_mdp.tables.variants import (
+    LEAST_LEVEL,
     Variant,
     full_variant,
     measure_models,
@@ -249,6 +250,14 @@ def predict_ms(table: LatencyTable, structure: Structure, variant: Variant) -> f
     return total
 
 
+def _of_any_scale(
+    structure: Structure, choices: Mapping[int, Sequence[int]], rng: np.random.Generator
+) -> Variant:
+    """A variant that takes from a few percent to nearly all of the unpruned latency."""
+    level = float(np.exp(rng.uniform(np.log(LEAST_LEVEL), 0.0)))
+    return spread_variant(structure, choices, rng, level, rng.choice([0.0, 0.3, 0.6]))
+
+
 def _calibrate(
     structure: Structure,
     draft: LatencyTable,
@@ -262,7 +271,7 @@ def _calibrate(
     The whole variants of ``windows`` count as well, for they were not seen through a profiler.
     """
     rng = np.random.default_rng([seed, 2**31])
-    pool = [spread_variant(structure, draft.choices, rng) for _ in range(64)]
+    pool = [_of_any_scale(structure, draft.choices, rng) for _ in range(64)]
     pool.sort(key=lambda variant: predict_ms(draft, structure, variant))
     chosen = [full_variant(structure), *(pool[int(q * (len(pool) - 1))] for q in _QUANTILES)]
     plans = [plan_of_variant(structure, variant) for variant in chosen]

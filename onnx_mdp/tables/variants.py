@@ -15,6 +15,7 @@ from onnx_mdp.running.runtime import Runtime
 from onnx_mdp.running.timing import Timing, measure, random_feeds
 
 __all__ = [
+    "LEAST_LEVEL",
     "Variant",
     "full_variant",
     "measure_models",
@@ -24,8 +25,7 @@ __all__ = [
     "variant_of_plan",
 ]
 
-_LEAST_LEVEL = 0.05
-_DROPS = (0.0, 0.3, 0.6)
+LEAST_LEVEL = 0.05  # of the widths of a variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +60,15 @@ def random_variant(
 
 
 def spread_variant(
-    structure: Structure, choices: Mapping[int, Sequence[int]], rng: np.random.Generator
+    structure: Structure,
+    choices: Mapping[int, Sequence[int]],
+    rng: np.random.Generator,
+    level: float,
+    drop: float,
 ) -> Variant:
-    """Widths around one common level, from 5 % to all and as often at any scale; none to most blocks removed.
-
-    Such variants take from a few percent to nearly all of the unpruned latency.
-    """
-    level = np.exp(rng.uniform(np.log(_LEAST_LEVEL), 0.0))
+    """Widths around one common level, a share of the full ones; ``drop`` as in `random_variant`."""
     shares = {index: np.clip(level * rng.uniform(0.5, 1.6), 0.02, 1.0) for index in choices}
-    return _variant(structure, choices, shares, rng.choice(_DROPS), rng)
+    return _variant(structure, choices, shares, drop, rng)
 
 
 def _variant(
