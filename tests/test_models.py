@@ -155,6 +155,7 @@ def test_small_names_are_the_small_half_of_the_catalog() -> None:
     assert (*SMALL, "deit_small") == tuple(sorted(small, key=lambda name: name == "deit_small"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("exporter", "name"), EXPORTS)
 def test_export_equals_torch_at_another_batch(exporter: Any, name: str, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
