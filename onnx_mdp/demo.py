@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from onnx_mdp.cli.commands import PruneOptions, run_prune
 from onnx_mdp.cli.options import Options, PlanOptions
+from onnx_mdp.cli.prune_commands import PruneOptions, run_prune
 from onnx_mdp.errors import OutputError
 from onnx_mdp.files import write_files
 from onnx_mdp.running.runtime import Runtime, open_session

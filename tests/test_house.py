@@ -195,6 +195,7 @@ ORDER = (
     "cli.finetune_commands",
     "cli.mask_commands",
     "cli.commands",
+    "cli.prune_commands",
     "cli.lut_commands",
     "machine",
     "doctor",

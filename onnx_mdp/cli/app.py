@@ -138,8 +138,8 @@ def prune(
     ] = None,
 ) -> None:
     """Prune a model until it meets a latency on this machine, and prove the result."""
-    from onnx_mdp.cli.commands import PruneOptions, run_prune
     from onnx_mdp.cli.finetune_commands import training_of
+    from onnx_mdp.cli.prune_commands import PruneOptions, run_prune
 
     wanted = PruneOptions(
         target_ms=target_ms,

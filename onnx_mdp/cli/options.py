@@ -33,6 +33,7 @@ from onnx_mdp.running.placement import fallback_of
 from onnx_mdp.running.runtime import Runtime, runtime
 from onnx_mdp.solvers import SOLVERS
 from onnx_mdp.surgery.attention_scale import unit_products
+from onnx_mdp.surgery.verification import Evidence
 from onnx_mdp.tables.table_file import load_table
 from onnx_mdp.torch_backend import require_torch
 
@@ -46,6 +47,7 @@ __all__ = [
     "load_structure",
     "parse_shapes",
     "read_inputs",
+    "tell_of_evidence",
     "with_plan_inputs",
 ]
 
@@ -235,6 +237,17 @@ def _tell_of_gpu(options: Options) -> None:
     if gpu is not None:
         clock = f", clock {gpu.clock_mhz} of {gpu.most_mhz} MHz" if gpu.most_mhz else ""
         options.screen.note(f"{printable(gpu.name)}, driver {printable(gpu.driver)}{clock}")
+
+
+def tell_of_evidence(evidence: Evidence, options: Options) -> None:
+    """Say how it was compared, and of outputs that no input changes that they would hide a wrong cut."""
+    if evidence.judged is not None:
+        options.screen.note(evidence.judged)
+    if evidence.constant:
+        names = ", ".join(map(printable, evidence.constant))
+        options.screen.warn(
+            f"the inputs tried hardly change {names}, so comparing it proves little; pass inputs with --data"
+        )
 
 
 def with_plan_inputs(options: Options, plan: PruningPlan) -> Options:
