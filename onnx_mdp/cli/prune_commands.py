@@ -1,0 +1,219 @@
+"""The main command: a model and a target in; a slim model, its plan and a figure out."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx_ir as ir
+
+from onnx_mdp.analysis.structure import Structure
+from onnx_mdp.cli.finetune_commands import FinetuneOptions, Trained, check_finetuning, finetune_model
+from onnx_mdp.cli.mask_commands import MaskOptions, check_masking, prune_in_training
+from onnx_mdp.cli.options import (
+    Options,
+    PlanOptions,
+    accepted_fallback,
+    calibration,
+    command_line,
+    load_structure,
+    parse_shapes,
+    tell_of_evidence,
+)
+from onnx_mdp.errors import UsageError
+from onnx_mdp.files import Content, check_output
+from onnx_mdp.handover import bench_hint, open_handover
+from onnx_mdp.large_models import save_model
+from onnx_mdp.pipeline import PruneResult, prune
+from onnx_mdp.plan import plan_json
+from onnx_mdp.planning.closed_loop import Request
+from onnx_mdp.repairing.repair import parse_methods
+from onnx_mdp.reports.documents import prune_document
+from onnx_mdp.reports.figures import structure_svg
+from onnx_mdp.reports.repair_report import repair_text
+from onnx_mdp.reports.report import plan_table, printable
+from onnx_mdp.running.runtime import context
+from onnx_mdp.tables.latency import LatencyTable
+from onnx_mdp.tables.lut_store import LutStore, open_store
+from onnx_mdp.tables.table_file import load_table
+
+__all__ = ["PruneOptions", "run_prune"]
+
+_EXIT = {"met": 0, "nothing_to_do": 0, "handed_over": 0, "missed": 1, "infeasible": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class PruneOptions:
+    """What `prune` takes besides the common options."""
+
+    target_ms: float | None = None
+    target_ratio: float | None = None
+    output: Path | None = None
+    plan: PlanOptions = field(default_factory=PlanOptions)
+    choices: int = 16
+    repair: str = "none"
+    overwrite: bool = False
+    dry_run: bool = False
+    finetune: FinetuneOptions | None = None
+    masks: MaskOptions = field(default_factory=MaskOptions)
+    lut: Path | None = None
+    handover: Path | None = None
+
+
+def _check_wanted(wanted: PruneOptions) -> None:
+    wanted.plan.check(trains=wanted.finetune is not None)
+    targets = [t for t in (wanted.target_ms, wanted.target_ratio) if t is not None]
+    if len(targets) != 1:
+        raise UsageError("give exactly one of --target-ms and --target-ratio")
+    if not 0 < targets[0] < math.inf:
+        raise UsageError("the target must be a number larger than 0")
+    if wanted.handover is not None and wanted.lut is None:
+        raise UsageError("--handover needs the table that the device measured; pass --lut TABLE.json")
+    if wanted.handover is not None and wanted.masks.masked:
+        raise UsageError("--handover is for a model that is sliced before it is trained; use --mode one-shot")
+    wanted.masks.check(finetune=wanted.finetune is not None)
+    if parse_methods(wanted.repair) and wanted.masks.masked:
+        raise UsageError("--repair is for a model that is sliced before it is trained; use --mode one-shot")
+    if parse_methods(wanted.repair) and wanted.plan.data is None:
+        raise UsageError("--repair needs calibration inputs; pass --data")
+
+
+def _outputs(path: Path, output: Path | None) -> tuple[Path, Path, Path]:
+    model = output if output is not None else Path(f"{path.stem}.pruned.onnx")
+    stem = model.name.removesuffix(".onnx")
+    return model, model.with_name(f"{stem}.plan.json"), model.with_name(f"{stem}.structure.svg")
+
+
+def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
+    """Prune a model to a latency and write the model, its plan and a figure of it."""
+    _check_wanted(wanted)
+    outputs = _outputs(path, wanted.output)
+    if not wanted.dry_run:
+        for output in outputs:
+            check_output(output, overwrite=wanted.overwrite)
+    model, structure = load_structure(path, options)
+    if wanted.finetune is not None:
+        check_finetuning(model, parse_shapes(options.input_shapes, model), options, wanted.finetune)
+        if wanted.masks.masked:
+            check_masking(structure, wanted.finetune, wanted.masks)
+    fallback = accepted_fallback(model, structure, options)
+    data = calibration(structure, model, wanted.plan, options)
+    request = Request(
+        target_ms=wanted.target_ms,
+        target_ratio=wanted.target_ratio,
+        runtime=options.runtime(),
+        criterion=wanted.plan.scorer(data, options.seed),
+        solver=wanted.plan.solver,
+        limits=wanted.plan.limits,
+        max_choices=wanted.choices,
+        seed=options.seed,
+        command=command_line(),
+        rules=wanted.plan.rules(),
+        caps=wanted.plan.caps(structure),
+        rescale_attention=wanted.plan.rescales(structure),
+        repair=parse_methods(wanted.repair),
+    )
+    feeds = data.feeds if data else ()
+    with ExitStack() as stack:
+        source = _table_source(structure, options, wanted, stack)
+        handover = None if wanted.handover is None else open_handover(wanted.handover, model)
+        progress = stack.enter_context(options.screen.progress())
+        result = prune(model, structure, request, source, feeds=feeds, handover=handover, progress=progress)
+    trained = None
+    if wanted.masks.masked and wanted.finetune is not None and result.status == "met" and not wanted.dry_run:
+        options.screen.note("the target can be met; what follows prunes the original anew, while it trains")
+        shapes = parse_shapes(options.input_shapes, model)
+        result, trained = prune_in_training(
+            model, result, request, shapes, feeds, options, wanted.finetune, wanted.masks
+        )
+    if result.evidence is not None:
+        tell_of_evidence(result.evidence, options)
+    if result.plan is not None and "note" in result.plan.provenance:
+        options.screen.warn(str(result.plan.provenance["note"]))
+    written = _write(result, outputs, wanted)
+    if result.plan is not None and not options.screen.as_json:
+        options.screen.table(plan_table(structure, result.plan))
+    line, document = _summary(result, written[0]), prune_document(result, written) | fallback
+    if not wanted.masks.masked:
+        trained = _finetuned(model, result, written, options, wanted)
+    if trained is not None:
+        line, document = f"{line}\n{trained.line}", document | {"finetuning": dict(trained.document)}
+    if data and written[0] and trained is None and structure.shadow.plain and not request.repair:
+        options.screen.note("the weights are the original's; --repair lstsq refits them on the same inputs")
+    if wanted.handover is not None and result.status == "handed_over" and result.table is not None:
+        options.screen.note(bench_hint(wanted.handover, result.table.context))
+    options.screen.result(line, document)
+    return _EXIT[result.status]
+
+
+def _table_source(
+    structure: Structure, options: Options, wanted: PruneOptions, stack: ExitStack
+) -> LutStore | LatencyTable:
+    """The table that was given, or the store that holds what is measured for one."""
+    if wanted.lut is None:
+        return stack.enter_context(open_store(options.store))
+    table = load_table(wanted.lut, structure)
+    if wanted.handover is None and dict(table.context) != context(options.runtime()):
+        options.screen.warn(
+            f"the table was measured on {printable(str(table.context.get('device')))}, the result is "
+            "measured here; --handover FOLDER has it measured there"
+        )
+    return table
+
+
+def _finetuned(
+    model: ir.Model,
+    result: PruneResult,
+    written: tuple[Path | None, Path | None, Path | None],
+    options: Options,
+    wanted: PruneOptions,
+) -> Trained | None:
+    """Train what was written, with the original as teacher; its file is replaced by the trained one."""
+    if wanted.finetune is None or written[0] is None or result.model is None:
+        return None
+    options.screen.note(f"{written[0]} is pruned and verified; what follows only trains its weights")
+    shapes = parse_shapes(options.input_shapes, result.model)
+    return finetune_model(result.model, model, shapes, written[0], options, wanted.finetune, overwrite=True)
+
+
+def _write(
+    result: PruneResult, outputs: tuple[Path, Path, Path], wanted: PruneOptions
+) -> tuple[Path | None, Path | None, Path | None]:
+    """Write a model that meets its target; nothing of one that does not."""
+    if result.status != "met" or result.model is None or result.plan is None or wanted.dry_run:
+        return None, None, None
+    model, plan, figure = outputs
+    beside: dict[Path, Content] = {
+        figure: structure_svg(result.structure, result.plan).encode(),
+        plan: plan_json(result.plan).encode(),
+    }
+    save_model(result.model, model, overwrite=wanted.overwrite, beside=beside)
+    return outputs
+
+
+def _summary(result: PruneResult, written: Path | None) -> str:
+    """The final line of a prune."""
+    target, base = f"target {result.target_ms:.3f} ms", f"base {result.base_ms:.3f} ms"
+    if result.status == "nothing_to_do":
+        return f"NOTHING TO DO  {base} already meets the {target}; nothing was written"
+    if result.status == "infeasible":
+        return (
+            f"INFEASIBLE  {target} is below the smallest reachable latency, {result.fastest_ms or 0:.3f} ms "
+            f"({base}); nothing was written"
+        )
+    if result.status == "handed_over":
+        return (
+            f"HANDED OVER  {target} · {base} by the table · {result.jobs} models to measure on the device, "
+            f"{result.iterations} were; nothing was written"
+        )
+    assert result.evidence is not None
+    verdict = "PASS" if result.status == "met" else "MISSED"
+    where = f" → {written}" if written else " · nothing was written"
+    return (
+        f"{verdict}  {target} · predicted {result.predicted_ms:.3f} · measured {result.measured_ms:.3f} ms · "
+        f"base then {result.base_ms:.3f}, now {result.base_now_ms:.3f} ms · noise F {result.noise:.1%} · "
+        f"parameters {result.params[0] / 1e6:.2f} → {result.params[1] / 1e6:.2f} M · "
+        f"verified, error {result.evidence.worst:.1e} of the scale{repair_text(result.repaired)}{where}"
+    )
