@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import onnx
 import onnx_ir as ir
 
-from onnx_mdp.errors import UnreadableModelError, UnsupportedModelError, UsageError
+from onnx_mdp.errors import MissingBackendError, UnreadableModelError, UnsupportedModelError, UsageError
 from onnx_mdp.protobuf_forms import fill_sparse_tensors, refuse_double_names
 from onnx_mdp.untrusted import check_model
 
@@ -29,6 +29,7 @@ __all__ = [
     "model_bytes",
     "model_proto",
     "parameter_count",
+    "surgeon_graph",
     "topology_hash",
 ]
 
@@ -156,6 +157,22 @@ def model_proto(model: ir.Model) -> onnx.ModelProto:
     if is_large(model):
         raise UnsupportedModelError("the model holds more than 2 GB of weights, too much for one file")
     return ir.to_proto(model)
+
+
+def surgeon_graph(model: ir.Model) -> SurgeonGraph:
+    """The model as a graph of onnx-graphsurgeon.
+
+    Raises:
+        MissingBackendError: onnx-graphsurgeon is not installed.
+    """
+    try:
+        import onnx_graphsurgeon
+    except ImportError as error:
+        raise MissingBackendError(
+            "to_graph needs onnx-graphsurgeon: run `pip install 'onnx-mdp[graphsurgeon]'`."
+        ) from error
+    graph: SurgeonGraph = onnx_graphsurgeon.import_onnx(model_proto(model))
+    return graph
 
 
 def is_large(model: ir.Model) -> bool:

@@ -28,18 +28,24 @@ from onnx_mdp.handover import Handover, close_elsewhere
 from onnx_mdp.importance.scoring import score
 from onnx_mdp.large_models import LargeModel, for_session
 from onnx_mdp.model_io import parameter_count
-from onnx_mdp.plan import PruningPlan, plan_identity, removed_classes
+from onnx_mdp.plan import PruningPlan, check_plan, plan_identity, removed_classes
 from onnx_mdp.planning.closed_loop import Clock, Loop, Request, close_loop, tolerance
 from onnx_mdp.planning.formulation import formulate
 from onnx_mdp.repairing.repair import Repaired, check_repair, repair
 from onnx_mdp.running.timing import Timing
+from onnx_mdp.surgery.changed_weights import (
+    ChangedWeights,
+    how_weights_changed,
+    require_finite,
+    weights_apart,
+)
 from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.surgery.verification import Evidence, require, verify
 from onnx_mdp.tables.latency import LatencyTable, build_table
 from onnx_mdp.tables.lut_store import LutStore
 from onnx_mdp.tables.variants import measure_models
 
-__all__ = ["PruneResult", "Status", "analyze", "apply_plan", "prune", "stamp", "with_model"]
+__all__ = ["PruneResult", "Status", "analyze", "apply_plan", "prune", "stamp", "verify_file", "with_model"]
 
 Progress = Callable[[str, int, int], None]
 Status = Literal["met", "missed", "infeasible", "nothing_to_do", "handed_over"]
@@ -239,6 +245,27 @@ def apply_plan(original: ir.Model, structure: Structure, plan: PruningPlan) -> t
     evidence = verify(original, structure, model, plan)
     require(evidence)
     return model, evidence
+
+
+def verify_file(
+    original: ir.Model, structure: Structure, pruned: ir.Model, plan: PruningPlan, feeds: Feeds = ()
+) -> tuple[Evidence, ChangedWeights | None]:
+    """Compare a pruned file with the masked original.
+
+    Of a file that was trained or repaired since, the law is about its slicing: that is verified instead, and
+    the file must be the same graph with other numbers, which are described.
+
+    Raises:
+        UsageError: the plan was made for another model.
+        VerificationError: the trained file is another graph, or computes what is not finite.
+    """
+    check_plan(plan, structure)
+    if how_weights_changed(pruned) is None:
+        return verify(original, structure, pruned, plan, feeds=feeds), None
+    sliced = rewrite(structure, plan)
+    changed = weights_apart(sliced, pruned)
+    require_finite(structure, plan, pruned, feeds[:1])
+    return verify(original, structure, sliced, plan, feeds=feeds), changed
 
 
 def _unpruned(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -25,6 +26,7 @@ __all__ = [
     "kept_units",
     "load_plan",
     "plan_identity",
+    "plan_inputs",
     "plan_json",
     "removed_classes",
     "to_ranges",
@@ -126,7 +128,18 @@ def plan_identity(plan: PruningPlan) -> str:
     return hashlib.sha256(plan_json(bare).encode()).hexdigest()[:16]
 
 
-def load_plan(path: Path) -> PruningPlan:
+def plan_inputs(plan: PruningPlan) -> dict[str, tuple[int, ...]]:
+    """The input shapes that a plan was made for; nothing where it does not say."""
+    inputs = plan.provenance.get("inputs")
+    shapes = inputs.items() if isinstance(inputs, Mapping) else ()
+    return {
+        str(name): tuple(shape)
+        for name, shape in shapes
+        if isinstance(shape, (list, tuple)) and all(type(size) is int for size in shape)
+    }
+
+
+def load_plan(path: str | os.PathLike[str]) -> PruningPlan:
     """Read a plan file.
 
     Raises:
@@ -134,7 +147,7 @@ def load_plan(path: Path) -> PruningPlan:
     """
     from onnx_mdp.document_forms import PlanForm, read_document
 
-    document = read_document(path, PlanForm, "a pruning plan", "`prune` and `solve` write plans")
+    document = read_document(Path(path), PlanForm, "a pruning plan", "`prune` and `solve` write plans")
     if document.schema_version > _SCHEMA_VERSION:
         raise UsageError(
             f"{path} was written by a newer onnx-mdp (schema {document.schema_version}); upgrade"

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "onnx_mdp"
 
 # The reading order: a module imports only modules that stand before it. The package itself ("") is what a
-# library user sees, so it stands after the pipeline and before the command line.
+# library user sees, so it stands after `api` and before the command line.
 ORDER = (
     "errors",
     "_version",
@@ -109,6 +109,7 @@ ORDER = (
     "data.images",
     "data.targets",
     "data.calibration",
+    "data.feeds",
     "repairing",
     "repairing.stepwise",
     "repairing.linear_layers",
@@ -132,6 +133,7 @@ ORDER = (
     "training.masks",
     "training.loop",
     "training.finetuning",
+    "training.preparation",
     "training",
     "tables",
     "tables.nonnegative",
@@ -182,13 +184,18 @@ ORDER = (
     "handover",
     "pipeline",
     "training.soft_masking",
-    "",
     "reports",
     "reports.frozen_parts",
     "reports.documents",
     "reports.report",
     "reports.repair_report",
     "reports.figures",
+    "reports.result_files",
+    "api",
+    "api.stages",
+    "api.pruning",
+    "api.training",
+    "",
     "cli",
     "cli.console",
     "cli.options",

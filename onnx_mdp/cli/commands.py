@@ -16,19 +16,15 @@ from onnx_mdp.cli.options import (
 from onnx_mdp.files import check_output, write_text
 from onnx_mdp.large_models import for_session, save_model
 from onnx_mdp.model_io import load_model
-from onnx_mdp.pipeline import apply_plan
-from onnx_mdp.plan import check_plan, load_plan
+from onnx_mdp.pipeline import apply_plan, verify_file
+from onnx_mdp.plan import load_plan
 from onnx_mdp.planning.closed_loop import tolerance
 from onnx_mdp.reports.documents import analyze_document, profile_document, verify_document
 from onnx_mdp.reports.report import analysis_table, cost_table, printable
 from onnx_mdp.surgery.changed_weights import (
     ChangedWeights,
-    how_weights_changed,
-    require_finite,
-    weights_apart,
 )
-from onnx_mdp.surgery.rewriting import rewrite
-from onnx_mdp.surgery.verification import Evidence, verify
+from onnx_mdp.surgery.verification import Evidence
 from onnx_mdp.tables.cost_terms import width
 from onnx_mdp.tables.latency import LatencyTable, build_table, term_ms
 from onnx_mdp.tables.lut_store import open_store
@@ -128,16 +124,9 @@ def run_verify(
     """Check that a pruned file equals the masked original, and optionally that it is fast enough."""
     plan = load_plan(plan_path)
     model, structure = load_structure(original, with_plan_inputs(options, plan))
-    check_plan(plan, structure)
     slim = load_model(pruned)
     feeds = read_inputs(structure, model, data, preprocess, 2, options).feeds if data else ()
-    weights, sliced = None, slim
-    if how_weights_changed(slim) is not None:
-        # What the law is about is the slicing; of the file, all but its weights can be checked.
-        sliced = rewrite(structure, plan)
-        weights = weights_apart(sliced, slim)
-        require_finite(structure, plan, slim, feeds[:1])
-    evidence = verify(model, structure, sliced, plan, feeds=feeds)
+    evidence, weights = verify_file(model, structure, slim, plan, feeds)
     tell_of_evidence(evidence, options)
     measured = None
     if max_ms is not None:

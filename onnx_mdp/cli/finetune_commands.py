@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,19 +9,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx_ir as ir
 
-from onnx_mdp.analysis.binding import bind_shapes, graph_inputs
+from onnx_mdp.api.training import require_training
 from onnx_mdp.cli.console import Screen
-from onnx_mdp.cli.options import Options, PlanOptions, input_types, parse_shapes
-from onnx_mdp.errors import MdpError, MissingBackendError, UsageError
+from onnx_mdp.cli.options import Options, PlanOptions, parse_shapes
+from onnx_mdp.errors import UsageError
 from onnx_mdp.files import check_output
 from onnx_mdp.large_models import save_model
 from onnx_mdp.model_io import load_model
-from onnx_mdp.reports.report import printable
 from onnx_mdp.running.runtime import import_onnxruntime
-from onnx_mdp.torch_backend import require_torch
 
 if TYPE_CHECKING:
     from onnx_mdp.training.distributed import Group
@@ -34,14 +30,12 @@ __all__ = [
     "check_finetuning",
     "finetune_model",
     "run_finetune",
-    "training_inputs",
     "training_of",
     "training_process",
     "training_summary",
 ]
 
 _Shapes = Mapping[str, tuple[int, ...]]
-_Types = Mapping[str, np.dtype[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +65,7 @@ class FinetuneOptions:
         Raises:
             UsageError, MissingBackendError: an option is wrong, or a package is missing.
         """
-        _require_packages()
+        require_training()
         from onnx_mdp.training.data import DataOptions
         from onnx_mdp.training.finetuning import FinetuneRequest
         from onnx_mdp.training.recipes import recipe
@@ -135,12 +129,6 @@ class Trained:
     main: bool
 
 
-def _require_packages() -> None:
-    require_torch("fine-tuning")
-    if importlib.util.find_spec("safetensors") is None:
-        raise MissingBackendError("fine-tuning needs safetensors: run `pip install 'onnx-mdp[torch]'`.")
-
-
 def run_finetune(
     path: Path,
     teacher: Path | None,
@@ -179,10 +167,11 @@ def finetune_model(
     request = wanted.request(options.seed, overwrite=overwrite)
     import_onnxruntime()
     from onnx_mdp.training.finetuning import finetune
+    from onnx_mdp.training.preparation import check_teacher, training_inputs
 
     bound, types = training_inputs(model, shapes)
     if teacher is not None:
-        _check_teacher(teacher, bound)
+        check_teacher(teacher, bound)
     with training_process(options, wanted) as (group, screen):
         with screen.progress() as progress:
             result = finetune(model, teacher, bound, types, request, group, progress, screen.note)
@@ -201,8 +190,9 @@ def training_process(options: Options, wanted: FinetuneOptions) -> Iterator[tupl
         KeyboardInterrupt: after a note of how to go on.
     """
     from onnx_mdp.training.distributed import process_group
+    from onnx_mdp.training.preparation import failures_in_a_sentence
 
-    with process_group(wanted.device) as group:
+    with process_group(wanted.device) as group, failures_in_a_sentence():
         screen = options.screen if group.main else replace(options.screen, quiet=True)
         try:
             yield group, screen
@@ -210,8 +200,6 @@ def training_process(options: Options, wanted: FinetuneOptions) -> Iterator[tupl
             if wanted.checkpoint is not None:
                 screen.note(f"{wanted.checkpoint} holds the run; the same with --resume goes on")
             raise
-        except RuntimeError as error:
-            raise MdpError(_reason(error)) from error
 
 
 def check_finetuning(model: ir.Model, shapes: _Shapes, options: Options, wanted: FinetuneOptions) -> None:
@@ -228,45 +216,10 @@ def check_finetuning(model: ir.Model, shapes: _Shapes, options: Options, wanted:
     from onnx_mdp.training.batches import Share
     from onnx_mdp.training.bridge import to_torch
     from onnx_mdp.training.data import open_data
+    from onnx_mdp.training.preparation import training_inputs
 
     open_data(request.data, *training_inputs(model, shapes), Share())
     to_torch(model)
-
-
-def training_inputs(model: ir.Model, shapes: _Shapes) -> tuple[_Shapes, _Types]:
-    """Shapes with a batch of one wherever the file leaves it open, and types with halves as float32."""
-    bound = bind_shapes(model, shapes, 1)
-    for value in graph_inputs(model):
-        name, first = str(value.name), None if value.shape is None or not len(value.shape) else value.shape[0]
-        if bound[name] and not (isinstance(first, int) and first > 0):
-            bound[name] = (1, *bound[name][1:])
-    single = np.dtype(np.float32)
-    return bound, {n: single if t == np.float16 else t for n, t in input_types(model).items()}
-
-
-def _check_teacher(teacher: ir.Model, shapes: _Shapes) -> None:
-    for value in graph_inputs(teacher):
-        name = str(value.name)
-        if name not in shapes:
-            raise UsageError(f"the teacher takes an input {name!r} that the model has not; pass its original")
-        held = shapes[name] if value.shape is None else value.shape
-        dims = [d if isinstance(d, int) else str(d.value) for d in held]
-        fits = len(dims) == len(shapes[name]) and all(
-            not isinstance(d, int) or d < 1 or d == s for d, s in zip(dims, shapes[name], strict=True)
-        )
-        if not fits:
-            raise UsageError(
-                f"the teacher takes {name!r} as {dims} and the model as {list(shapes[name])}; "
-                "one batch cannot feed both"
-            )
-
-
-def _reason(error: RuntimeError) -> str:
-    """One sentence of what torch raised."""
-    text = printable(str(error).strip().split("\n")[0])[:300]
-    if "out of memory" in text.lower() or "can't allocate memory" in text:
-        return f"the memory of the device is exhausted; choose a smaller --batch-size ({text})"
-    return f"torch could not train this model: {text}"
 
 
 def training_summary(

@@ -13,7 +13,6 @@ from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.cli.finetune_commands import (
     FinetuneOptions,
     Trained,
-    training_inputs,
     training_process,
     training_summary,
 )
@@ -109,6 +108,7 @@ def prune_in_training(
     Raises:
         MdpError: one of many; see `soft_masking.train_with_masks`.
     """
+    from onnx_mdp.training.preparation import training_inputs
     from onnx_mdp.training.soft_masking import Budgets, train_with_masks
 
     training = replace(wanted, resume=masks.resume).request(options.seed, overwrite=False)

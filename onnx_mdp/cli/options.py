@@ -5,25 +5,26 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from onnx_mdp.analysis.binding import graph_inputs
 from onnx_mdp.analysis.structure import Structure
+from onnx_mdp.api.stages import chosen_criterion
 from onnx_mdp.cli.console import Screen
 from onnx_mdp.data.calibration import CalibrationData, load_data
+from onnx_mdp.data.feeds import input_types
 from onnx_mdp.errors import UsageError
-from onnx_mdp.importance.gradient_scores import GRADIENT_CRITERIA, LOSSES, GradientOptions
-from onnx_mdp.importance.scoring import CRITERIA, Criterion, gradient_criterion
+from onnx_mdp.importance.gradient_scores import GRADIENT_CRITERIA, LOSSES
+from onnx_mdp.importance.scoring import CRITERIA, Criterion
 from onnx_mdp.large_models import for_session
 from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import analyze
-from onnx_mdp.plan import PruningPlan
+from onnx_mdp.plan import PruningPlan, plan_inputs
 from onnx_mdp.planning.formulation import Caps
 from onnx_mdp.planning.problem import SolveLimits
 from onnx_mdp.planning.width_rules import WidthRules
@@ -43,7 +44,6 @@ __all__ = [
     "accepted_fallback",
     "calibration",
     "command_line",
-    "input_types",
     "load_structure",
     "parse_shapes",
     "read_inputs",
@@ -156,13 +156,7 @@ class PlanOptions:
 
     def scorer(self, data: CalibrationData | None, seed: int) -> str | Criterion:
         """The criterion, with the loss, the labels and the file of those that are made of gradients."""
-        if self.criterion not in GRADIENT_CRITERIA:
-            return self.ranking
-        from onnx_mdp.training.loaders import load_function
-
-        loss = load_function(self.loss) if ":" in self.loss else self.loss
-        labels = data.labels if data is not None and self.loss in ("auto", "labels") else None
-        return gradient_criterion(self.criterion, GradientOptions(loss, labels, seed, self.scores))
+        return chosen_criterion(self.criterion, data, loss=self.loss, scores=self.scores, seed=seed)
 
     def rules(self) -> WidthRules:
         """The widths that the options allow."""
@@ -253,10 +247,9 @@ def tell_of_evidence(evidence: Evidence, options: Options) -> None:
 def with_plan_inputs(options: Options, plan: PruningPlan) -> Options:
     """Take the states of a plan, and the input shapes that it was made with unless others were given."""
     options = replace(options, states=tuple(f"{name}={target}" for name, target in plan.states.items()))
-    inputs = plan.provenance.get("inputs")
-    if options.input_shapes or not isinstance(inputs, Mapping):
+    shapes = plan_inputs(plan)
+    if options.input_shapes:
         return options
-    shapes = {str(name): shape for name, shape in inputs.items() if isinstance(shape, (list, tuple))}
     texts = tuple(f"{name}:{','.join(map(str, shape))}" for name, shape in shapes.items())
     return replace(options, input_shapes=texts)
 
@@ -325,13 +318,3 @@ def read_inputs(
     data = load_data(source, shapes, types, preprocess=preprocess, samples=samples, labels=labels)
     options.screen.note(f"calibration: {printable(data.source)}")
     return data
-
-
-def input_types(model: ir.Model) -> dict[str, np.dtype[Any]]:
-    """The types of the arrays that the inputs take."""
-    return {str(v.name): _numpy_type(v.dtype) for v in graph_inputs(model) if v.dtype is not None}
-
-
-def _numpy_type(dtype: ir.DataType) -> np.dtype[Any]:
-    """The type of the arrays of an input; numpy has no bfloat16, which is compared in float32 anyway."""
-    return np.dtype(np.float32 if dtype == ir.DataType.BFLOAT16 else dtype.numpy())

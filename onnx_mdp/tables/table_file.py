@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import UsageError
+from onnx_mdp.files import write_text
 from onnx_mdp.tables.cost_terms import cost_terms
 from onnx_mdp.tables.latency import Calibration, LatencyTable, table_key
 
 if TYPE_CHECKING:
     from onnx_mdp.document_forms import TableForm
 
-__all__ = ["load_table", "table_json"]
+__all__ = ["load_table", "save_table", "table_json"]
 
 _SCHEMA_VERSION = 1
 
@@ -35,7 +37,18 @@ def table_json(structure: Structure, table: LatencyTable) -> str:
     return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
-def load_table(path: Path, structure: Structure) -> LatencyTable:
+def save_table(
+    structure: Structure, table: LatencyTable, path: str | os.PathLike[str], *, overwrite: bool = False
+) -> None:
+    """Write a table for any other machine.
+
+    Raises:
+        OutputError: the file is there already, or cannot be written.
+    """
+    write_text(table_json(structure, table), Path(path), overwrite=overwrite)
+
+
+def load_table(path: str | os.PathLike[str], structure: Structure) -> LatencyTable:
     """Read a table file for the model that it was measured on.
 
     Raises:
@@ -43,7 +56,7 @@ def load_table(path: Path, structure: Structure) -> LatencyTable:
     """
     from onnx_mdp.document_forms import TableForm, read_document
 
-    document = read_document(path, TableForm, "a latency table", "`onnx-mdp profile -o` writes one")
+    document = read_document(Path(path), TableForm, "a latency table", "`onnx-mdp profile -o` writes one")
     if document.schema_version > _SCHEMA_VERSION:
         raise UsageError(f"{path} was written by a newer onnx-mdp; upgrade")
     if document.key != table_key(structure):
@@ -61,7 +74,9 @@ def load_table(path: Path, structure: Structure) -> LatencyTable:
     )
 
 
-def _choices(path: Path, document: TableForm, structure: Structure) -> dict[int, tuple[int, ...]]:
+def _choices(
+    path: str | os.PathLike[str], document: TableForm, structure: Structure
+) -> dict[int, tuple[int, ...]]:
     choices = {}
     for index in structure.prunable:
         dimension = structure.dimensions[index]

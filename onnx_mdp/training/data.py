@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +24,13 @@ from onnx_mdp.data.targets import Targets
 from onnx_mdp.errors import UsageError
 from onnx_mdp.training.augmentation import Augmentation, augmentation
 from onnx_mdp.training.batches import Batch, Share
-from onnx_mdp.training.loaders import LoaderData, is_loader, open_loader
+from onnx_mdp.training.loaders import LoaderData, is_loader, loader_name, open_loader
 from onnx_mdp.training.sources import Source, open_source
 
 __all__ = ["DataOptions", "StoredData", "TrainingData", "open_data"]
 
 Array = npt.NDArray[Any]
+Loader = Callable[..., Any]
 _ORDER, _SPLIT, _SAMPLE = 1, 2, 3  # what a random stream is for
 _AHEAD = 3  # batches that are read while one is trained on
 _MOST_THREADS = 16
@@ -62,14 +63,15 @@ class TrainingData(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DataOptions:
-    """What training data is asked for: see `open_source` for ``data``, ``labels`` and ``preprocess``.
+    """What training data is asked for: see `open_source` for ``data``, ``labels`` and ``preprocess``, and
+    `loaders` for a function in the place of a path.
 
     ``validation`` is data of the same kind; without it, a share of ``validation_share`` of ``data`` is never
     trained on. ``batch`` counts rows, over all processes.
     """
 
-    data: str
-    validation: str | None = None
+    data: str | Loader
+    validation: str | Loader | None = None
     validation_share: float = 0.1
     labels: str | None = None
     preprocess: str | None = None
@@ -193,7 +195,7 @@ def open_data(
             f"a batch of {options.batch} cannot be shared by {share.size} process(es) of a model that takes "
             f"{group} at a time; choose a multiple of {group * share.size} with --batch-size"
         )
-    if is_loader(options.data):
+    if not isinstance(options.data, str) or is_loader(options.data):
         return _open_loader(options, shapes, dtypes, share)
     source, targets = _open(options, options.data, shapes, dtypes, None)
     learn = _Part(source, targets, np.arange(source.size // group), group)
@@ -232,7 +234,7 @@ def _validation_part(
     group: int,
 ) -> _Part:
     assert options.validation is not None
-    if is_loader(options.validation):
+    if not isinstance(options.validation, str) or is_loader(options.validation):
         raise UsageError(
             "--val is a loader but --data is none; give both in files or both as module:function"
         )
@@ -271,7 +273,7 @@ def _open_loader(
     if options.augment != "none":
         given.append("--augment")
     if given:
-        raise UsageError(f"{given[0]} is for files; {options.data} makes its batches itself")
+        raise UsageError(f"{given[0]} is for files; {loader_name(options.data)} makes its batches itself")
     validation = options.validation or options.data
     if not is_loader(validation):
         raise UsageError(

@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from onnx_mdp.data.calibration import fitted
+from onnx_mdp.data.feeds import checked_batch
 from onnx_mdp.errors import UsageError
 from onnx_mdp.training.batches import Batch, Share
 
-__all__ = ["LoaderData", "LoaderRequest", "is_loader", "load_function", "open_loader"]
+__all__ = ["LoaderData", "LoaderRequest", "is_loader", "load_function", "loader_name", "open_loader"]
 
-Array = npt.NDArray[Any]
+Loader = Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +42,18 @@ class LoaderRequest:
     shapes: Mapping[str, tuple[int, ...]]
 
 
-def is_loader(text: str) -> bool:
-    """Whether data is named as ``module:function``."""
-    return ":" in text and not Path(text).exists() and text.rpartition(":")[2].isidentifier()
+def is_loader(data: str | Loader) -> bool:
+    """Whether data is a function, or named as ``module:function``."""
+    if not isinstance(data, str):
+        return True
+    return ":" in data and not Path(data).exists() and data.rpartition(":")[2].isidentifier()
+
+
+def loader_name(data: str | Loader) -> str:
+    """What messages call the data."""
+    if isinstance(data, str):
+        return data
+    return f"{data.__module__}:{getattr(data, '__qualname__', type(data).__name__)}"
 
 
 def load_function(text: str) -> Callable[..., Any]:
@@ -124,19 +132,18 @@ class LoaderData:
 
 
 def open_loader(
-    learn: str,
-    check: str,
+    learn: str | Loader,
+    check: str | Loader,
     batch: int,
     seed: int,
     shapes: Mapping[str, tuple[int, ...]],
     dtypes: Mapping[str, np.dtype[Any]],
     share: Share,
 ) -> LoaderData:
-    """Make data of the functions that are named; an epoch's length is asked of what the first returns."""
-    described = learn if learn == check else f"{learn} and {check}"
-    data = LoaderData(
-        described, load_function(learn), load_function(check), batch, seed, shapes, dtypes, share, None
-    )
+    """Make data of functions, or of their names; an epoch's length is asked of what the first returns."""
+    described = " and ".join(dict.fromkeys(map(loader_name, (learn, check))))
+    learning, checking = (load_function(f) if isinstance(f, str) else f for f in (learn, check))
+    data = LoaderData(described, learning, checking, batch, seed, shapes, dtypes, share, None)
     request = LoaderRequest("train", 0, batch, seed, {name: shape[1:] for name, shape in shapes.items()})
     batches = _called(data.learn, request, described)
     steps = len(batches) if isinstance(batches, Sized) else None
@@ -154,26 +161,7 @@ def _called(function: Callable[..., Any], request: LoaderRequest, described: str
 
 
 def _checked(batch: Any, data: LoaderData) -> Batch:
-    """A batch in the model's names, shapes and types."""
-    inputs, targets = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
-    if not isinstance(inputs, Mapping):
-        if len(data.shapes) != 1:
-            raise UsageError(f"{data.description} must give a dict of the inputs {', '.join(data.shapes)}")
-        inputs = {next(iter(data.shapes)): inputs}
-    if set(inputs) != set(data.shapes):
-        raise UsageError(
-            f"{data.description} gives the inputs {', '.join(map(str, inputs))}, but the model takes "
-            f"{', '.join(data.shapes)}"
-        )
-    arrays = {name: np.asarray(array) for name, array in inputs.items()}
-    for name, array in arrays.items():
-        if array.dtype.kind not in "biuf" or array.shape[1:] != data.shapes[name][1:] or array.ndim < 1:
-            raise UsageError(
-                f"{data.description} gives {name!r} as {array.dtype}{list(array.shape)}, but the model takes "
-                f"{('n', *data.shapes[name][1:])}"
-            )
-    fit = {name: fitted(array, name, data.dtypes[name]) for name, array in arrays.items()}
-    if targets is None:
-        return Batch(fit, None)
-    values = np.asarray(targets)
-    return Batch(fit, values.astype(np.float32 if values.dtype.kind == "f" else np.int64))
+    inputs, values = checked_batch(batch, data.shapes, data.dtypes, data.description)
+    if values is None:
+        return Batch(inputs, None)
+    return Batch(inputs, values.astype(np.float32 if values.dtype.kind == "f" else np.int64))
