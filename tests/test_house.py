@@ -183,6 +183,10 @@ ORDER = (
     "bench",
     "handover",
     "pipeline",
+    "serving",
+    "serving.signature",
+    "serving.batching",
+    "serving.triton",
     "training.soft_masking",
     "reports",
     "reports.frozen_parts",
@@ -202,6 +206,7 @@ ORDER = (
     "cli.finetune_commands",
     "cli.mask_commands",
     "cli.commands",
+    "cli.export_commands",
     "cli.prune_commands",
     "cli.lut_commands",
     "machine",
@@ -219,11 +224,20 @@ ORDER = (
     "cli.finetune_parameters",
     "cli.lut",
     "cli.device",
+    "cli.export",
     "cli.app",
     "__main__",
 )
 MAX_LINES = 400
-REGISTRIES = {"app.callback", "app.command", "device.command", "lut.command", "kernel", "rule"}
+REGISTRIES = {
+    "app.callback",
+    "app.command",
+    "device.command",
+    "export.command",
+    "kernel",
+    "lut.command",
+    "rule",
+}
 MAY_PRINT = {"cli.app", "cli.console", "supervision"}
 FORBIDDEN_IMPORTS = {"cPickle", "cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "torch"}
 

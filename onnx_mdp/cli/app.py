@@ -13,6 +13,7 @@ import typer
 
 from onnx_mdp._version import __version__
 from onnx_mdp.cli.device import device
+from onnx_mdp.cli.export import export
 from onnx_mdp.cli.finetune_parameters import masking_options, training_options
 from onnx_mdp.cli.lut import lut as lut_group
 from onnx_mdp.cli.parameters import (
@@ -55,6 +56,7 @@ app = typer.Typer(
 )
 app.add_typer(device)
 app.add_typer(lut_group, name="lut")
+app.add_typer(export, name="export")
 
 
 @app.callback(invoke_without_command=True)

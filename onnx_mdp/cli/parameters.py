@@ -33,6 +33,7 @@ __all__ = [
     "plan_options",
     "runtime_options",
     "seeded_options",
+    "serving_options",
     "store_options",
 ]
 
@@ -194,6 +195,24 @@ def runtime_options(
         provider_precision=ep_precision,
         provider_library=ep_library,
         allow_fallback=allow_fallback,
+        threads=threads,
+    )
+
+
+def serving_options(
+    input_shape: Shapes = None,
+    ep: Provider = "cpu",
+    ep_precision: ProviderPrecision = "float32",
+    threads: Threads = 1,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> "Options":
+    """What a server runs a model on, and what it is warmed up with."""
+    return replace(
+        output_options(as_json, quiet),
+        input_shapes=tuple(input_shape or ()),
+        provider=ep,
+        provider_precision=ep_precision,
         threads=threads,
     )
 

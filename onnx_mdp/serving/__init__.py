@@ -1,0 +1,1 @@
+"""What model servers, trackers and re-checkers read: a model in their own layout."""
