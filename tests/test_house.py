@@ -173,6 +173,7 @@ ORDER = (
     "solvers.mindtpy",
     "solvers",
     "solvers.fronts",
+    "planning.ignored_scope",
     "planning.width_rules",
     "planning.resources",
     "planning.formulation",

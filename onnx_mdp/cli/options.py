@@ -26,6 +26,7 @@ from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import analyze
 from onnx_mdp.plan import PruningPlan, plan_inputs
 from onnx_mdp.planning.formulation import Caps
+from onnx_mdp.planning.ignored_scope import IgnoredScope, held_by
 from onnx_mdp.planning.problem import SolveLimits
 from onnx_mdp.planning.width_rules import WidthRules
 from onnx_mdp.reports.report import printable
@@ -48,6 +49,7 @@ __all__ = [
     "parse_shapes",
     "read_inputs",
     "tell_of_evidence",
+    "width_rules",
     "with_plan_inputs",
 ]
 
@@ -113,6 +115,7 @@ class PlanOptions:
     max_macs: float | None = None
     max_memory: float | None = None
     also: tuple[str, ...] = ()
+    ignored: IgnoredScope = field(default_factory=IgnoredScope)
 
     @property
     def limits(self) -> SolveLimits:
@@ -206,6 +209,17 @@ def load_structure(path: Path, options: Options) -> tuple[ir.Model, Structure]:
     for key in structure.graph.unsupported:
         options.screen.warn(f"no rule for operator {printable(key)}: what it touches is not pruned")
     return model, structure
+
+
+def width_rules(model: ir.Model, structure: Structure, plan: PlanOptions, options: Options) -> WidthRules:
+    """The widths that the options allow, with what the ignored nodes of the model hold."""
+    held = held_by(model, structure, plan.ignored)
+    if held.nodes:
+        options.screen.note(
+            f"ignored nodes: {held.nodes}, for whose sake {len(held.dimensions)} dimensions keep their width "
+            f"and {len(held.blocks)} blocks stay"
+        )
+    return replace(plan.rules(), held=held)
 
 
 def accepted_fallback(model: ir.Model, structure: Structure, options: Options) -> dict[str, Any]:

@@ -106,6 +106,20 @@ Exclude = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Leave these dimensions and blocks alone; repeatable."),
 ]
+IgnoreName = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NODE", help="Leave this node of the file as it is; repeatable."),
+]
+IgnorePattern = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REGEX", help="The same for nodes whose name matches, from its start on; repeatable."
+    ),
+]
+IgnoreType = Annotated[
+    list[str] | None,
+    typer.Option(metavar="OPERATOR", help="The same for all nodes of an operator, such as Softmax."),
+]
 MinWidth = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN=N", help="Least channels, or a share below 1; repeatable."),
@@ -255,6 +269,9 @@ def plan_options(
     time_limit: TimeLimit = 60.0,
     gap: Gap = 1e-6,
     exclude: Exclude = None,
+    ignore_name: IgnoreName = None,
+    ignore_pattern: IgnorePattern = None,
+    ignore_type: IgnoreType = None,
     min_width: MinWidth = None,
     width: FixedWidth = None,
     multiple: Multiple = 1,
@@ -267,6 +284,7 @@ def plan_options(
 ) -> "PlanOptions":
     """How a plan is made."""
     from onnx_mdp.cli.options import PlanOptions
+    from onnx_mdp.planning.ignored_scope import IgnoredScope
 
     return PlanOptions(
         criterion=criterion,
@@ -289,6 +307,7 @@ def plan_options(
         max_macs=max_macs,
         max_memory=max_memory,
         also=tuple(also or ()),
+        ignored=IgnoredScope(tuple(ignore_name or ()), tuple(ignore_pattern or ()), tuple(ignore_type or ())),
     )
 
 

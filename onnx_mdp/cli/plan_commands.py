@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from onnx_mdp.analysis.structure import Structure
-from onnx_mdp.cli.options import Options, PlanOptions, calibration, command_line, load_structure
+from onnx_mdp.cli.options import (
+    Options,
+    PlanOptions,
+    calibration,
+    command_line,
+    load_structure,
+    width_rules,
+)
 from onnx_mdp.errors import UnsupportedModelError, UsageError
 from onnx_mdp.files import check_output, write_text
 from onnx_mdp.importance.scoring import Importance, score
@@ -194,9 +201,10 @@ def _case(path: Path, table_path: Path, options: Options, plan: PlanOptions) -> 
     if not structure.prunable and not structure.blocks:
         raise UnsupportedModelError("the model has no prunable dimension; `onnx-mdp analyze` says why")
     table = load_table(table_path, structure)
+    rules = width_rules(model, structure, plan, options)
     data = calibration(structure, model, plan, options)
     with options.screen.progress() as progress:
         criterion = plan.scorer(data, options.seed)
         importance = score(structure, criterion, data.feeds if data else (), progress)
-    formulation = formulate(structure, importance, table, plan.rules(), plan.caps(structure))
+    formulation = formulate(structure, importance, table, rules, plan.caps(structure))
     return _Case(structure, table, importance, formulation)

@@ -21,6 +21,7 @@ from onnx_mdp.cli.options import (
     load_structure,
     parse_shapes,
     tell_of_evidence,
+    width_rules,
 )
 from onnx_mdp.errors import UsageError
 from onnx_mdp.files import Content, check_output
@@ -98,6 +99,7 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
         check_finetuning(model, parse_shapes(options.input_shapes, model), options, wanted.finetune)
         if wanted.masks.masked:
             check_masking(structure, wanted.finetune, wanted.masks)
+    rules = width_rules(model, structure, wanted.plan, options)
     fallback = accepted_fallback(model, structure, options)
     data = calibration(structure, model, wanted.plan, options)
     request = Request(
@@ -110,7 +112,7 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
         max_choices=wanted.choices,
         seed=options.seed,
         command=command_line(),
-        rules=wanted.plan.rules(),
+        rules=rules,
         caps=wanted.plan.caps(structure),
         rescale_attention=wanted.plan.rescales(structure),
         repair=parse_methods(wanted.repair),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from onnx_mdp.analysis.structure import Dimension, Structure
 from onnx_mdp.errors import UsageError
+from onnx_mdp.planning.ignored_scope import Held
 
 __all__ = ["WidthRules", "allowed_widths", "kept_blocks", "tied_blocks"]
 
@@ -19,7 +20,7 @@ class WidthRules:
     ``exclude`` keeps dimensions and blocks as they are. ``least`` gives dimensions a minimum: a share of
     their channels below 1, else a number of channels. ``fixed`` gives them one width. ``multiple`` lets all
     others have only multiples of it, besides their full width. ``tie_blocks`` lets the branches of a
-    transformer layer go together or not at all.
+    transformer layer go together or not at all. ``held`` names, without patterns, what stays as it is.
     """
 
     exclude: tuple[str, ...] = ()
@@ -27,6 +28,7 @@ class WidthRules:
     fixed: tuple[tuple[str, int], ...] = ()
     multiple: int = 1
     tie_blocks: bool = False
+    held: Held = field(default_factory=Held)
 
 
 def allowed_widths(
@@ -44,10 +46,15 @@ def allowed_widths(
 
 
 def kept_blocks(structure: Structure, rules: WidthRules) -> frozenset[str]:
-    """The blocks that may not go: those excluded, and those around an excluded or fixed dimension."""
+    """The blocks that may not go: those excluded or held, and those around such or a fixed dimension."""
     patterns = [*rules.exclude, *(pattern for pattern, _ in rules.fixed)]
     kept = {block.name for block in structure.blocks if _matches(block.name, rules.exclude)}
-    kept |= {d.block for d in structure.dimensions if d.block is not None and _matches(d.name, patterns)}
+    kept |= rules.held.blocks
+    kept |= {
+        d.block
+        for d in structure.dimensions
+        if d.block is not None and (d.name in rules.held.dimensions or _matches(d.name, patterns))
+    }
     for tied in tied_blocks(structure, rules):
         if kept & set(tied):
             kept |= set(tied)
@@ -82,8 +89,12 @@ def _allowed(dimension: Dimension, offered: tuple[int, ...], rules: WidthRules) 
                     f"{dimension.name} cannot have {channels} channels: "
                     f"it has {full * step}, in steps of {step}"
                 )
+            if units < full and dimension.name in rules.held.dimensions:
+                raise UsageError(
+                    f"{dimension.name} cannot have {channels} channels: an ignored node holds it"
+                )
             return (units,)
-    if _matches(dimension.name, rules.exclude):
+    if dimension.name in rules.held.dimensions or _matches(dimension.name, rules.exclude):
         return (full,)
     least = 0.0
     for pattern, wanted in rules.least:
