@@ -27,6 +27,7 @@ from onnx_mdp.planning.closed_loop import (
     Loop,
     best,
     planned,
+    rounds_of,
     tolerance,
 )
 from onnx_mdp.surgery.rewriting import rewrite
@@ -117,7 +118,8 @@ def close_elsewhere(
             break
         nearest = min(found, key=lambda c: abs(c.measured_ms / aim - 1))
         state *= nearest.measured_ms / nearest.predicted_ms
-    return Found(best(candidates, target), len(candidates), fastest), ()
+    chosen = best(candidates, target)
+    return Found(chosen, len(candidates), fastest, rounds_of(candidates, chosen)), ()
 
 
 def _job(loop: Loop, handover: Handover, model: ir.Model, plan: PruningPlan) -> Job:

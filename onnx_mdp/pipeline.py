@@ -29,8 +29,8 @@ from onnx_mdp.importance.scoring import score
 from onnx_mdp.large_models import LargeModel, for_session
 from onnx_mdp.model_io import parameter_count
 from onnx_mdp.plan import PruningPlan, check_plan, plan_identity, removed_classes
-from onnx_mdp.planning.closed_loop import Clock, Loop, Request, close_loop, tolerance
-from onnx_mdp.planning.formulation import formulate
+from onnx_mdp.planning.closed_loop import Clock, Loop, Request, Round, close_loop, tolerance
+from onnx_mdp.planning.formulation import Formulation, formulate
 from onnx_mdp.repairing.repair import Repaired, check_repair, repair
 from onnx_mdp.running.timing import Timing
 from onnx_mdp.surgery.changed_weights import (
@@ -59,7 +59,8 @@ class PruneResult:
     ``base_now_ms`` is the unpruned model measured again, interleaved with the pruned one; ``noise`` the
     split-half error F of that measurement. ``model`` and ``plan`` are None where nothing was pruned.
     ``evidence`` is about the model as it was sliced, before it was ``repaired``, if it was. ``jobs`` are the
-    models that the device has to measure first, where they were handed over.
+    models that the device has to measure first, where they were handed over; ``rounds`` are the candidates
+    that were measured, and ``formulation`` the problem that they solve.
     """
 
     status: Status
@@ -81,6 +82,8 @@ class PruneResult:
     repaired: Repaired | None
     seconds: Mapping[str, float]
     jobs: int = 0
+    rounds: tuple[Round, ...] = ()
+    formulation: Formulation | None = None
 
 
 def analyze(
@@ -161,7 +164,13 @@ def prune(
                 jobs=len(jobs),
             )
     if found.best is None:
-        return replace(unpruned, status="infeasible", fastest_ms=found.fastest_ms, table=table)
+        return replace(
+            unpruned,
+            status="infeasible",
+            fastest_ms=found.fastest_ms,
+            table=table,
+            formulation=formulation,
+        )
     best = found.best
     model = stamp(best.model, best.plan)
     progress("verify", 0, 1)
@@ -186,6 +195,8 @@ def prune(
         fastest_ms=found.fastest_ms,
         table=table,
         repaired=repaired,
+        rounds=found.rounds,
+        formulation=formulation,
     )
 
 

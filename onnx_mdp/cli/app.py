@@ -127,6 +127,9 @@ def prune(
     handover: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Let `bench` measure candidates on --lut's device.")
     ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also write OUTPUT.report.html, .md and .json.")
+    ] = False,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write files.")] = False,
     finetune: Annotated[
@@ -156,8 +159,25 @@ def prune(
         masks=masks,
         lut=lut,
         handover=handover,
+        report=report,
     )
     raise typer.Exit(run_prune(model, options, wanted))
+
+
+@app.command("report")
+@given(options=output_options)
+def report_(
+    report: Annotated[Path, typer.Argument(metavar="REPORT.json", help="What `prune --report` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="An .html or an .md file.")],
+    options: "Options",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the report of a prune again, from its JSON."""
+    from onnx_mdp.cli.report_commands import render_report
+
+    render_report(report, output, overwrite=overwrite)
+    options.screen.result(f"written → {output}", {"schema_version": 1, "output": str(output)})
+    raise typer.Exit(0)
 
 
 @app.command("solve")

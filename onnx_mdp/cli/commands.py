@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.cli.options import (
     Options,
     accepted_fallback,
@@ -21,12 +20,12 @@ from onnx_mdp.plan import load_plan
 from onnx_mdp.planning.closed_loop import tolerance
 from onnx_mdp.reports.documents import analyze_document, profile_document, verify_document
 from onnx_mdp.reports.report import analysis_table, cost_table, printable
+from onnx_mdp.reports.time_shares import operation_ms
 from onnx_mdp.surgery.changed_weights import (
     ChangedWeights,
 )
 from onnx_mdp.surgery.verification import Evidence
-from onnx_mdp.tables.cost_terms import width
-from onnx_mdp.tables.latency import LatencyTable, build_table, term_ms
+from onnx_mdp.tables.latency import build_table
 from onnx_mdp.tables.lut_store import open_store
 from onnx_mdp.tables.table_file import load_table, table_json
 from onnx_mdp.tables.variants import full_variant, measure_models
@@ -42,7 +41,11 @@ __all__ = [
 def run_analyze(path: Path, options: Options, table: Path | None = None) -> int:
     """Print what can be pruned, what cannot, why, and how much that holds: with a table, in milliseconds."""
     _, structure = load_structure(path, options)
-    times = None if table is None else _base_terms(structure, load_table(table, structure))
+    times = (
+        None
+        if table is None
+        else operation_ms(structure, load_table(table, structure), full_variant(structure))
+    )
     if options.screen.as_json:
         options.screen.result("", analyze_document(structure, times))
     else:
@@ -70,7 +73,7 @@ def run_profile(
     if output is not None:
         write_text(table_json(structure, table), output, overwrite=overwrite)
     if not options.screen.as_json:
-        options.screen.table(cost_table(structure, _base_terms(structure, table)))
+        options.screen.table(cost_table(structure, operation_ms(structure, table, full_variant(structure))))
     calibration = table.calibration
     source = (
         f"{table.measured} variants profiled" if table.measured else "nothing profiled, all from the store"
@@ -88,11 +91,6 @@ def run_profile(
     document |= fallback
     options.screen.result(line if output is None else f"{line} → {output}", document)
     return 0
-
-
-def _base_terms(structure: Structure, table: LatencyTable) -> dict[int, float]:
-    kept = full_variant(structure).kept
-    return {t.operation: term_ms(table, t, width(t.reads, kept), width(t.makes, kept)) for t in table.terms}
 
 
 def run_apply(path: Path, plan_path: Path, output: Path, options: Options, *, overwrite: bool) -> int:

@@ -156,4 +156,6 @@ def _measured(model: ir.Model, result: PruneResult, request: Request, found: Mas
         base_now_ms=timing.ms[0],
         measured_ms=measured,
         noise=timing.noise,
+        rounds=(),
+        formulation=None,
     )

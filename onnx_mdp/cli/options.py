@@ -127,8 +127,8 @@ class PlanOptions:
         """The criterion, by default the best one that the inputs allow."""
         return self.criterion or ("drift" if self.data is not None else "magnitude")
 
-    def check(self, *, trains: bool = False) -> None:
-        """Refuse wrong options before minutes of measuring and not after; training takes labels too."""
+    def check(self, *, labelled: bool = False) -> None:
+        """Refuse wrong options before minutes of measuring; training and reports take labels too."""
         if self.solver not in SOLVERS:
             raise UsageError(f"unknown solver {self.solver!r}; choose one of {', '.join(sorted(SOLVERS))}")
         if self.criterion is not None and self.criterion not in CRITERIA:
@@ -139,13 +139,13 @@ class PlanOptions:
             raise UsageError(f"criterion {self.criterion!r} needs calibration inputs; pass --data")
         if self.data is None and self.preprocess is not None:
             raise UsageError("--preprocess says how --data images become inputs; pass --data too")
-        self._check_gradients(trains)
+        self._check_gradients(labelled)
         self.rules()
 
-    def _check_gradients(self, trains: bool) -> None:
+    def _check_gradients(self, labelled: bool) -> None:
         if self.criterion not in GRADIENT_CRITERIA:
             given = {"--loss": self.loss != "auto", "--scores": self.scores is not None}
-            given["--labels"] = self.labels is not None and not trains
+            given["--labels"] = self.labels is not None and not labelled
             unused = next((name for name, is_given in given.items() if is_given), None)
             if unused is not None:
                 raise UsageError(
@@ -306,16 +306,16 @@ def command_line() -> str:
 
 
 def calibration(
-    structure: Structure, model: ir.Model, plan: PlanOptions, options: Options
+    structure: Structure, model: ir.Model, plan: PlanOptions, options: Options, *, labelled: bool = False
 ) -> CalibrationData | None:
-    """The inputs that units are ranked by; a warning where there are none."""
+    """The inputs that units are ranked by, with labels if a report wants them; a warning without inputs."""
     if plan.data is None:
         options.screen.warn(
             "no --data: units are ranked by weight magnitude alone, which costs accuracy; "
             "pass calibration inputs (an .npz or a folder of images)"
         )
         return None
-    labels = plan.labels if plan.criterion in GRADIENT_CRITERIA else None
+    labels = plan.labels if labelled or plan.criterion in GRADIENT_CRITERIA else None
     return read_inputs(structure, model, plan.data, plan.preprocess, plan.samples, options, labels)
 
 

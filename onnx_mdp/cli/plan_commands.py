@@ -28,6 +28,7 @@ from onnx_mdp.reports.plan_report import (
     explanation_document,
     explanation_table,
     front_document,
+    front_points,
     front_svg,
     front_table,
 )
@@ -152,7 +153,7 @@ def run_pareto(path: Path, table_path: Path, options: Options, wanted: FrontOpti
     budgets_ns = [to_ns(ms) for ms in targets_ms]
     answers = solve_front(case.formulation.problem, budgets_ns, wanted.plan.solver, wanted.plan.limits)
     if output is not None:
-        write_text(front_svg(base_ms, answers), output, overwrite=wanted.overwrite)
+        write_text(front_svg(base_ms, front_points(answers)), output, overwrite=wanted.overwrite)
     if not options.screen.as_json:
         options.screen.table(front_table(targets_ms, base_ms, answers))
     found = sum(answer.choice is not None for answer in answers)

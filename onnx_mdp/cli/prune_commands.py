@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,18 +24,19 @@ from onnx_mdp.cli.options import (
     tell_of_evidence,
     width_rules,
 )
+from onnx_mdp.cli.report_commands import report_files, report_paths, trained_report_files
+from onnx_mdp.data.calibration import CalibrationData
 from onnx_mdp.errors import UsageError
-from onnx_mdp.files import Content, check_output
+from onnx_mdp.files import Content, check_output, write_files
 from onnx_mdp.handover import bench_hint, open_handover
-from onnx_mdp.large_models import save_model
 from onnx_mdp.pipeline import PruneResult, prune
-from onnx_mdp.plan import plan_json
 from onnx_mdp.planning.closed_loop import Request
 from onnx_mdp.repairing.repair import parse_methods
 from onnx_mdp.reports.documents import prune_document
-from onnx_mdp.reports.figures import structure_svg
 from onnx_mdp.reports.repair_report import repair_text
 from onnx_mdp.reports.report import plan_table, printable
+from onnx_mdp.reports.report_contents import Circumstances
+from onnx_mdp.reports.result_files import result_paths, write_result
 from onnx_mdp.running.runtime import context
 from onnx_mdp.tables.latency import LatencyTable
 from onnx_mdp.tables.lut_store import LutStore, open_store
@@ -61,10 +63,11 @@ class PruneOptions:
     masks: MaskOptions = field(default_factory=MaskOptions)
     lut: Path | None = None
     handover: Path | None = None
+    report: bool = False
 
 
 def _check_wanted(wanted: PruneOptions) -> None:
-    wanted.plan.check(trains=wanted.finetune is not None)
+    wanted.plan.check(labelled=wanted.finetune is not None or wanted.report)
     targets = [t for t in (wanted.target_ms, wanted.target_ratio) if t is not None]
     if len(targets) != 1:
         raise UsageError("give exactly one of --target-ms and --target-ratio")
@@ -81,18 +84,12 @@ def _check_wanted(wanted: PruneOptions) -> None:
         raise UsageError("--repair needs calibration inputs; pass --data")
 
 
-def _outputs(path: Path, output: Path | None) -> tuple[Path, Path, Path]:
-    model = output if output is not None else Path(f"{path.stem}.pruned.onnx")
-    stem = model.name.removesuffix(".onnx")
-    return model, model.with_name(f"{stem}.plan.json"), model.with_name(f"{stem}.structure.svg")
-
-
 def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
     """Prune a model to a latency and write the model, its plan and a figure of it."""
     _check_wanted(wanted)
-    outputs = _outputs(path, wanted.output)
+    outputs = result_paths(wanted.output or Path(f"{path.stem}.pruned.onnx"))
     if not wanted.dry_run:
-        for output in outputs:
+        for output in (*outputs, *(report_paths(outputs[0]) if wanted.report else ())):
             check_output(output, overwrite=wanted.overwrite)
     model, structure = load_structure(path, options)
     if wanted.finetune is not None:
@@ -101,7 +98,7 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
             check_masking(structure, wanted.finetune, wanted.masks)
     rules = width_rules(model, structure, wanted.plan, options)
     fallback = accepted_fallback(model, structure, options)
-    data = calibration(structure, model, wanted.plan, options)
+    data = calibration(structure, model, wanted.plan, options, labelled=wanted.report)
     request = Request(
         target_ms=wanted.target_ms,
         target_ratio=wanted.target_ratio,
@@ -134,12 +131,22 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
         tell_of_evidence(result.evidence, options)
     if result.plan is not None and "note" in result.plan.provenance:
         options.screen.warn(str(result.plan.provenance["note"]))
-    written = _write(result, outputs, wanted)
+    around = _circumstances(model, path, outputs[0], request, wanted, data, trained)
+    trains = wanted.finetune is not None and not wanted.masks.masked and result.status == "met"
+    reported = wanted.report and not wanted.dry_run and result.status != "handed_over"
+    reports = report_files(result, around) if reported and not trains else {}
+    written = _write(result, outputs, wanted, reports)
     if result.plan is not None and not options.screen.as_json:
         options.screen.table(plan_table(structure, result.plan))
     line, document = _summary(result, written[0]), prune_document(result, written) | fallback
     if not wanted.masks.masked:
         trained = _finetuned(model, result, written, options, wanted)
+        if trained is not None and written[0] is not None and reported:
+            reports = trained_report_files(result, around, trained.line)
+            write_files(reports)
+    if reports:
+        document |= {"reports": [str(report) for report in reports]}
+        options.screen.note(f"the report is {next(iter(reports))}")
     if trained is not None:
         line, document = f"{line}\n{trained.line}", document | {"finetuning": dict(trained.document)}
     if data and written[0] and trained is None and structure.shadow.plain and not request.repair:
@@ -148,6 +155,29 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
         options.screen.note(bench_hint(wanted.handover, result.table.context))
     options.screen.result(line, document)
     return _EXIT[result.status]
+
+
+def _circumstances(
+    model: ir.Model,
+    path: Path,
+    output: Path,
+    request: Request,
+    wanted: PruneOptions,
+    data: CalibrationData | None,
+    trained: Trained | None,
+) -> Circumstances:
+    """What a report tells besides the result."""
+    return Circumstances(
+        original=model,
+        path=path,
+        output=output,
+        runtime=request.runtime,
+        command=request.command,
+        criterion=wanted.plan.ranking,
+        data=data,
+        data_name=None if wanted.plan.data is None else wanted.plan.data.resolve().name,
+        then=() if trained is None else (trained.line,),
+    )
 
 
 def _table_source(
@@ -181,17 +211,16 @@ def _finetuned(
 
 
 def _write(
-    result: PruneResult, outputs: tuple[Path, Path, Path], wanted: PruneOptions
+    result: PruneResult,
+    outputs: tuple[Path, Path, Path],
+    wanted: PruneOptions,
+    reports: Mapping[Path, Content],
 ) -> tuple[Path | None, Path | None, Path | None]:
-    """Write a model that meets its target; nothing of one that does not."""
+    """Write a model that meets its target with its reports; only these of one that does not."""
     if result.status != "met" or result.model is None or result.plan is None or wanted.dry_run:
+        write_files(reports)
         return None, None, None
-    model, plan, figure = outputs
-    beside: dict[Path, Content] = {
-        figure: structure_svg(result.structure, result.plan).encode(),
-        plan: plan_json(result.plan).encode(),
-    }
-    save_model(result.model, model, overwrite=wanted.overwrite, beside=beside)
+    write_result(result, outputs, overwrite=wanted.overwrite, beside=reports)
     return outputs
 
 

@@ -30,9 +30,11 @@ __all__ = [
     "Found",
     "Loop",
     "Request",
+    "Round",
     "best",
     "close_loop",
     "planned",
+    "rounds_of",
     "tolerance",
 ]
 
@@ -115,12 +117,25 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Round:
+    """What one candidate was predicted and measured to take, and whether it is the one to deliver."""
+
+    predicted_ms: float
+    measured_ms: float
+    base_now_ms: float
+    noise: float
+    value: float
+    delivered: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """The candidate to deliver, how many were measured, and the smallest reachable latency if known."""
 
     best: Candidate | None
     iterations: int
     fastest_ms: float | None
+    rounds: tuple[Round, ...] = ()
 
 
 def tolerance(noise: float) -> float:
@@ -166,7 +181,15 @@ def close_loop(loop: Loop, target: float, base_ms: float, progress: Progress) ->
     if fastest is None and found is not None and found.measured_ms > target * (1 + tolerance(found.noise)):
         unreachable, _ = planned(loop, 0.0, state)
         fastest = None if unreachable.fastest_ns is None else unreachable.fastest_ns * 1e-6 * state
-    return Found(found, len(candidates), fastest)
+    return Found(found, len(candidates), fastest, rounds_of(candidates, found))
+
+
+def rounds_of(candidates: Sequence[Candidate], delivered: Candidate | None) -> tuple[Round, ...]:
+    """The candidates without their models, in the order in which they were measured."""
+    return tuple(
+        Round(c.predicted_ms, c.measured_ms, c.base_now_ms, c.noise, c.value, c is delivered)
+        for c in candidates
+    )
 
 
 def planned(loop: Loop, aim: float, state: float) -> tuple[Solution, PruningPlan | None]:

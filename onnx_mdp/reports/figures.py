@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["structure_svg"]
+__all__ = ["STYLE", "Layer", "headline", "layers_of", "layers_svg", "structure_svg"]
 
 _KEPT, _CUT, _FIXED, _EDGE, _INK, _FAINT = "#1f4e79", "#c6d7e8", "#8c8c8c", "#8c8c8c", "#1a1a1a", "#555555"
 _HATCH = "/////"
@@ -44,7 +44,7 @@ _PART = re.compile(r"part_\d")
 _OPERATOR = re.compile(
     r"(?:Conv|ConvTranspose|Conv2D|Gemm|MatMul|BiasAdd|Relu6?|(?:Fused)?BatchNorm(?:V\d)?)(?:_\d+)?"
 )
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small files that can be searched and read aloud
     "svg.hashsalt": "onnx-mdp",
     "font.family": ["sans-serif"],
@@ -54,7 +54,7 @@ _STYLE: Any = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class Layer:
     """Output channels of a layer before and after; ``fixed``: nothing could go; ``gone``: its block went."""
 
     name: str
@@ -66,10 +66,14 @@ class _Layer:
 
 def structure_svg(structure: Structure, plan: PruningPlan) -> str:
     """An SVG document that shows every layer of the model with the width that the plan keeps of it."""
+    return layers_svg(layers_of(structure, plan), _totals(structure, plan))
+
+
+def layers_svg(layers: Sequence[Layer], totals: str) -> str:
+    """An SVG document that shows layers, with a line of ``totals`` above them."""
     import matplotlib.style
     from matplotlib.figure import Figure
 
-    layers = _layers(structure, plan)
     names = _short_names([layer.name for layer in layers])
     left = max(_NAME_LEAST, _CELL * max(map(cell_len, names), default=0))
     columns = 1 if len(layers) <= _TWO_COLUMNS else 2
@@ -77,13 +81,13 @@ def structure_svg(structure: Structure, plan: PruningPlan) -> str:
     bar = max(_BAR, _LEAST / columns - left - _NUMBERS)
     pitch = left + bar + _NUMBERS
     text = io.StringIO()
-    with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
+    with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
         # Names may hold characters that the measuring font lacks; the viewer brings its own fonts.
         warnings.filterwarnings("ignore", message=".*[Gg]lyph", category=UserWarning)
         size = (columns * pitch + 2 * _MARGIN, _HEAD + rows * _ROW + _MARGIN)
         figure = Figure(figsize=size, facecolor="white")
         axes = _inches(figure)
-        _draw_head(axes, _headline(layers), _totals(structure, plan), layers)
+        _draw_head(axes, headline(layers), totals, layers)
         for number, (layer, name) in enumerate(zip(layers, names, strict=True)):
             column, row = divmod(number, rows)
             _draw_layer(axes, layer, name, _MARGIN + left + column * pitch, _HEAD + row * _ROW, bar)
@@ -92,7 +96,7 @@ def structure_svg(structure: Structure, plan: PruningPlan) -> str:
     return text.getvalue()
 
 
-def _layers(structure: Structure, plan: PruningPlan) -> tuple[_Layer, ...]:
+def layers_of(structure: Structure, plan: PruningPlan) -> tuple[Layer, ...]:
     """Convolutions and multiplications by a weight, in graph order."""
     shadow = structure.shadow
     gone = {i for b in structure.blocks if b.name in plan.removed_blocks for i in b.operations}
@@ -106,17 +110,18 @@ def _layers(structure: Structure, plan: PruningPlan) -> tuple[_Layer, ...]:
     )
 
 
-def _layer(structure: Structure, plan: PruningPlan, operation: Operation, gone: bool) -> _Layer:
+def _layer(structure: Structure, plan: PruningPlan, operation: Operation, gone: bool) -> Layer:
     output = operation.outputs[0]
     shape = structure.shadow.shapes[output]
     axis = 1 if operation.op_type.startswith("Conv") else len(shape) - 1
     made = extent(structure, output, axis)
     kept = width(made, variant_of_plan(structure, plan).kept)
     name = operation.name or output
-    return _Layer(name, shape[axis], 0 if gone else kept, fixed=not made.terms, gone=gone)
+    return Layer(name, shape[axis], 0 if gone else kept, fixed=not made.terms, gone=gone)
 
 
-def _headline(layers: Sequence[_Layer]) -> str:
+def headline(layers: Sequence[Layer]) -> str:
+    """How many layers there are, and their output channels before and after."""
     before, after = sum(layer.width for layer in layers), sum(layer.kept for layer in layers)
     share = f" ({100 * after / before:.0f} %)" if before else ""
     return f"{len(layers)} layers: {before} → {after} output channels{share}"
@@ -143,8 +148,8 @@ def _inches(figure: Figure) -> Axes:
     return axes
 
 
-def _draw_head(axes: Axes, headline: str, totals: str, layers: Sequence[_Layer]) -> None:
-    _text(axes, _MARGIN, 0.2, headline, size=10, weight="bold")
+def _draw_head(axes: Axes, first: str, totals: str, layers: Sequence[Layer]) -> None:
+    _text(axes, _MARGIN, 0.2, first, size=10, weight="bold")
     _text(axes, _MARGIN, 0.4, totals, size=8, color=_FAINT)
     shown = [
         ("kept", {"facecolor": _KEPT}, True),
@@ -163,7 +168,7 @@ def _draw_head(axes: Axes, headline: str, totals: str, layers: Sequence[_Layer])
 _HATCHED: dict[str, Any] = {"facecolor": "white", "edgecolor": _EDGE, "hatch": _HATCH, "linewidth": 0.5}
 
 
-def _draw_layer(axes: Axes, layer: _Layer, name: str, start: float, top: float, length: float) -> None:
+def _draw_layer(axes: Axes, layer: Layer, name: str, start: float, top: float, length: float) -> None:
     """Name, bar and numbers; the bar starts at ``start`` and has the ``length`` in inches."""
     middle = top + _ROW / 2
     _text(axes, start - 0.08, middle, name, size=7, horizontalalignment="right")

@@ -13,9 +13,17 @@ from rich.text import Text
 
 from onnx_mdp.planning.explain import Explanation
 from onnx_mdp.planning.problem import Solution
+from onnx_mdp.reports.figures import STYLE
 from onnx_mdp.reports.report import printable
 
-__all__ = ["explanation_document", "explanation_table", "front_document", "front_svg", "front_table"]
+__all__ = [
+    "explanation_document",
+    "explanation_table",
+    "front_document",
+    "front_points",
+    "front_svg",
+    "front_table",
+]
 
 
 def explanation_table(explanation: Explanation) -> RenderableType:
@@ -86,21 +94,42 @@ def front_document(targets_ms: Sequence[float], answers: Sequence[Solution]) -> 
     ]
 
 
-def front_svg(base_ms: float, answers: Sequence[Solution]) -> str:
-    """Importance over predicted latency, one point a target; both start at 0."""
+def front_points(answers: Sequence[Solution]) -> tuple[tuple[float, float], ...]:
+    """Predicted milliseconds and share of the importance of every choice, the fastest first."""
+    return tuple(sorted({(a.cost_ns * 1e-6, a.value) for a in answers if a.choice is not None}))
+
+
+def front_svg(
+    base_ms: float,
+    points: Sequence[tuple[float, float]],
+    *,
+    target_ms: float | None = None,
+    chosen: tuple[float, float] | None = None,
+    measured_ms: float | None = None,
+) -> str:
+    """Importance over predicted latency, one point a choice; both start at 0.
+
+    What was ``chosen`` is a diamond, with a cross where it was measured; the target is a dashed line.
+    """
     import matplotlib.style
     from matplotlib.figure import Figure
 
-    points = sorted({(a.cost_ns * 1e-6, a.value) for a in answers if a.choice is not None})
     text = io.StringIO()
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "onnx-mdp"}
-    with matplotlib.style.context(["default", style]):
+    with matplotlib.style.context(["default", STYLE]):
         figure = Figure(figsize=(6.4, 3.8), facecolor="white", layout="constrained")
         axes = figure.add_subplot()
         axes.plot([x for x, _ in points], [100 * y for _, y in points], "o-", color="#1f4e79", markersize=4)
         axes.plot([base_ms], [100.0], "s", color="#8c8c8c", markersize=6)
         axes.annotate("unpruned", (base_ms, 100.0), (-6, -12), textcoords="offset points", ha="right")
-        axes.set_xlim(0, 1.05 * base_ms)
+        if target_ms is not None:
+            axes.axvline(target_ms, color="#1a1a1a", linestyle="--", linewidth=1)
+            axes.annotate("target", (target_ms, 3), (4, 0), textcoords="offset points")
+        if chosen is not None:
+            axes.plot(*_in_percent(chosen), "D", color="white", markeredgecolor="#1a1a1a", markersize=9)
+            axes.annotate("chosen", _in_percent(chosen), (10, -14), textcoords="offset points")
+        if chosen is not None and measured_ms is not None:
+            axes.plot(*_in_percent((measured_ms, chosen[1])), "x", color="#1a1a1a", markersize=9)
+        axes.set_xlim(0, 1.05 * max(base_ms, target_ms or 0.0))
         axes.set_ylim(0, 105)
         axes.set_xlabel("predicted latency, ms")
         axes.set_ylabel("importance kept, %")
@@ -110,6 +139,10 @@ def front_svg(base_ms: float, answers: Sequence[Solution]) -> str:
         metadata = {"Date": None, "Creator": None, "Title": "Importance kept over latency"}
         figure.savefig(text, format="svg", metadata=metadata)
     return text.getvalue()
+
+
+def _in_percent(point: tuple[float, float]) -> tuple[float, float]:
+    return point[0], 100 * point[1]
 
 
 def _table(title: str, first: str, *numbers: str) -> Table:

@@ -23,7 +23,7 @@ from onnx_mdp.plan import PruningPlan, kept_count
 from onnx_mdp.reports.documents import Shares, frozen_operators, plan_totals, shares
 from onnx_mdp.reports.frozen_parts import frozen_parts
 
-__all__ = ["analysis_table", "compact", "cost_table", "plan_table", "printable"]
+__all__ = ["analysis_table", "compact", "cost_table", "kept_channels", "plan_table", "printable"]
 
 _BAR_CELLS = 8
 _NAMES_SHOWN = 3  # of the frozen dimensions that share a reason; --json lists all
@@ -242,7 +242,7 @@ def _states(structure: Structure) -> str:
     return f" States: {named}." if named else ""
 
 
-def _kept(structure: Structure, plan: PruningPlan, index: int) -> int:
+def kept_channels(structure: Structure, plan: PruningPlan, index: int) -> int:
     """Channels that stay of a dimension; none where its block goes."""
     dimension = structure.dimensions[index]
     if dimension.block is not None and dimension.block in plan.removed_blocks:
@@ -257,7 +257,7 @@ def _plan_row(
     milliseconds: Mapping[str, tuple[float, float]] | None,
 ) -> list[RenderableType]:
     dimension = structure.dimensions[index]
-    kept = _kept(structure, plan, index)
+    kept = kept_channels(structure, plan, index)
     same = kept == dimension.size
     row: list[RenderableType] = [
         _Name(dimension.name, style="dim" if same else ""),
@@ -291,7 +291,7 @@ def _removed_table(structure: Structure, plan: PruningPlan) -> Table:
 
 def _plan_summary(structure: Structure, plan: PruningPlan) -> list[Text]:
     sizes = [structure.dimensions[index].size for index in structure.prunable]
-    kept = [_kept(structure, plan, index) for index in structure.prunable]
+    kept = [kept_channels(structure, plan, index) for index in structure.prunable]
     cut = sum(k < s for k, s in zip(kept, sizes, strict=True))
     totals = plan_totals(structure, plan)
     lines = [

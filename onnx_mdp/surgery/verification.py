@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.running.computation import Computation, weightless
 from onnx_mdp.running.runtime import Runtime, one_line, open_session
 from onnx_mdp.running.timing import random_feeds
-from onnx_mdp.surgery.comparison import Comparison, Trial, compare, distance, distances
+from onnx_mdp.surgery.comparison import Comparison, Distance, Trial, compare, distance, distances
 from onnx_mdp.surgery.masking import masked_model
 
 __all__ = ["TOLERANCE", "Drift", "Evidence", "require", "verify"]
@@ -65,10 +65,10 @@ class Evidence:
     masked model differs from *itself* when ONNX Runtime optimises it (measured only where needed; a
     sigmoid that saturates near zero has such noise, and no slicing error is that small), or when it holds in
     float64, which is tried last. ``constant`` names the outputs that stayed the same over all inputs tried:
-    about those the law says little. ``judged`` says how a model was compared if not in float32 as it is
-    stored, and whether its file itself runs. ``followed`` says that scores within rounding of each other
-    were ordered otherwise, so that the pruned model was
-    compared following the choices of the masked one (see `onnx_mdp.surgery.ties`).
+    about those the law says little. ``errors`` holds the worst of each output. ``judged`` says how a model
+    was compared if not in float32 as it is stored, and whether its file itself runs. ``followed`` says that
+    scores within rounding of each other were ordered otherwise, so that the pruned model was compared
+    following the choices of the masked one (see `onnx_mdp.surgery.ties`).
     """
 
     verified: bool
@@ -82,6 +82,7 @@ class Evidence:
     constant: tuple[str, ...] = ()
     judged: str | None = None
     followed: bool = False
+    errors: Mapping[str, Distance] = field(default_factory=dict)
 
 
 def verify(
@@ -153,6 +154,10 @@ def verify(
         constant=_constant_outputs(names, [outputs[: len(names)] for outputs in found.expected]),
         judged=judged,
         followed=found.followed,
+        errors={
+            name: max(apart, key=lambda d: d.ratio)
+            for name, apart in zip(names, zip(*found.distances, strict=True), strict=False)
+        },
     )
 
 
