@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 import re
+import sys
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from command_line import Run, is_refused
 
 from onnx_mdp.model_io import content_hash, load_model
-from onnx_mdp.running.runtime import runtime
+from onnx_mdp.running.runtime import Runtime, open_session, runtime
 from onnx_mdp.serving.triton import configuration, served
 
 DEMO = Path(str(files("onnx_mdp") / "demo_model" / "shapes_resnet.onnx"))
@@ -124,3 +129,48 @@ def test_a_model_is_replaced_only_when_told(run: Run) -> None:
     assert "KIND_GPU" in Path("r/shapes_resnet/config.pbtxt").read_text()
     Path("file").write_text("")
     is_refused(run("export", "triton", DEMO, "-o", "file"), 2, "file")
+
+
+def arrays(entries: dict[str, dict[str, str]]) -> dict[str, np.ndarray]:
+    return {name: np.load(io.BytesIO(base64.b64decode(e["array"]))) for name, e in entries.items()}
+
+
+def test_golden_outputs_are_what_the_model_gives_for_the_golden_inputs(run: Run) -> None:
+    outcome = run("export", "polygraphy", DEMO, "-o", "golden", "--samples", 2, "--json", "--quiet")
+    assert outcome.code == 0, outcome
+    assert (outcome.document["runs"], outcome.document["outputs"]) == (2, ["logits"])
+    fed = json.loads(Path("golden/inputs.json").read_text())
+    ((_, iterations),) = json.loads(Path("golden/outputs.json").read_text())["lst"]
+    session = open_session(DEMO, Runtime())
+    for feeds, iteration in zip(fed, iterations, strict=True):
+        found = arrays({name: entry["values"] for name, entry in iteration["outputs"].items()})
+        assert np.array_equal(found["logits"], session.run(["logits"], arrays(feeds))[0])
+    assert not np.array_equal(arrays(fed[0])["image"], arrays(fed[1])["image"])
+    is_refused(run("export", "polygraphy", DEMO, "-o", "golden"), 2, "exists", "--overwrite")
+
+
+def test_golden_inputs_come_from_data_where_there_is_some(run: Run) -> None:
+    images = np.random.default_rng(0).standard_normal((3, 3, 64, 64), np.float32)
+    np.savez("data.npz", image=images)
+    assert run("export", "polygraphy", DEMO, "-o", "golden", "--data", "data.npz", "--samples", 3).code == 0
+    fed = json.loads(Path("golden/inputs.json").read_text())
+    assert np.array_equal(np.concatenate([arrays(feeds)["image"] for feeds in fed]), images)
+
+
+def test_an_output_that_equals_nothing_is_no_golden_one(run: Run) -> None:
+    onnx.save(model_of("(float[1,3] x) => (float[1,3] y) { z = Sub (x, x) y = Div (z, z) }"), "m.onnx")
+    is_refused(run("export", "polygraphy", "m.onnx", "-o", "golden"), 2, "'y'", "not finite", "other inputs")
+    assert not Path("golden").exists()
+
+
+def test_mlflow_is_named_by_its_extra_where_it_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    is_refused(run("export", "mlflow", DEMO, "-o", "m"), 3, "pip install 'onnx-mdp[mlflow]'")
+    assert not Path("m").exists()
+
+
+def test_a_folder_that_is_no_mlflow_model_is_not_replaced(run: Run) -> None:
+    Path("mine").mkdir()
+    is_refused(run("export", "mlflow", DEMO, "-o", "mine"), 2, "mine exists")
+    is_refused(run("export", "mlflow", DEMO, "-o", "mine", "--overwrite"), 2, "no MLflow model")
+    assert Path("mine").is_dir()

@@ -188,6 +188,8 @@ ORDER = (
     "serving.signature",
     "serving.batching",
     "serving.triton",
+    "serving.golden_outputs",
+    "serving.mlflow_model",
     "training.soft_masking",
     "reports",
     "reports.frozen_parts",

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from command_line import Run, is_refused
+from onnx import TensorProto, helper, numpy_helper
 from test_export import DEMO
 
+from onnx_mdp.large_models import save_model
 from onnx_mdp.model_io import load_model
-from onnx_mdp.running.runtime import runtime
+from onnx_mdp.pipeline import stamp
+from onnx_mdp.plan import PruningPlan, plan_identity, plan_json
+from onnx_mdp.running.runtime import Runtime, open_session, runtime
 from onnx_mdp.serving.triton import configuration, served
 
 HOSTILE = 'x"\n} model_warmup { name: "é\\\0'
@@ -57,3 +65,60 @@ def test_tritons_schema_reads_every_name_as_it_is() -> None:
     found = parsed(configuration(served(load_model(identities({HOSTILE: 1}, [1])), "m", runtime())))
     assert [i.name for i in found.input] == list(found.model_warmup[0].inputs) == [HOSTILE]
     assert len(found.model_warmup) == 1
+
+
+def damaged(path: Path) -> Path:
+    """The demo model with one number changed."""
+    model = onnx.load(DEMO)
+    weight = next(t for t in model.graph.initializer if t.name.endswith("weight") or len(t.dims) == 4)
+    values = numpy_helper.to_array(weight).copy()
+    values.flat[0] += 0.1
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    onnx.save(model, path)
+    return path
+
+
+def test_polygraphy_passes_the_model_and_fails_a_damaged_one(run: Run) -> None:
+    pytest.importorskip("polygraphy")
+    assert run("export", "polygraphy", DEMO, "-o", "golden", "--samples", 2).code == 0
+    files = "--onnxrt --load-inputs golden/inputs.json --load-outputs golden/outputs.json".split()
+
+    def checked(path: Path) -> subprocess.CompletedProcess[str]:
+        program = str(Path(sys.executable).parent / "polygraphy")
+        return subprocess.run([program, "run", str(path), *files], capture_output=True, text=True)
+
+    good, bad = checked(DEMO), checked(damaged(Path("damaged.onnx")))
+    assert (good.returncode, bad.returncode) == (0, 1), good.stdout + good.stderr + bad.stderr
+    assert "Passed: 2/2 iterations" in good.stdout
+    assert "Passed: 0/2 iterations" in bad.stdout + bad.stderr
+
+
+@pytest.mark.filterwarnings("ignore")  # of MLflow's own modules
+def test_mlflow_loads_what_was_exported_and_predicts_what_onnx_runtime_does(run: Run) -> None:
+    pytest.importorskip("mlflow")
+    from mlflow import onnx as flavour
+    from mlflow import pyfunc
+
+    plan = PruningPlan(keep={}, predicted_ms=1.5, provenance={"criterion": "drift"})
+    save_model(stamp(load_model(DEMO), plan), Path("slim.onnx"))
+    Path("slim.plan.json").write_text(plan_json(plan))
+    Path("result.json").write_text('{"schema_version": 1, "measured_ms": 1.25, "target_ms": 2.0}')
+    history = ("--plan", "slim.plan.json", "--result", "result.json")
+    outcome = run("export", "mlflow", "slim.onnx", "-o", "m", "--threads", 2, "--json", "--quiet", *history)
+    assert outcome.code == 0, outcome
+    loaded = pyfunc.load_model("m")
+    feeds = {"image": np.random.default_rng(0).standard_normal((3, 3, 64, 64)).astype(np.float32)}
+    wanted = open_session(Path("slim.onnx"), Runtime(threads=2)).run(None, feeds)[0]
+    assert np.array_equal(loaded.predict(feeds)["logits"], wanted)
+    told = loaded.metadata.metadata
+    assert told == outcome.document["metadata"]
+    assert (told["onnx_mdp.plan"], told["onnx_mdp.plan.criterion"]) == (plan_identity(plan), "drift")
+    assert (told["onnx_mdp.target_ms"], told["onnx_mdp.measured_ms"]) == (2.0, 1.25)
+    (image,) = loaded.metadata.get_input_schema().inputs
+    assert (image.name, image.shape, image.type) == ("image", (-1, 3, 64, 64), np.dtype(np.float32))
+    assert loaded.metadata.load_input_example("m")["image"].shape == (1, 3, 64, 64)
+    assert flavour.load_model("m").graph.output[0].name == "logits"
+    is_refused(run("export", "mlflow", "slim.onnx", "-o", "m"), 2, "exists")
+    assert run("export", "mlflow", "slim.onnx", "-o", "m", "--overwrite").code == 0
+    is_refused(run("export", "mlflow", DEMO, "-o", "n", *history), 2, "not made by this plan")
+    assert sorted(p.name for p in Path().iterdir() if p.name.startswith((".", "n"))) == []

@@ -21,6 +21,7 @@ __all__ = [
     "compiles_slowly",
     "computes_on_cpu",
     "engine_folder",
+    "portable_options",
     "session_provider_options",
 ]
 
@@ -80,6 +81,14 @@ def engine_folder(provider: str, options: tuple[tuple[str, str], ...], store: st
     return folder / "engines" / device
 
 
+def portable_options(provider: str, *, threads: int, precision: str) -> dict[str, str]:
+    """The options of a provider that name nothing of this machine."""
+    told = dict(_FLAGS.get((provider, precision), {}))
+    if provider == "OpenVINOExecutionProvider":
+        told |= {"device_type": "CPU", "num_of_threads": str(threads)}
+    return told
+
+
 def session_provider_options(
     provider: str,
     options: tuple[tuple[str, str], ...],
@@ -90,9 +99,7 @@ def session_provider_options(
     model: bytes,
 ) -> dict[str, str]:
     """All options of a provider for a session of the serialised ``model``; makes folders that they name."""
-    told = dict(_FLAGS.get((provider, precision), {}))
-    if provider == "OpenVINOExecutionProvider":
-        told |= {"device_type": "CPU", "num_of_threads": str(threads)}
+    told = portable_options(provider, threads=threads, precision=precision)
     if provider in _ENGINES:
         device = engine_folder(provider, options, store)
         if provider == "TensorrtExecutionProvider":
