@@ -289,12 +289,16 @@ def verify(
     max_ms: Annotated[float | None, typer.Option(help="Fail if the pruned model is slower.")] = None,
     data: Data = None,
     preprocess: Preprocess = None,
+    markdown: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.md", help="Also write a summary for a pull request; - prints it."),
+    ] = None,
 ) -> None:
     """Check that a pruned file computes what the masked original computes."""
-    from onnx_mdp.cli.commands import run_verify
+    from onnx_mdp.cli.verify_commands import VerifyOptions, run_verify
 
-    code = run_verify(original, pruned, plan, options, max_ms=max_ms, data=data, preprocess=preprocess)
-    raise typer.Exit(code)
+    wanted = VerifyOptions(original, pruned, plan, max_ms, data, preprocess, markdown)
+    raise typer.Exit(run_verify(wanted, options))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Analyze, profile, apply and verify: options in, files and printed results out, an exit code back."""
+"""Analyze, profile and apply: options in, files and printed results out, an exit code back."""
 
 from __future__ import annotations
 
@@ -8,33 +8,25 @@ from onnx_mdp.cli.options import (
     Options,
     accepted_fallback,
     load_structure,
-    read_inputs,
     tell_of_evidence,
     with_plan_inputs,
 )
 from onnx_mdp.files import check_output, write_text
-from onnx_mdp.large_models import for_session, save_model
-from onnx_mdp.model_io import load_model
-from onnx_mdp.pipeline import apply_plan, verify_file
+from onnx_mdp.large_models import save_model
+from onnx_mdp.pipeline import apply_plan
 from onnx_mdp.plan import load_plan
-from onnx_mdp.planning.closed_loop import tolerance
 from onnx_mdp.reports.documents import analyze_document, profile_document, verify_document
-from onnx_mdp.reports.report import analysis_table, cost_table, printable
+from onnx_mdp.reports.report import analysis_table, cost_table
 from onnx_mdp.reports.time_shares import operation_ms
-from onnx_mdp.surgery.changed_weights import (
-    ChangedWeights,
-)
-from onnx_mdp.surgery.verification import Evidence
 from onnx_mdp.tables.latency import build_table
 from onnx_mdp.tables.lut_store import open_store
 from onnx_mdp.tables.table_file import load_table, table_json
-from onnx_mdp.tables.variants import full_variant, measure_models
+from onnx_mdp.tables.variants import full_variant
 
 __all__ = [
     "run_analyze",
     "run_apply",
     "run_profile",
-    "run_verify",
 ]
 
 
@@ -107,46 +99,3 @@ def run_apply(path: Path, plan_path: Path, output: Path, options: Options, *, ov
     document = verify_document(evidence, None) | {"output": str(output)}
     options.screen.result(line, document)
     return 0
-
-
-def run_verify(
-    original: Path,
-    pruned: Path,
-    plan_path: Path,
-    options: Options,
-    *,
-    max_ms: float | None,
-    data: Path | None = None,
-    preprocess: str | None = None,
-) -> int:
-    """Check that a pruned file equals the masked original, and optionally that it is fast enough."""
-    plan = load_plan(plan_path)
-    model, structure = load_structure(original, with_plan_inputs(options, plan))
-    slim = load_model(pruned)
-    feeds = read_inputs(structure, model, data, preprocess, 2, options).feeds if data else ()
-    evidence, weights = verify_file(model, structure, slim, plan, feeds)
-    tell_of_evidence(evidence, options)
-    measured = None
-    if max_ms is not None:
-        timing = measure_models([for_session(slim)], structure.shadow.inputs, options.runtime(), budget_s=5.0)
-        measured, limit = timing.ms[0], max_ms * (1 + tolerance(timing.noise))
-    fast = measured is None or measured <= limit
-    verdict = _verdict(evidence, measured, fast, weights)
-    options.screen.result(verdict, verify_document(evidence, measured, weights))
-    return 0 if evidence.verified and fast else 1
-
-
-def _verdict(evidence: Evidence, measured: float | None, fast: bool, weights: ChangedWeights | None) -> str:
-    law = (
-        f"pruned = masked original, error {evidence.worst:.1e} of the scale on {evidence.inputs_tried} inputs"
-        if evidence.verified
-        else f"differs from the masked original by {evidence.worst:.1e} of the scale"
-        + (f"; checker: {printable(evidence.checker)}" if evidence.checker else "")
-    )
-    if weights is not None:
-        law = (
-            f"as sliced by the plan, {law} · this file is that graph with other numbers in {weights.changed} "
-            f"of {weights.total} float tensors ({printable(weights.how)}), which the law does not cover"
-        )
-    speed = "" if measured is None else f" · measured {measured:.3f} ms{'' if fast else ', above --max-ms'}"
-    return f"{'PASS' if evidence.verified and fast else 'FAIL'}  {law}{speed}"
