@@ -264,7 +264,8 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+EXAMPLES = PACKAGE / "docs" / "examples"  # scripts that a reader copies, and no part of the package
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py")) if EXAMPLES not in path.parents}
 
 
 @functools.cache
