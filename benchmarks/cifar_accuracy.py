@@ -4,7 +4,7 @@ Claim: at 3 times the measured speed of the original and after the same fine-tun
 ``lstsq``, is the most accurate, by at least half a point over Torch-Pruning; at twice the speed it is at most
 half a point below the original.
 
-Every pruner of benchmarks/cifar_pruners.py is turned until its file, measured beside the original, is as
+Every pruner of benchmarks/pruners.py is turned until its file, measured beside the original, is as
 fast as asked. Then all are trained alike by `onnx_mdp.training`: labels and the original as teacher,
 BatchNorm inserted and folded away again, SGD, random crops and flips, the same seed and number of steps, on
 45,000 training images; the weights that are best on the other 5,000 are tested on the 10,000 test images.

@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.cifar_images import PREPROCESSING, Cifar
-from benchmarks.cifar_pruners import SHAPES, Fast, Planner, Pruner, at_speed, uniform
-from benchmarks.cifar_torch_pruning import torch_pruning
 from benchmarks.finetuned import finetuned
 from benchmarks.harness import note
 from benchmarks.kept_models import Kept, Made
 from benchmarks.measuring import table_from_nothing
 from benchmarks.model_files import model_path
+from benchmarks.pruners import Fast, Planner, Pruner, at_speed, uniform
+from benchmarks.torch_pruning_peer import torch_pruning
 from onnx_mdp.importance.gradient_scores import GradientOptions
 from onnx_mdp.importance.scoring import Importance, gradient_criterion, score
 from onnx_mdp.model_io import load_model, model_bytes
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 Feed = dict[str, npt.NDArray[np.float32]]
 
-__all__ = ["METHODS", "REFITTED", "CifarNetwork"]
+__all__ = ["METHODS", "REFITTED", "SHAPES", "CifarNetwork"]
 
+SHAPES = {"input": (1, 3, 32, 32)}
 REFITTED = "mdp_lstsq"
 METHODS = ("mdp", REFITTED, "linear", "greedy", "uniform", "torch_pruning")
 _PLANNED = {"mdp": "exact", "linear": "linear", "greedy": "greedy"}
@@ -72,7 +73,7 @@ class CifarNetwork:
     def _pruned(self, method: str, speedup: float) -> Made:
         note(f"{self.name}, {method} at {speedup:g} times the speed")
         pruner = self._pruners[method]
-        fast = at_speed(pruner, self.base, speedup, self._runtime, self._given.seed)
+        fast = at_speed(pruner, self.base, SHAPES, speedup, self._runtime, self._given.seed)
         numbers = {"speedup": fast.speedup, "noise": fast.noise}
         if method == "mdp" and isinstance(pruner, Planner):
             refitted = pruner.refitted(fast.model, self._feeds)
@@ -90,7 +91,7 @@ class CifarNetwork:
             for method, solver in _PLANNED.items()
         }
         pruners["uniform"] = uniform(structure, importance)
-        pruners["torch_pruning"] = torch_pruning(self.name, self._images.batches)
+        pruners["torch_pruning"] = torch_pruning(self.name, SHAPES["input"], "taylor", self._images.batches)
         return pruners
 
     @cached_property

@@ -52,15 +52,22 @@ def measured_ratios(
     *,
     seed: int = 0,
     budget_s: float = 15.0,
+    split: bool = False,
     on_group: Callable[[int, int], None] = lambda done, total: None,
 ) -> Ratios:
-    """Rewrite every plan and time it against ``base``, at most twelve plans together."""
+    """Rewrite every plan and time it against ``base``, at most twelve plans together.
+
+    ``split`` leaves projections that were fused as the table sees them.
+    """
     values: list[float] = []
     timings: list[Timing] = []
     for start in range(0, len(plans), _TOGETHER):
         on_group(start, len(plans))
         group = plans[start : start + _TOGETHER]
-        sessions = [open_placed(base, runtime, structure.shadow.inputs), *_opened(structure, group, runtime)]
+        sessions = [
+            open_placed(base, runtime, structure.shadow.inputs),
+            *_opened(structure, group, runtime, split),
+        ]
         feeds = [random_feeds(session, structure.shadow.inputs, seed) for session in sessions]
         timing = measure(
             sessions,
@@ -77,8 +84,9 @@ def measured_ratios(
 
 
 def _opened(
-    structure: Structure, plans: Sequence[PruningPlan], runtime: Runtime
+    structure: Structure, plans: Sequence[PruningPlan], runtime: Runtime, split: bool
 ) -> Iterator[InferenceSession]:
     """Open one after the other, so that only one serialised model exists at a time."""
     for plan in plans:
-        yield open_placed(model_bytes(rewrite(structure, plan)), runtime, structure.shadow.inputs)
+        model = model_bytes(rewrite(structure, plan, split=split))
+        yield open_placed(model, runtime, structure.shadow.inputs)

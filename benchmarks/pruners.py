@@ -1,12 +1,12 @@
-"""Pruners of a CIFAR ResNet, each a function from a dial between 0 and 1 to an ONNX model, and their speed.
+"""Pruners, each a function from a dial between 0 and 1 to an ONNX model, and the dial for a speed.
 
 A `Planner` plans with our solver or one in its place, ``uniform`` keeps the same share of every dimension;
-all rank units by the same scores.
+these rank units by the same scores. ``onnxsim`` is `apply_structured_pruning` of onnxsim 0.8.1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import onnx
@@ -26,11 +26,10 @@ from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.tables.latency import LatencyTable, predict_ms
 from onnx_mdp.tables.variants import full_variant, measure_models
 
-__all__ = ["SHAPES", "Fast", "Planner", "Pruner", "at_speed", "uniform"]
+__all__ = ["Fast", "Planner", "Pruner", "at_speed", "onnxsim", "uniform"]
 
 Pruner = Callable[[float], bytes]
-
-SHAPES = {"input": (1, 3, 32, 32)}
+Shapes = Mapping[str, tuple[int, ...]]
 
 _ROUNDS, _CLOSE = 8, 0.015  # the second of the speed-up
 _MEASURE_S = 4.0
@@ -45,7 +44,9 @@ class Fast:
     noise: float
 
 
-def at_speed(pruner: Pruner, base: bytes, speedup: float, runtime: Runtime, seed: int) -> Fast:
+def at_speed(
+    pruner: Pruner, base: bytes, shapes: Shapes, speedup: float, runtime: Runtime, seed: int
+) -> Fast:
     """Turn the dial until the model, measured beside the original, is as fast as asked; the nearest one.
 
     A model that is slower than asked by more than the noise is taken only if no other is there.
@@ -54,7 +55,7 @@ def at_speed(pruner: Pruner, base: bytes, speedup: float, runtime: Runtime, seed
     found: list[Fast] = []
     for step in range(_ROUNDS):
         model = pruner(dial)
-        timing = measure_models([base, model], SHAPES, runtime, seed=seed + step, budget_s=_MEASURE_S)
+        timing = measure_models([base, model], shapes, runtime, seed=seed + step, budget_s=_MEASURE_S)
         found.append(Fast(model, timing.ms[0] / timing.ms[1], timing.noise))
         note(f"  dial {dial:.3f}: {found[-1].speedup:.2f} times as fast (F {timing.noise:.1%})")
         if 0 <= found[-1].speedup / speedup - 1 <= _CLOSE:
@@ -107,5 +108,19 @@ def uniform(structure: Structure, importance: Importance) -> Pruner:
             count = max(1, round(dial * dimension.count))
             keep[dimension.name] = tuple(sorted(ranking(importance, index)[:count].tolist()))
         return model_bytes(rewrite(structure, PruningPlan(keep=keep)))
+
+    return pruned
+
+
+def onnxsim(base: bytes) -> Pruner:
+    """The dial is one minus the sparsity; filters go by their l2 norm."""
+
+    def pruned(dial: float) -> bytes:
+        from onnxsim import apply_structured_pruning  # type: ignore[import-not-found]
+
+        slim: bytes = apply_structured_pruning(
+            onnx.load_from_string(base), sparsity=1 - dial
+        ).SerializeToString()
+        return slim
 
     return pruned

@@ -1,0 +1,150 @@
+"""What prunes a model at equal latency: ours, what else one would do with our table, and other tools."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.measuring import table_from_nothing
+from benchmarks.model_files import model_path
+from benchmarks.pruners import Fast, Planner, Pruner, at_speed, onnxsim, uniform
+from benchmarks.samples import Samples, samples_for
+from benchmarks.torch_pruning_peer import KINDS, torch_pruning
+from onnx_mdp.data.feeds import input_types
+from onnx_mdp.errors import UsageError
+from onnx_mdp.importance.scoring import Importance, score
+from onnx_mdp.model_io import load_model, model_bytes
+from onnx_mdp.pipeline import analyze
+from onnx_mdp.planning.formulation import formulate
+from onnx_mdp.running.runtime import Runtime, open_session
+from onnx_mdp.running.timing import random_feeds
+
+__all__ = ["METHODS", "OURS", "REFITTED", "Contest", "Likeness"]
+
+OURS, REFITTED = "mdp", "mdp_lstsq"
+_PLANNED = {OURS: "exact", "greedy": "greedy", "linear": "linear"}
+METHODS = (
+    OURS,
+    REFITTED,
+    *(m for m in _PLANNED if m != OURS),
+    "uniform",
+    "onnxsim",
+    *(f"tp_{k}" for k in KINDS),
+)
+
+_MULTIPLE = 8  # widths that Torch-Pruning may take: others are slower on this runtime than whole models
+_COMPARED = 200  # images; more do not change which pruner is ahead
+
+Feed = Mapping[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """How much a pruned model's outputs are the original's: cosine, the worst output; the same top-1; top-1
+    of the labels, where there are some.
+    """
+
+    cosine: float
+    agreement: float | None
+    accuracy: float | None
+
+
+class Contest:
+    """A model, and everything that its pruners share; feeds without images are random."""
+
+    def __init__(self, name: str, threads: int, seed: int) -> None:
+        self.name, self.seed, self.runtime = name, seed, Runtime(threads=threads)
+        model = load_model(model_path(name))
+        self.structure, self.base = analyze(model, {}), model_bytes(model)
+        self.shapes, self._types = self.structure.shadow.inputs, input_types(model)
+
+    def fast(self, method: str, speedup: float) -> Fast:
+        """The model, pruned by a method until it is as fast as asked; refitted after that.
+
+        Raises:
+            Exception: whatever the tool raises.
+        """
+        pruner = self._pruner(method)
+        fast = at_speed(pruner, self.base, self.shapes, speedup, self.runtime, self.seed)
+        if method == REFITTED and isinstance(pruner, Planner):
+            return Fast(pruner.refitted(fast.model, self._feeds), fast.speedup, fast.noise)
+        return fast
+
+    def likeness(self, model: bytes) -> Likeness:
+        """The pruned model beside the original on the samples."""
+        feeds, labels = self._compared
+        original, pruned = (self._outputs(each, feeds) for each in (self.base, model))
+        cosines = [_cosine(a, b) for a, b in zip(original, pruned, strict=True)]
+        if len(original) != 1 or original[0].ndim != 2:
+            return Likeness(min(cosines), None, None)
+        chosen, found = original[0].argmax(1), pruned[0].argmax(1)
+        accuracy = None if labels is None else float((found == labels).mean())
+        return Likeness(cosines[0], float((chosen == found).mean()), accuracy)
+
+    def _pruner(self, method: str) -> Pruner:
+        if method == "onnxsim":
+            return onnxsim(self.base)
+        if method.startswith("tp_"):
+            (shape,) = self.shapes.values()
+            return torch_pruning(self.name, shape, method.removeprefix("tp_"), self._batches, _MULTIPLE)
+        if method == "uniform":
+            return uniform(self.structure, self._importance)
+        table = table_from_nothing(self.structure, self.runtime, self.seed)
+        formulation = formulate(self.structure, self._importance, table)
+        solver = _PLANNED[OURS if method == REFITTED else method]
+        return Planner(self.structure, formulation, self._importance, table, solver)
+
+    def _batches(self) -> list[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]]:
+        """The calibration images with their labels: more than the others are told."""
+        if self._samples is None:
+            raise UsageError(f"{self.name} has no labels to take a gradient of")
+        images = np.concatenate([next(iter(feed.values())) for feed in self._samples.calibration])
+        return [(images, self._samples.calibration_labels)]
+
+    def _outputs(self, model: bytes, feeds: list[Feed]) -> list[npt.NDArray[np.float64]]:
+        session = open_session(model, Runtime(threads=2))
+        runs = [session.run(None, dict(feed)) for feed in feeds]
+        return [np.concatenate(parts).astype(np.float64) for parts in zip(*runs, strict=True)]
+
+    @cached_property
+    def _samples(self) -> Samples | None:
+        try:
+            return samples_for(self.name, _COMPARED)
+        except UsageError:
+            return None
+
+    @cached_property
+    def _importance(self) -> Importance:
+        return score(self.structure, "drift", self._feeds)
+
+    @cached_property
+    def _feeds(self) -> list[Feed]:
+        if self._samples is not None:
+            return list(self._samples.calibration)
+        return [self._noise(seed) for seed in range(16)]
+
+    @cached_property
+    def _compared(self) -> tuple[list[Feed], npt.NDArray[np.int64] | None]:
+        if self._samples is None:
+            return [self._noise(seed) for seed in range(100, 116)], None
+        (name,), labels = self.shapes, self._samples.labels
+        images = self._samples.load(slice(0, len(labels)))
+        return [{name: image[None]} for image in images], labels
+
+    def _noise(self, seed: int) -> Feed:
+        session = open_session(self.base, self.runtime)
+        return {name: a.astype(np.float32) for name, a in random_feeds(session, self.shapes, seed).items()}
+
+
+def _cosine(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
+    """Of what is left when the mean over the samples is taken away, which all inputs share."""
+    if a.shape != b.shape:
+        raise UsageError(f"the pruned model gives {b.shape} in the place of {a.shape}")
+    if len(a) > 1:
+        a, b = a - a.mean(0), b - a.mean(0)
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float((a * b).sum()) / norms if norms else 0.0
