@@ -139,10 +139,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "s": lambda r: f"{r.seconds:.0f}",
         "verdict": lambda r: r.verdict,
     }
-    print_table("top-1 after repair", columns, results)
+    table = print_table("top-1 after repair", columns, results)
     best = [r for r in results if r.repair == "lstsq"]
     summary = " · ".join(f"{r.model} at {r.ratio:g} {r.unrepaired:.1%} → {r.accuracy:.1%}" for r in best)
-    return publish(__file__, given, results, combined([r.verdict for r in results]), summary)
+    return publish(__file__, given, results, table, combined([r.verdict for r in results]), summary)
 
 
 if __name__ == "__main__":

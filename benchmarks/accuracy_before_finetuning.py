@@ -161,11 +161,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "blocks gone": lambda r: str(len(r.removed_blocks)),
         "verdict": lambda r: r.verdict,
     }
-    print_table("top-1 before fine-tuning", columns, results)
+    table = print_table("top-1 before fine-tuning", columns, results)
     parts = [f"{r.model} {r.accuracy:.1%} at {r.ratio:g} (bar {r.bar:.0%})" for r in results if r.bar]
     summary = " · ".join([*parts, f"largest measured ratio {max(r.measured for r in results):.3f}"])
     verdict = combined([result.verdict for result in results])
-    return publish(__file__, given, results, verdict, summary)
+    return publish(__file__, given, results, table, verdict, summary)
 
 
 if __name__ == "__main__":

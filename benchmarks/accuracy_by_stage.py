@@ -169,9 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "s": lambda r: f"{r.seconds:.0f}",
         "verdict": lambda r: r.verdict,
     }
-    print_table(f"top-1 after each stage, {given.steps} steps of distillation", columns, results)
+    table = print_table(f"top-1 after each stage, {given.steps} steps of distillation", columns, results)
     ends = [f"{r.model} {r.dense:.1%} → {r.stages[-1]:.1%} at {r.ratio:g}" for r in results if r.distilled]
-    return publish(__file__, given, results, combined([r.verdict for r in results]), " · ".join(ends))
+    return publish(__file__, given, results, table, combined([r.verdict for r in results]), " · ".join(ends))
 
 
 if __name__ == "__main__":

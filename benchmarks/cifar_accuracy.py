@@ -125,10 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seconds": lambda r: f"{r.seconds:.0f}",
         "verdict": lambda r: r.verdict,
     }
-    print_table(f"CIFAR-10 after {given.steps} steps", columns, results)
+    table = print_table(f"CIFAR-10 after {given.steps} steps", columns, results)
     ours = [r for r in results if r.method == REFITTED]
     summary = ", ".join(f"{r.model} {r.after:.1%} at {r.asked:g}x (original {r.dense:.1%})" for r in ours)
-    return publish(__file__, given, results, combined([r.verdict for r in results]), summary)
+    return publish(__file__, given, results, table, combined([r.verdict for r in results]), summary)
 
 
 if __name__ == "__main__":

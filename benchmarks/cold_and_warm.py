@@ -108,9 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "peak MB": lambda r: f"{r.peak_mb:.0f}",
         "verdict": lambda r: r.verdict,
     }
-    print_table("onnx-mdp prune in fresh processes", columns, runs)
+    table = print_table("onnx-mdp prune in fresh processes", columns, runs)
     summary = " · ".join(f"{r.model} {r.store} {r.wall_s:.0f} s, {r.peak_mb:.0f} MB" for r in runs)
-    return publish(__file__, given, runs, combined([run.verdict for run in runs]), summary)
+    return publish(__file__, given, runs, table, combined([run.verdict for run in runs]), summary)
 
 
 if __name__ == "__main__":

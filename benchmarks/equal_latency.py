@@ -153,10 +153,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "remark": lambda r: r.remark,
         "verdict": lambda r: r.verdict,
     }
-    print_table("at equal measured latency, before fine-tuning", columns, rows)
+    table = print_table("at equal measured latency, before fine-tuning", columns, rows)
     judged = [row.verdict for row in rows if row.method == REFITTED]
     summary = f"best or tied in {judged.count('pass')} of {len(judged)} cells"
-    return publish(__file__, given, rows, combined(judged), summary)
+    return publish(__file__, given, rows, table, combined(judged), summary)
 
 
 def _print_one(given: argparse.Namespace) -> int:

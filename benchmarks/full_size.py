@@ -180,12 +180,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "worst block": lambda r: f"{r.block_error:.1e}",
         "verdict": lambda r: r.verdict if r.verdict == "pass" else ", ".join(r.flaws),
     }
-    print_table("pruned = masked on full size", columns, rows)
+    table = print_table("pruned = masked on full size", columns, rows)
     worst = max(max(row.plan_error, row.block_error) for row in rows)
     counts = f"{sum(row.plans for row in rows)} plans and {sum(row.blocks for row in rows)} single blocks"
     passed = sum(row.verdict == "pass" for row in rows)
     summary = f"{passed} of {len(rows)} files; {counts}, none further than {worst:.1e} of the scale"
-    return publish(__file__, given, rows, combined([row.verdict for row in rows]), summary)
+    return publish(__file__, given, rows, table, combined([row.verdict for row in rows]), summary)
 
 
 if __name__ == "__main__":

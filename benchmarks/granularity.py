@@ -142,11 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind in ("all", *_KINDS):
         columns[kind] = lambda r, kind=kind: _cell(r, kind)
     columns["kinds used"] = lambda r: ", ".join(r.kinds_used)
-    print_table("importance kept (output drift), by what may be cut", columns, rows)
+    table = print_table("importance kept (output drift), by what may be cut", columns, rows)
     summary = (
         f"the joint plan keeps the most in {sum(r.verdict == 'pass' for r in rows)} of {len(rows)} cells"
     )
-    return publish(__file__, given, rows, combined([row.verdict for row in rows]), summary)
+    return publish(__file__, given, rows, table, combined([row.verdict for row in rows]), summary)
 
 
 if __name__ == "__main__":

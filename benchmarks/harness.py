@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,6 +24,7 @@ from onnx_mdp.running.runtime import device_name, import_onnxruntime
 __all__ = [
     "NOISE_LIMIT",
     "ROOT",
+    "Printed",
     "Verdict",
     "arguments",
     "claim",
@@ -101,19 +102,35 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def print_table(title: str, columns: Mapping[str, Callable[[_Row], str]], rows: Sequence[_Row]) -> None:
+@dataclass(frozen=True, slots=True)
+class Printed:
+    """A table as it was printed, so that documents show what was measured and nothing else."""
+
+    title: str
+    columns: tuple[str, ...]
+    cells: tuple[tuple[str, ...], ...]
+
+
+def print_table(title: str, columns: Mapping[str, Callable[[_Row], str]], rows: Sequence[_Row]) -> Printed:
     """Print one line a row on stdout; a file or a pipe gets lines as long as they need to be."""
+    cells = tuple(tuple(show(row) for show in columns.values()) for row in rows)
     table = Table(title=title, title_justify="left")
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left", no_wrap=number > 0)
-    for row in rows:
-        table.add_row(*(show(row) for show in columns.values()))
+    for row in cells:
+        table.add_row(*row)
     console = Console()
     Console(width=console.width if console.is_terminal else 400).print(table)
+    return Printed(title, tuple(columns), cells)
 
 
 def publish(
-    script: str, given: argparse.Namespace, rows: Sequence[Any], verdict: Verdict, summary: str
+    script: str,
+    given: argparse.Namespace,
+    rows: Sequence[Any],
+    table: Printed,
+    verdict: Verdict,
+    summary: str,
 ) -> int:
     """Write ``DIR/<name of the script>.json``, print the last line, and return the exit code."""
     document = {
@@ -121,6 +138,7 @@ def publish(
         "header": header(given.threads),
         "verdict": verdict,
         "summary": summary,
+        "table": asdict(table),
         "rows": [_finite(asdict(row) | {"verdict": row.verdict}) for row in rows],
     }
     given.output.mkdir(parents=True, exist_ok=True)

@@ -140,13 +140,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "MACs proxy": lambda r: _two(r.errors["macs"]),
         "verdict": lambda r: r.verdict,
     }
-    print_table("prediction error, median / worst", columns, rows)
+    table = print_table("prediction error, median / worst", columns, rows)
     given.output.mkdir(parents=True, exist_ok=True)
     figure = given.output / f"{Path(__file__).stem}.svg"
     write_text(prediction_svg(rows), figure, overwrite=True)
     note(f"figure → {figure}")
     summary = " · ".join(f"{r.model} {_two(r.errors['calibrated'])}, F {r.noise:.1%}" for r in rows)
-    return publish(__file__, given, rows, combined([row.verdict for row in rows]), summary)
+    return publish(__file__, given, rows, table, combined([row.verdict for row in rows]), summary)
 
 
 if __name__ == "__main__":

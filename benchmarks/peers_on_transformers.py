@@ -179,10 +179,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Torch-Pruning": lambda r: _cell(r.torch_pruning),
         "verdict": lambda r: r.verdict,
     }
-    print_table("parameters removed, and whether the result runs", columns, rows)
+    table = print_table("parameters removed, and whether the result runs", columns, rows)
     passed = sum(row.verdict == "pass" for row in rows)
     summary = f"onnx-mdp prunes and proves {passed} of {len(rows)} files"
-    return publish(__file__, given, rows, combined([row.verdict for row in rows]), summary)
+    return publish(__file__, given, rows, table, combined([row.verdict for row in rows]), summary)
 
 
 if __name__ == "__main__":

@@ -175,11 +175,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.8, 0.6, 0.4])
     given = parser.parse_args(argv)
     rows = [row for name in given.models for row in _rows(name, given)]
-    print_table("onnx-mdp prune", _COLUMNS, rows)
+    table = print_table("onnx-mdp prune", _COLUMNS, rows)
     for row in rows:
         for flaw in row.flaws:
             print(f"{row.model} at {row.ratio:g}: {flaw}")
-    return publish(__file__, given, rows, combined([row.verdict for row in rows]), summary(rows))
+    return publish(__file__, given, rows, table, combined([row.verdict for row in rows]), summary(rows))
 
 
 if __name__ == "__main__":

@@ -112,9 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "F": lambda r: f"{r.noise:.1%}",
         "verdict": lambda r: r.verdict,
     }
-    print_table("related networks: after the first / alone; errors median, worst", columns, rows)
+    table = print_table("related networks: after the first / alone; errors median, worst", columns, rows)
     summary = " · ".join(f"{r.then}: {r.shared:.0%} of the keys known" for r in rows)
-    return publish(__file__, given, rows, combined([row.verdict for row in rows]), summary)
+    return publish(__file__, given, rows, table, combined([row.verdict for row in rows]), summary)
 
 
 if __name__ == "__main__":

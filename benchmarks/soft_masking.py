@@ -174,14 +174,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "blocks gone": lambda r: str(r.blocks),
         "seconds": lambda r: f"{r.seconds:.0f}",
     }
-    print_table("top-1 after as many steps", columns, results)
+    table = print_table("top-1 after as many steps", columns, results)
     parts = [
         f"{mode} {gain:+.1%} at {speedup:g}x"
         for mode in given.modes
         if mode != "one-shot"
         for speedup, gain in _gains(results, mode).items()
     ]
-    return publish(__file__, given, results, _verdict(results), "over one-shot: " + " · ".join(parts))
+    return publish(__file__, given, results, table, _verdict(results), "over one-shot: " + " · ".join(parts))
 
 
 if __name__ == "__main__":

@@ -148,14 +148,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         given.seeds, given.time_limit = 1, 10.0
         given.solvers = [s for s in given.solvers if s != "mindtpy"]
     rows = [*_exact_rows(given), *_other_rows(given), *task_rows(given)]
-    print_table("solvers", _COLUMNS, rows)
+    table = print_table("solvers", _COLUMNS, rows)
     slow = [f"{r.task} {r.instance}" for r in rows if r.verdict == "fail"]
     exact = [r for r in rows if r.solver == "exact" and r.task == "solve"]
     summary = f"exact: worst gap {max(r.gap for r in exact):.0e}, " + ", ".join(
         f"{r.instance} {r.median_s:.2f} s" for r in exact
     )
     summary += f"; failing: {', '.join(slow)}" if slow else ""
-    return publish(__file__, given, rows, combined([row.verdict for row in rows]), summary)
+    return publish(__file__, given, rows, table, combined([row.verdict for row in rows]), summary)
 
 
 if __name__ == "__main__":

@@ -124,12 +124,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "wall s": lambda c: f"{c.wall_s:.0f}",
         "verdict": lambda c: c.verdict,
     }
-    print_table("closed loop, measured against target", columns, cells)
+    table = print_table("closed loop, measured against target", columns, cells)
     within = sum(cell.within for cell in cells)
     summary = (
         f"{within} of {len(cells)} cells within max(2 %, 2F), worst {max(c.distance for c in cells):+.1%}"
     )
-    return publish(__file__, given, cells, combined_cells(cells), summary)
+    return publish(__file__, given, cells, table, combined_cells(cells), summary)
 
 
 if __name__ == "__main__":

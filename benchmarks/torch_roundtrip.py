@@ -171,13 +171,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "after 10 steps": lambda r: str(r.after),
         "seconds": lambda r: f"{r.seconds:.0f}",
     }
-    print_table("to torch and back", columns, rows)
+    table = print_table("to torch and back", columns, rows)
     passed = sum(row.verdict == "pass" for row in rows)
     reached, weights = sum(row.reached for row in rows), sum(row.weights for row in rows)
     summary = (
         f"{passed} of {len(rows)} models go to torch and back; gradients reach {reached} of {weights} weights"
     )
-    return publish(__file__, given, rows, combined([row.verdict for row in rows]), summary)
+    return publish(__file__, given, rows, table, combined([row.verdict for row in rows]), summary)
 
 
 if __name__ == "__main__":

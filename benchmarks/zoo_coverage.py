@@ -169,13 +169,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seconds": lambda r: f"{r.seconds:.0f}",
         "frozen": lambda r: "; ".join(f"{n} × {why}" for why, n in r.frozen.items()),
     }
-    print_table("coverage of the development zoo", columns, rows)
+    table = print_table("coverage of the development zoo", columns, rows)
     pruned = sum(row.pruned for row in rows)
     few: list[Verdict] = [] if pruned >= 0.95 * len(rows) else ["fail"]
     counts = f"{sum(r.prunable for r in rows)} of {sum(r.dimensions for r in rows)} dimensions"
     passed = sum(row.verdict == "pass" for row in rows)
     summary = f"{passed} of {len(rows)} files hold the law, {pruned} are pruned; {counts} can be"
-    return publish(__file__, given, rows, combined([*(row.verdict for row in rows), *few]), summary)
+    return publish(__file__, given, rows, table, combined([*(row.verdict for row in rows), *few]), summary)
 
 
 if __name__ == "__main__":

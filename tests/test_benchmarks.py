@@ -14,20 +14,25 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import onnx
 import pytest
 
 import onnx_mdp
 from benchmarks import (
     configurations,
+    equal_latency,
     full_size,
     harness,
     latency_prediction,
     prune_cells,
+    result_tables,
     targets,
     zoo_coverage,
 )
+from benchmarks import run as suite
 from benchmarks.checking import Look, input_shapes, parameters
 from benchmarks.harness import NOISE_LIMIT, Verdict, combined, judge
+from benchmarks.layered_module import layered_module
 from benchmarks.measuring import measured_ratios, table_from_nothing
 from benchmarks.metered import Metered, run_metered
 from benchmarks.model_files import model_path
@@ -40,7 +45,7 @@ from onnx_mdp.model_io import load_model, parameter_count
 from onnx_mdp.numerics.double_precision import run_in_double
 from onnx_mdp.pipeline import analyze
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.running.runtime import Runtime
+from onnx_mdp.running.runtime import Runtime, open_session
 from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.tables.variants import plan_of_variant, random_variant
 from tests.zoo import run, text_model, zoo_path
@@ -49,6 +54,7 @@ FOLDER = Path(harness.__file__).parent
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if "run_main(main)" in path.read_text())
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py"))
 DEMO = Path(onnx_mdp.__file__).parent / "demo_model" / "shapes_resnet.onnx"
+TABLE = harness.Printed("title", ("model", "ms"), (("a|b", "1.5"),))
 VERDICTS: tuple[Verdict, ...] = ("pass", "fail", "inconclusive")
 
 
@@ -76,12 +82,14 @@ def test_the_benchmarks_are_scripts() -> None:
         "accuracy_by_stage",
         "cifar_accuracy",
         "cold_and_warm",
+        "equal_latency",
         "full_size",
         "granularity",
         "latency_prediction",
         "peers_on_transformers",
         "prune_cells",
         "related_networks",
+        "run",
         "soft_masking",
         "solver",
         "targets",
@@ -135,7 +143,7 @@ def test_only_a_broken_claim_exits_with_1(
     verdict: Verdict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [Row(1.5), Row(float("inf"), verdict)]
-    code = harness.publish("some/where/name.py", given(tmp_path / "new"), rows, verdict, "summary")
+    code = harness.publish("some/where/name.py", given(tmp_path / "new"), rows, TABLE, verdict, "summary")
     assert code == (verdict == "fail")
     assert capsys.readouterr().out.startswith(f"{verdict.upper()}  summary")
     document = json.loads((tmp_path / "new" / "name.json").read_text())
@@ -409,3 +417,82 @@ def test_the_figure_of_predictions_shows_every_model_and_method() -> None:
     root = ElementTree.fromstring(prediction_svg(rows))
     texts = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
     assert {"onnx-mdp", "a", "b", "measured / unpruned"} <= {text for text in texts if text}
+
+
+def test_documents_say_what_the_results_say() -> None:
+    assert result_tables.stale_documents() == [], "run `python -m benchmarks.run --documents`"
+
+
+def test_a_table_that_was_edited_is_found_and_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(result_tables, "RESULTS", tmp_path / "results")
+    harness.publish("name.py", given(tmp_path / "results" / "quick"), [Row(1.5)], TABLE, "pass", "held")
+    text = "before\n<!-- result: quick/name -->\nany\n<!-- end of result -->\nafter\n"
+    full = result_tables.filled(text)
+    assert "| a\\|b | 1.5 |" in full
+    assert "PASS: held." in full
+    assert full.startswith("before\n")
+    assert full.endswith("\nafter\n")
+    assert result_tables.filled(full) == full
+    assert result_tables.filled(full.replace("1.5", "1.4")) == full
+    with pytest.raises(UsageError, match="no result"):
+        result_tables.filled(text.replace("quick/name", "quick/nonesuch"))
+
+
+def test_every_script_is_run_by_all_and_the_quick_arguments_are_its_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    every = {*suite.PARTS, *suite._WHOLE, *suite.NEEDS_DATA, "run"}
+    assert every == set(SCRIPTS)
+    for name, text in suite.PARTS.items():
+        script = importlib.import_module(f"benchmarks.{name}")
+        with pytest.raises(SystemExit, match="0"):
+            script.main([*text.split(), "--help"])
+        shown = capsys.readouterr().out
+        assert [word for word in text.split() if word.startswith("--") and word not in shown] == []
+
+
+def test_a_suite_keeps_results_and_tells_of_scripts_that_gave_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    monkeypatch.setattr(suite, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(suite, "refresh", lambda: None)
+    monkeypatch.setattr(suite, "PARTS", {"good": "--a 1", "bad": ""})
+
+    def ran(command: list[str], **_: Any) -> None:
+        if command[-3:] == ["benchmarks.good", "--a", "1"]:
+            harness.publish("good.py", given(tmp_path / "out" / "benchmarks"), [Row(1)], TABLE, "pass", "ok")
+
+    monkeypatch.setattr(suite.subprocess, "run", ran)
+    assert suite.main(["--quick"]) == 1
+    assert "no result" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "results" / "quick").iterdir()] == ["good.json"]
+    assert suite.main(["--quick", "--only", "good"]) == 0
+    with pytest.raises(UsageError, match="nonesuch"):
+        suite.main(["--quick", "--only", "nonesuch"])
+
+
+@pytest.mark.parametrize(("name", "side"), [("", 64), ("imagenet/tf_efficientnet_lite0_dynamo.onnx", 224)])
+def test_layers_of_a_file_compute_what_the_file_computes(name: str, side: int) -> None:
+    torch = pytest.importorskip("torch")
+    model = onnx.load(str(zoo_path(name) if name else DEMO))
+    image = np.random.default_rng(0).standard_normal((1, 3, side, side)).astype(np.float32)
+    session = open_session(model.SerializeToString(), Runtime())
+    expected = session.run(None, {model.graph.input[0].name: image})[0]
+    with torch.no_grad():
+        found = layered_module(model)(torch.from_numpy(image)).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_verdict_asks_for_the_best_among_those_that_are_as_fast() -> None:
+    own = equal_latency.Row("m", 0.6, equal_latency.REFITTED, 0.6, 0.0, 0.5, 0.9, 0.80)
+    better = replace(own, method="other", agreement=0.9)
+    assert equal_latency.verdict_of(own, [own]) == "pass"
+    assert equal_latency.verdict_of(own, [own, better]) == "fail"
+    assert equal_latency.verdict_of(own, [own, replace(better, measured=0.7)]) == "pass"  # it is slower
+    assert equal_latency.verdict_of(own, [own, replace(better, agreement=0.81)]) == "pass"  # tied
+    assert equal_latency.verdict_of(replace(own, measured=0.7), [own]) == "fail"
+    assert equal_latency.verdict_of(replace(own, measured=None), [own]) == "fail"
+    assert equal_latency.verdict_of(better, [own, better]) == "pass"  # nothing is asked of others
