@@ -106,7 +106,6 @@ class Seen(HTMLParser):
         self.attributes: list[tuple[str, str]] = []
         self.texts: list[str] = []
         self.feed(html)
-        self.text = " ".join(self.texts)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
@@ -114,6 +113,11 @@ class Seen(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        """What a reader sees; a name may be broken."""
+        return " ".join(self.texts) + "".join(self.texts)
 
 
 # The document

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 
 from onnx_mdp.reports.inline_svg import inline_svg
@@ -10,6 +11,7 @@ from onnx_mdp.reports.report import printable
 
 __all__ = ["html_page"]
 
+_PARTS = re.compile(r"[^/.;,]*[/.;,]+|[^/.;,]+")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _STYLE = """
 :root { --ink: #1a1a1a; --faint: #555; --paper: #fff; --card: #f4f6f8; --line: #c9ced4; --fill: #1f4e79;
@@ -35,7 +37,7 @@ th { font-weight: 600; color: var(--faint); vertical-align: bottom }
 .text { overflow-wrap: break-word; min-width: 4.5rem }
 .number { text-align: right; white-space: nowrap }
 th.number { white-space: normal }
-.name { overflow-wrap: anywhere; min-width: 9rem; max-width: 30rem }
+.name { overflow-wrap: anywhere; min-width: 9rem; max-width: 34rem }
 td.name { font-family: ui-monospace, Consolas, Menlo, monospace; font-size: .82rem }
 td.bar { min-width: 6rem; width: 12rem; vertical-align: middle }
 .bar svg { display: block; width: 100%; height: .8rem; overflow: visible }
@@ -53,7 +55,11 @@ figure { margin: .8rem 0 }
 figure svg { background: #fff; max-width: none; height: auto; display: block }
 footer { margin: 2.5rem 0 1rem; color: var(--faint); font-size: .85rem; border-top: 1px solid var(--line);
   padding-top: .5rem }
-@media (max-width: 36rem) { th, td { padding-right: .6rem } dl { grid-template-columns: 6.5rem 1fr } }
+@media (max-width: 36rem) { th, td { padding-right: .6rem } table { font-size: .82rem }
+  dl { grid-template-columns: 6.5rem 1fr } .text { min-width: 0 } .name { min-width: 6.5rem }
+  td.name { font-size: .75rem } td.bar { min-width: 3rem } figure svg { zoom: .85 } }
+@media screen and (max-width: 30rem) { figure::after { content: "scroll sideways →"; color: var(--faint);
+  font-size: .82rem } }
 @media print { :root { --ink: #000; --faint: #333; --paper: #fff; --card: #fff; --line: #999; --fill: #444;
   --good: #000; --bad: #000 }
   body { max-width: none; padding: 0; font-size: 10pt; print-color-adjust: exact;
@@ -94,6 +100,11 @@ def _text(text: str) -> str:
     return escape(printable(text))
 
 
+def _breakable(name: str) -> str:
+    """A name that may be broken after what separates its parts, not only anywhere."""
+    return "<wbr>".join(map(_text, _PARTS.findall(name)))
+
+
 def _section(section: Section, number: int) -> str:
     blocks = "\n".join(_block(block, f"s{number}b{place}-") for place, block in enumerate(section.blocks))
     return f"<section>\n<h2>{_text(section.title)}</h2>\n{blocks}\n</section>"
@@ -130,7 +141,10 @@ def _table(table: Table) -> str:
 
 
 def _cell(column: Column, cell: Cell) -> str:
-    shown = _bar(cell) if isinstance(cell, Bar) else _text(cell)
+    if isinstance(cell, Bar):
+        shown = _bar(cell)
+    else:
+        shown = _breakable(cell) if column.kind == "name" else _text(cell)
     return f'<td class="{column.kind}">{shown}</td>'
 
 

@@ -120,7 +120,7 @@ def front_svg(
         axes = figure.add_subplot()
         axes.plot([x for x, _ in points], [100 * y for _, y in points], "o-", color="#1f4e79", markersize=4)
         axes.plot([base_ms], [100.0], "s", color="#8c8c8c", markersize=6)
-        axes.annotate("unpruned", (base_ms, 100.0), (-6, -12), textcoords="offset points", ha="right")
+        axes.annotate("unpruned", (base_ms, 100.0), (8, -24), textcoords="offset points", ha="right")
         if target_ms is not None:
             axes.axvline(target_ms, color="#1a1a1a", linestyle="--", linewidth=1)
             axes.annotate("target", (target_ms, 3), (4, 0), textcoords="offset points")

@@ -140,7 +140,8 @@ def _verification(report: Report) -> Section:
 
 
 def _environment(report: Report) -> Section:
-    facts = [(name.replace("_", " "), _plain(value)) for name, value in sorted(report.environment.items())]
+    told = {name: value for name, value in sorted(report.environment.items()) if value not in (None, "")}
+    facts = [(name.replace("_", " "), _plain(value)) for name, value in told.items()]
     seconds = [(stage, f"{spent:.1f} s") for stage, spent in report.seconds.items()]
     seconds.append(("in all", f"{sum(report.seconds.values()):.1f} s"))
     files = Table(
@@ -152,8 +153,6 @@ def _environment(report: Report) -> Section:
 
 
 def _plain(value: object) -> str:
-    if value is None or value == "":
-        return NO_NUMBER
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

@@ -109,7 +109,11 @@ def _numbers(report: Report) -> Section:
     if report.fastest_ms is not None:
         facts.append(("fastest plan there is", f"{milliseconds(report.fastest_ms)}, by the table"))
     if report.solver is not None:
-        proven = f", within {report.gap:.0e} of the best" if report.gap else ", proven to be the best"
+        proven = (
+            f", within {report.gap:.0e} of the best"
+            if (report.gap or 0.0) > 1e-9
+            else ", proven to be the best"
+        )
         shown = "" if report.gap is None else proven
         facts.append(("chosen by", f"{report.solver}{shown}; units ranked by {report.criterion}"))
     if report.proof is not None:
@@ -246,7 +250,7 @@ def _rounds(report: Report) -> Section | None:
         )
         for number, r in enumerate(report.rounds, 1)
     ]
-    numbers = ("ms predicted", "ms measured", "predicted − measured", "noise F", "importance kept")
+    numbers = ("ms predicted", "ms measured", "predicted off by", "noise F", "importance kept")
     columns = (Column("round"), *(Column(c, "number") for c in numbers), Column("", "bar"))
     said = (
         "Each plan was rewritten and measured beside the original; what was measured corrected the next "
@@ -278,4 +282,4 @@ def _front(report: Report) -> Section | None:
     if front.chosen is not None:
         said += " The diamond is the plan that was chosen, the cross what it measured."
     figure = Figure(svg, label, Table(columns, rows, f"The {len(rows)} plans in numbers"))
-    return Section("What else could be had", (said, figure))
+    return Section("What else could be had: the Pareto front", (said, figure))
