@@ -153,6 +153,14 @@ def test_the_action_gives_its_inputs_as_variables_and_never_as_text() -> None:
     assert {n for n, i in ACTION["inputs"].items() if "default" not in i} == {"original", "pruned", "plan"}
 
 
+def test_the_workflow_of_the_page_names_inputs_of_the_action() -> None:
+    page = (ROOT / "onnx_mdp" / "docs" / "ci.md").read_text(encoding="utf-8")
+    (workflow,) = re.findall(r"```yaml\n(jobs:\n.*?)```", page, re.DOTALL)
+    (given,) = [s["with"] for s in yaml.safe_load(workflow)["jobs"]["model"]["steps"] if ".ci@" in s["uses"]]
+    assert given.keys() <= ACTION["inputs"].keys()
+    assert given.keys() >= {"original", "pruned", "plan"}
+
+
 @pytest.fixture
 def act(pruned: Path, tmp_path: Path) -> Any:
     """Run the Action's last step as a runner would, on files of the folder."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from command_line import Run, is_refused
 from onnx import TensorProto, helper, numpy_helper
 from test_export import DEMO
+from test_model_gate import ROOT, pruned
 
 from onnx_mdp.large_models import save_model
 from onnx_mdp.model_io import load_model
@@ -20,6 +23,8 @@ from onnx_mdp.pipeline import stamp
 from onnx_mdp.plan import PruningPlan, plan_identity, plan_json
 from onnx_mdp.running.runtime import Runtime, open_session, runtime
 from onnx_mdp.serving.triton import configuration, served
+
+__all__ = ["pruned"]  # a fixture
 
 HOSTILE = 'x"\n} model_warmup { name: "é\\\0'
 TYPES = "BOOL INT8 INT16 INT32 INT64 UINT8 UINT16 UINT32 UINT64 FLOAT16 FLOAT DOUBLE STRING".split()
@@ -122,3 +127,33 @@ def test_mlflow_loads_what_was_exported_and_predicts_what_onnx_runtime_does(run:
     assert run("export", "mlflow", "slim.onnx", "-o", "m", "--overwrite").code == 0
     is_refused(run("export", "mlflow", DEMO, "-o", "n", *history), 2, "not made by this plan")
     assert sorted(p.name for p in Path().iterdir() if p.name.startswith((".", "n"))) == []
+
+
+@pytest.mark.slow  # it installs the package
+def test_the_hook_of_the_page_stops_a_commit_of_a_damaged_model(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pre_commit")
+    monkeypatch.setenv("PRE_COMMIT_HOME", str(tmp_path / "hooks"))
+    page = (ROOT / "onnx_mdp" / "docs" / "ci.md").read_text(encoding="utf-8")
+    (hook,) = re.findall(r"```yaml\n(repos:\n.*?)```", page, re.DOTALL)
+    folder = tmp_path / "repository"
+    shutil.copytree(pruned, folder)
+    # From this checkout; and the latency of a busy machine is not what is tested.
+    text = hook.replace("onnx-mdp[cpu]", f"{ROOT}[cpu]").replace("--max-ms 5", "--max-ms 1e6")
+    (folder / ".pre-commit-config.yaml").write_text(text)
+
+    def done(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(words, cwd=folder, capture_output=True, text=True)
+
+    for words in (["init"], ["add", "."]):
+        assert done("git", *words).returncode == 0
+    program = str(Path(sys.executable).parent / "pre-commit")
+    good = done(program, "run")
+    assert good.returncode == 0, good.stdout + good.stderr
+    assert "Passed" in good.stdout
+    shutil.copy(pruned / "damaged.onnx", folder / "slim.onnx")
+    done("git", "add", "slim.onnx")
+    bad = done(program, "run")
+    assert bad.returncode == 1
+    assert "FAIL  differs from the masked original" in bad.stdout
