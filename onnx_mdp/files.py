@@ -20,7 +20,7 @@ from typing import BinaryIO, TypeAlias
 
 from onnx_mdp.errors import OutputError
 
-__all__ = ["Content", "check_output", "scratch_folder", "write_files", "write_text"]
+__all__ = ["Content", "check_output", "make_folder", "scratch_folder", "write_files", "write_text"]
 
 Content: TypeAlias = "bytes | Callable[[BinaryIO], None]"
 
@@ -50,6 +50,18 @@ def _check_output(path: Path, overwrite: bool) -> None:
         raise OutputError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
     if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise OutputError(f"cannot write {path}: permission denied; choose a writable folder")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it; one that exists is left as it is.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make {folder}: {error.strerror}; choose another folder") from error
 
 
 def write_text(text: str, path: Path, *, overwrite: bool = False) -> None:

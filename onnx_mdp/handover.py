@@ -15,8 +15,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnx_mdp.bench import Job, Result, job_of, jobs_text, read_results
-from onnx_mdp.errors import OutputError, UsageError
-from onnx_mdp.files import write_files
+from onnx_mdp.errors import UsageError
+from onnx_mdp.files import make_folder, write_files
 from onnx_mdp.large_models import save_model
 from onnx_mdp.plan import PruningPlan, plan_identity
 from onnx_mdp.planning.closed_loop import (
@@ -56,10 +56,7 @@ def open_handover(folder: Path, original: ir.Model) -> Handover:
         OutputError: it cannot be written.
         UsageError: its results are none.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make {folder}: {error.strerror}; choose another folder") from error
+    make_folder(folder)
     save_model(original, folder / _BASE_FILE, overwrite=True)
     results = folder / _RESULTS_FILE
     return Handover(folder, read_results(results) if results.exists() else {})

@@ -126,6 +126,8 @@ def test_mlflow_loads_what_was_exported_and_predicts_what_onnx_runtime_does(run:
     is_refused(run("export", "mlflow", "slim.onnx", "-o", "m"), 2, "exists")
     assert run("export", "mlflow", "slim.onnx", "-o", "m", "--overwrite").code == 0
     is_refused(run("export", "mlflow", DEMO, "-o", "n", *history), 2, "not made by this plan")
+    Path("result.json").write_text('{"schema_version": 1, "predicted_ms": 9.0}')
+    is_refused(run("export", "mlflow", "slim.onnx", "-o", "n", *history), 2, "another prune")
     assert sorted(p.name for p in Path().iterdir() if p.name.startswith((".", "n"))) == []
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnx_mdp.errors import UsageError
+from onnx_mdp.errors import MeasurementError, UsageError
 from onnx_mdp.large_models import for_session
-from onnx_mdp.running.runtime import Runtime, one_line, open_session
+from onnx_mdp.running.runtime import InferenceSession, Runtime, one_line, open_session
 from onnx_mdp.running.timing import random_feeds
 
 __all__ = ["require_batches"]
@@ -19,29 +19,47 @@ _TOLERANCE = 2e-2  # of the largest output: other kernels, and scales that are t
 
 
 def require_batches(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Run two samples apart and together, on the CPU; ``shapes`` are those of one sample.
+    """Run two samples apart and together, on the CPU; ``shapes`` are those of the inputs, batch first.
 
     Raises:
-        UsageError: the model does not run on two samples, or they change each other's outputs.
+        MeasurementError: the model does not run on drawn inputs.
+        UsageError: it does not run on two samples, or they change each other's outputs.
     """
     session = open_session(for_session(model), Runtime())
-    ones = {name: (1, *shape[1:]) for name, shape in shapes.items()}
-    first, second = (random_feeds(session, ones, seed) for seed in (0, 1))
+    alone = {name: (1, *shape[1:]) for name, shape in shapes.items()}
+    first, second = (_drawn(session, alone, seed) for seed in (0, 1))
     both = {name: np.concatenate([first[name], second[name]]) for name in first}
-    apart = [session.run(None, feeds) for feeds in (first, second)]
+    one, two = _run(session, first), _run(session, second)
     try:
-        together = session.run(None, both)
-    except Exception as error:
+        together = _run(session, both)
+    except MeasurementError as error:
         raise UsageError(
-            f"--max-batch joins requests, but the model does not run on two samples ({one_line(error)}); "
-            "leave it out, or export the model with a symbolic batch"
+            f"--max-batch joins requests, but of two samples together: {error} "
+            "Leave it out, or export the model with a symbolic batch."
         ) from error
-    for output, one, two, joint in zip(model.graph.outputs, *apart, together, strict=True):
-        if not _agree(joint, one, two):
+    for value, *results in zip(model.graph.outputs, together, one, two, strict=True):
+        if not _agree(*results):
             raise UsageError(
-                f"--max-batch joins requests, but output {output.name!r} of two samples together is not what "
+                f"--max-batch joins requests, but output {value.name!r} of two samples together is not what "
                 "each gives alone: the first dimension of the inputs is no batch; leave it out"
             )
+
+
+def _drawn(session: InferenceSession, shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Any]:
+    """Floats from N(0, 1), integers and booleans 0 or 1, which most tables of embeddings hold."""
+    rng = np.random.default_rng(seed)
+    feeds = random_feeds(session, shapes, seed)
+    return {
+        name: array if array.dtype.kind == "f" else rng.integers(0, 2, array.shape).astype(array.dtype)
+        for name, array in feeds.items()
+    }
+
+
+def _run(session: InferenceSession, feeds: Mapping[str, Any]) -> list[Any]:
+    try:
+        return session.run(None, feeds)
+    except Exception as error:
+        raise MeasurementError(f"ONNX Runtime cannot run the model: {one_line(error)}") from error
 
 
 def _agree(joint: Any, one: Any, two: Any) -> bool:

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_mdp.errors import MeasurementError, OutputError, UnsupportedModelError
-from onnx_mdp.files import check_output, write_files
+from onnx_mdp.errors import MeasurementError, UnsupportedModelError
+from onnx_mdp.files import check_output, make_folder, write_files
 from onnx_mdp.large_models import for_session
 from onnx_mdp.running.runtime import Runtime, one_line, open_session
 
@@ -78,10 +78,7 @@ def write_golden(golden: Golden, folder: Path, *, overwrite: bool = False) -> tu
     if folder.is_dir():
         for path in paths:
             check_output(path, overwrite=overwrite)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make {folder}: {error.strerror}; choose another folder") from error
+    make_folder(folder)
     documents = _inputs(golden), _outputs(golden)
     texts = [json.dumps(document, indent=1, allow_nan=False) + "\n" for document in documents]
     write_files({path: text.encode() for path, text in zip(paths, texts, strict=True)})

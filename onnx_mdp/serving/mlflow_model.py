@@ -42,7 +42,7 @@ def history(model: ir.Model, plan: PruningPlan | None, result: Mapping[str, Any]
     """Where a model comes from, as metadata: what its file says, how its plan was found, what was measured.
 
     Raises:
-        UsageError: the plan is another model's.
+        UsageError: the plan is another model's, or the result another plan's.
     """
     told: dict[str, Any] = dict(provenance(model))
     if plan is not None:
@@ -50,6 +50,8 @@ def history(model: ir.Model, plan: PruningPlan | None, result: Mapping[str, Any]
             raise UsageError("the model was not made by this plan: give the one that `prune` wrote beside it")
         told |= {f"onnx_mdp.plan.{key}": getattr(plan, key) for key in _FOUND}
         told |= {f"onnx_mdp.plan.{key}": value for key, value in plan.provenance.items()}
+        if result is not None and result.get("predicted_ms", plan.predicted_ms) != plan.predicted_ms:
+            raise UsageError("the result is that of another prune than the plan: give what it printed")
     if result is not None:
         told |= {f"onnx_mdp.{key}": result[key] for key in _FIGURES if key in result}
     return told

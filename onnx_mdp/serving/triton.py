@@ -15,8 +15,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnx_mdp.analysis.binding import bind_shapes
-from onnx_mdp.errors import OutputError, UnsupportedModelError, UsageError
-from onnx_mdp.files import check_output
+from onnx_mdp.errors import UnsupportedModelError, UsageError
+from onnx_mdp.files import check_output, make_folder
 from onnx_mdp.large_models import save_model
 from onnx_mdp.running.runtime import Runtime
 from onnx_mdp.serving.batching import require_batches
@@ -198,10 +198,7 @@ def write_repository(model: ir.Model, served: Served, repository: Path, *, overw
     if folder.is_dir():
         for output in filter(lambda output: output.parent.is_dir(), (config, path)):
             check_output(output, overwrite=overwrite)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make {path.parent}: {error.strerror}; choose another folder") from error
+    make_folder(path.parent)
     beside = {config: configuration(served).encode()}
     save_model(model, path, overwrite=overwrite, beside=beside)
     return folder
