@@ -311,7 +311,7 @@ def test_a_misspelt_command_line_says_so(run: Run, arguments: tuple[str, ...], f
     assert "Traceback" not in outcome.err
 
 
-@pytest.mark.parametrize("existing", ["out.onnx", "out.plan.json", "out.structure.svg"])
+@pytest.mark.parametrize("existing", ["out.onnx", "out.plan.json", "out.structure.svg", "out.recipe.yaml"])
 def test_an_existing_output_is_refused_before_any_measurement(run: Run, existing: str) -> None:
     tiny()
     Path(existing).write_text("mine")
@@ -439,7 +439,7 @@ def test_the_plan_file_keeps_its_contract(story: Story) -> None:
 
 def test_nothing_but_the_outputs_is_written(story: Story) -> None:
     names = {p.name for p in story.folder.iterdir()} - {"lut.sqlite", "lut.sqlite-wal", "lut.sqlite-shm"}
-    outputs = {"slim model.onnx", "slim model.plan.json", "slim model.structure.svg"}
+    outputs = {f"slim model.{end}" for end in ("onnx", "plan.json", "structure.svg", "recipe.yaml")}
     assert names == {"my model.onnx", *outputs}
 
 

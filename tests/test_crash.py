@@ -54,7 +54,7 @@ ARGUMENTS = (
     "out.onnx",
     "--overwrite",
 )
-OUTPUTS = {"out.onnx", "out.plan.json", "out.structure.svg"}
+OUTPUTS = {"out.onnx", "out.plan.json", "out.structure.svg", "out.recipe.yaml"}
 STAGES = ("", "profiling", "profiling", "calibrating", "measuring", "verifying", "write", "write", "write")
 PAUSE_S = 0.03
 LONG_S = 120.0

@@ -381,7 +381,9 @@ def written() -> set[str]:
 def test_prune_writes_the_report_beside_the_model(shop: Run) -> None:
     outcome = shop("prune", *ARGUMENTS, "--target-ratio", 0.5, "--json")
     assert outcome.code == 0, outcome
-    assert written() == REPORTS | {"slim.onnx", "slim.plan.json", "slim.structure.svg"}
+    assert written() == REPORTS | {
+        f"slim.{end}" for end in ("onnx", "plan.json", "structure.svg", "recipe.yaml")
+    }
     assert set(outcome.document["reports"]) == REPORTS
     report = load_report(Path("slim.report.json"))
     hashes = {file.name: file.sha256 for file in report.files}

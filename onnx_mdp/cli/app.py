@@ -36,6 +36,7 @@ from onnx_mdp.cli.parameters import (
     seeded_options,
     store_options,
 )
+from onnx_mdp.cli.recipe import config as config_group
 from onnx_mdp.errors import MdpError
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ app = typer.Typer(
 )
 app.add_typer(device)
 app.add_typer(lut_group, name="lut")
+app.add_typer(config_group, name="config")
 app.add_typer(export, name="export")
 
 
@@ -111,6 +113,7 @@ def profile(
 @app.command()
 @given(plan=plan_options, training=training_options, masks=masking_options, options=measuring_options)
 def prune(
+    context: typer.Context,
     model: Model,
     plan: "PlanOptions",
     training: "FinetuneOptions",
@@ -160,6 +163,7 @@ def prune(
         lut=lut,
         handover=handover,
         report=report,
+        parameters=context.params,
     )
     raise typer.Exit(run_prune(model, options, wanted))
 

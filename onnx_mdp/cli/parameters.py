@@ -37,6 +37,26 @@ __all__ = [
     "store_options",
 ]
 
+
+def _read_recipe(context: typer.Context, path: Path | None) -> Path | None:
+    """Let a recipe say what the command line does not; the other options are read after this."""
+    if path is not None and not context.resilient_parsing:
+        from onnx_mdp.cli.pruning_recipe import option_defaults
+
+        context.default_map = option_defaults(path, context)
+    return path
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="onnx-mdp.yaml",
+        is_eager=True,
+        callback=_read_recipe,
+        help="A recipe: options, for the command line to override.",
+    ),
+]
 Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The ONNX file.")]
 Shapes = Annotated[
     list[str] | None,
@@ -162,6 +182,7 @@ def output_options(as_json: AsJson = False, quiet: Quiet = False) -> "Options":
 
 
 def model_options(
+    config: Config = None,
     input_shape: Shapes = None,
     batch: Batch = 1,
     state: State = None,
@@ -169,7 +190,7 @@ def model_options(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> "Options":
-    """How a model is read, without measuring it."""
+    """How a model is read, without measuring it; a recipe has set defaults by now."""
     return replace(
         output_options(as_json, quiet),
         input_shapes=tuple(input_shape or ()),
@@ -232,6 +253,7 @@ def serving_options(
 
 
 def measuring_options(
+    config: Config = None,
     input_shape: Shapes = None,
     batch: Batch = 1,
     state: State = None,
@@ -246,7 +268,7 @@ def measuring_options(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> "Options":
-    """How a model is read and measured."""
+    """How a model is read and measured; a recipe has set defaults by now."""
     return replace(
         runtime_options(ep, ep_option, ep_precision, ep_library, allow_fallback, threads, as_json, quiet),
         input_shapes=tuple(input_shape or ()),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -24,6 +25,7 @@ from onnx_mdp.cli.options import (
     tell_of_evidence,
     width_rules,
 )
+from onnx_mdp.cli.pruning_recipe import recipe_text
 from onnx_mdp.cli.report_commands import report_files, report_paths, trained_report_files
 from onnx_mdp.data.calibration import CalibrationData
 from onnx_mdp.errors import UsageError
@@ -49,7 +51,7 @@ _EXIT = {"met": 0, "nothing_to_do": 0, "handed_over": 0, "missed": 1, "infeasibl
 
 @dataclass(frozen=True, slots=True)
 class PruneOptions:
-    """What `prune` takes besides the common options."""
+    """What `prune` takes besides the common options, and all that it was told, for a recipe of it."""
 
     target_ms: float | None = None
     target_ratio: float | None = None
@@ -64,6 +66,7 @@ class PruneOptions:
     lut: Path | None = None
     handover: Path | None = None
     report: bool = False
+    parameters: Mapping[str, Any] | None = None
 
 
 def _check_wanted(wanted: PruneOptions) -> None:
@@ -88,8 +91,9 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
     """Prune a model to a latency and write the model, its plan and a figure of it."""
     _check_wanted(wanted)
     outputs = result_paths(wanted.output or Path(f"{path.stem}.pruned.onnx"))
+    recipe_file = outputs[0].with_name(f"{outputs[0].name.removesuffix('.onnx')}.recipe.yaml")
     if not wanted.dry_run:
-        for output in (*outputs, *(report_paths(outputs[0]) if wanted.report else ())):
+        for output in (*outputs, recipe_file, *(report_paths(outputs[0]) if wanted.report else ())):
             check_output(output, overwrite=wanted.overwrite)
     model, structure = load_structure(path, options)
     if wanted.finetune is not None:
@@ -114,6 +118,9 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
         rescale_attention=wanted.plan.rescales(structure),
         repair=parse_methods(wanted.repair),
     )
+    recipe: dict[Path, Content] = {}
+    if wanted.parameters is not None:
+        recipe[recipe_file] = recipe_text(wanted.parameters, structure.shadow.source).encode()
     feeds = data.feeds if data else ()
     with ExitStack() as stack:
         source = _table_source(structure, options, wanted, stack)
@@ -135,10 +142,11 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
     trains = wanted.finetune is not None and not wanted.masks.masked and result.status == "met"
     reported = wanted.report and not wanted.dry_run and result.status != "handed_over"
     reports = report_files(result, around) if reported and not trains else {}
-    written = _write(result, outputs, wanted, reports)
+    written = _write(result, outputs, wanted, reports, recipe)
     if result.plan is not None and not options.screen.as_json:
         options.screen.table(plan_table(structure, result.plan))
     line, document = _summary(result, written[0]), prune_document(result, written) | fallback
+    document["recipe"] = str(recipe_file) if written[0] and recipe else None
     if not wanted.masks.masked:
         trained = _finetuned(model, result, written, options, wanted)
         if trained is not None and written[0] is not None and reported:
@@ -215,12 +223,13 @@ def _write(
     outputs: tuple[Path, Path, Path],
     wanted: PruneOptions,
     reports: Mapping[Path, Content],
+    recipe: Mapping[Path, Content],
 ) -> tuple[Path | None, Path | None, Path | None]:
-    """Write a model that meets its target with its reports; only these of one that does not."""
+    """Write a model that meets its target, with its recipe and reports; of another, the reports."""
     if result.status != "met" or result.model is None or result.plan is None or wanted.dry_run:
         write_files(reports)
         return None, None, None
-    write_result(result, outputs, overwrite=wanted.overwrite, beside=reports)
+    write_result(result, outputs, overwrite=wanted.overwrite, beside={**recipe, **reports})
     return outputs
 
 
