@@ -22,6 +22,7 @@ from onnx_mdp.pipeline import analyze
 from onnx_mdp.planning.formulation import formulate
 from onnx_mdp.running.runtime import Runtime, open_session
 from onnx_mdp.running.timing import random_feeds
+from onnx_mdp.tables.latency import LatencyTable
 
 __all__ = ["METHODS", "OURS", "REFITTED", "Contest", "Likeness"]
 
@@ -92,11 +93,10 @@ class Contest:
             (shape,) = self.shapes.values()
             return torch_pruning(self.name, shape, method.removeprefix("tp_"), self._batches, _MULTIPLE)
         if method == "uniform":
-            return uniform(self.structure, self._importance)
-        table = table_from_nothing(self.structure, self.runtime, self.seed)
-        formulation = formulate(self.structure, self._importance, table)
+            return uniform(self.structure, self.importance)
+        formulation = formulate(self.structure, self.importance, self.table)
         solver = _PLANNED[OURS if method == REFITTED else method]
-        return Planner(self.structure, formulation, self._importance, table, solver)
+        return Planner(self.structure, formulation, self.importance, self.table, solver)
 
     def _batches(self) -> list[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]]:
         """The calibration images with their labels: more than the others are told."""
@@ -118,7 +118,13 @@ class Contest:
             return None
 
     @cached_property
-    def _importance(self) -> Importance:
+    def table(self) -> LatencyTable:
+        """The table, built from nothing."""
+        return table_from_nothing(self.structure, self.runtime, self.seed)
+
+    @cached_property
+    def importance(self) -> Importance:
+        """By ``drift``, on images where there are some."""
         return score(self.structure, "drift", self._feeds)
 
     @cached_property

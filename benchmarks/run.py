@@ -39,11 +39,15 @@ PARTS: Mapping[str, str] = {
     "full_size": "--quick",
 }
 _WHOLE = (
+    "ablations",
     "accuracy_by_stage",
     "cold_and_warm",
     "granularity",
+    "native_networks",
     "peers_on_transformers",
     "related_networks",
+    "fleet_cost",  # of what the related networks and the predictions took
+    "scaling",
     "torch_roundtrip",
     "zoo_coverage",
 )

@@ -24,7 +24,7 @@ from models.efficientnet import efficientnet_b0
 from models.mobilenet import mobilenet_v1, mobilenet_v2
 from models.pvt import pvt
 from models.regnet import regnet_y
-from models.resnet import cifar_resnet, resnet18, resnet50, resnet101, shapes_resnet
+from models.resnet import cifar_resnet, resnet18, resnet50, resnet101, resnet152, shapes_resnet
 from models.retinanet import retinanet
 from models.shufflenet import shufflenet_v2
 from models.ssd import ssd512
@@ -76,6 +76,7 @@ CATALOG: dict[str, Architecture] = {
     "resnet18": Architecture(resnet18, _IMAGENET),
     "resnet50": Architecture(resnet50, _IMAGENET),
     "resnet101": Architecture(resnet101, _IMAGENET),
+    "resnet152": Architecture(resnet152, _IMAGENET),
     "mobilenet_v1": Architecture(mobilenet_v1, _IMAGENET),
     "mobilenet_v2": Architecture(mobilenet_v2, _IMAGENET),
     "efficientnet_b0": Architecture(efficientnet_b0, _IMAGENET),

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from models.convolutions import chain, conv_bn, head
 
-__all__ = ["Residual", "cifar_resnet", "resnet18", "resnet50", "resnet101", "shapes_resnet"]
+__all__ = ["Residual", "cifar_resnet", "resnet18", "resnet50", "resnet101", "resnet152", "shapes_resnet"]
 
 Shortcut = Literal["projection", "pad"]
 _IMAGENET_WIDTHS = (64, 128, 256, 512)
@@ -108,6 +108,12 @@ def resnet50(widths: Sequence[int] = _IMAGENET_WIDTHS, classes: int = 1000) -> n
 def resnet101(widths: Sequence[int] = _IMAGENET_WIDTHS, classes: int = 1000) -> nn.Sequential:
     """Return ResNet-101, which is ResNet-50 with 23 blocks in its third stage."""
     stages = tuple(zip((3, 4, 23, 3), widths, strict=True))
+    return _resnet(_imagenet_stem(widths[0]), widths[0], "bottleneck", stages, classes)
+
+
+def resnet152(widths: Sequence[int] = _IMAGENET_WIDTHS, classes: int = 1000) -> nn.Sequential:
+    """Return ResNet-152, which is ResNet-50 with 8 and 36 blocks in its middle stages."""
+    stages = tuple(zip((3, 8, 36, 3), widths, strict=True))
     return _resnet(_imagenet_stem(widths[0]), widths[0], "bottleneck", stages, classes)
 
 

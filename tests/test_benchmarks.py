@@ -19,13 +19,16 @@ import pytest
 
 import onnx_mdp
 from benchmarks import (
+    ablations,
     configurations,
     equal_latency,
+    fleet_cost,
     full_size,
     harness,
     latency_prediction,
     prune_cells,
     result_tables,
+    sized_models,
     targets,
     zoo_coverage,
 )
@@ -77,19 +80,23 @@ def given(output: Path) -> argparse.Namespace:
 
 def test_the_benchmarks_are_scripts() -> None:
     assert SCRIPTS == [
+        "ablations",
         "accuracy_after_repair",
         "accuracy_before_finetuning",
         "accuracy_by_stage",
         "cifar_accuracy",
         "cold_and_warm",
         "equal_latency",
+        "fleet_cost",
         "full_size",
         "granularity",
         "latency_prediction",
+        "native_networks",
         "peers_on_transformers",
         "prune_cells",
         "related_networks",
         "run",
+        "scaling",
         "soft_masking",
         "solver",
         "targets",
@@ -484,6 +491,45 @@ def test_layers_of_a_file_compute_what_the_file_computes(name: str, side: int) -
     with torch.no_grad():
         found = layered_module(model)(torch.from_numpy(image)).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_whole_method_is_asked_to_keep_the_most_of_those_that_are_as_fast() -> None:
+    whole = ablations.Row("m", "everything", 0.6, 0.9, 0.6)
+    linear = replace(whole, what="linear latency", importance=0.95, measured=0.8)
+    greedy = replace(whole, what="greedy solver", importance=0.89)
+    assert [r.verdict for r in ablations.verdicts([whole, linear, greedy])] == ["pass"] * 3
+    assert next(ablations.verdicts([whole, replace(linear, measured=0.6)])).verdict == "fail"
+    assert next(ablations.verdicts([replace(whole, importance=0.88), greedy])).verdict == "fail"
+    elsewhere = replace(greedy, ratio=0.8, importance=0.99)
+    assert next(ablations.verdicts([whole, elsewhere])).verdict == "pass"
+    tables = [replace(whole, what=f"{n} variants", importance=None, median_error=1 / n) for n in (4, 16)]
+    assert [r.verdict for r in ablations.verdicts(tables)] == ["pass", "pass"]
+    assert list(ablations.verdicts([tables[0], replace(tables[1], median_error=0.5)]))[1].verdict == "fail"
+
+
+def test_stages_of_a_small_detector_are_timed_and_its_heads_are_found() -> None:
+    structures = [analyze(load_model(sized_models.detector_with_heads(count)), {}) for count in (1, 5)]
+    assert [len(structure.prunable) for structure in structures] == [4, 8]  # three of the stem, one a head
+    table = sized_models.made_up_table(structures[1])
+    assert set(table.choices) == set(structures[1].prunable)
+
+
+def test_a_fleet_costs_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fleet_cost, "RESULTS", tmp_path)
+    with pytest.raises(UsageError, match="latency_prediction"):
+        fleet_cost.main(["--output", str(tmp_path / "out")])
+    (tmp_path / "all").mkdir()
+    kept = {
+        "latency_prediction": [{"table_s": 30.0}, {"table_s": 36.0}, {"table_s": 99.0}],
+        "related_networks": [{"seconds": [18.0, 36.0]}],
+    }
+    for name, rows in kept.items():
+        (tmp_path / "all" / f"{name}.json").write_text(json.dumps({"rows": rows}))
+    assert fleet_cost.main(["--output", str(tmp_path / "out")]) == 0
+    assert "5.5 hours of each device, 275 of all" in capsys.readouterr().out
+    assert fleet_cost.main(["--output", str(tmp_path / "out"), "--count", "10000"]) == 1
 
 
 def test_the_verdict_asks_for_the_best_among_those_that_are_as_fast() -> None:
