@@ -37,6 +37,7 @@ __all__ = [
     "import_onnxruntime",
     "one_line",
     "open_session",
+    "run_model",
     "runtime",
 ]
 
@@ -202,6 +203,16 @@ def open_session(
         fact = f"did not start and fell back to {session.get_providers()[0]}"
         raise _refused(ort, runtime, fact)
     return session
+
+
+def run_model(
+    session: InferenceSession, feeds: Mapping[str, Any], names: Sequence[str] | None = None
+) -> list[Any]:
+    """Compute the outputs, all or those named; ``MeasurementError`` if the model does not run."""
+    try:
+        return session.run(names, feeds)
+    except Exception as error:
+        raise MeasurementError(f"ONNX Runtime cannot run the model: {one_line(error)}") from error
 
 
 def _create(

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_mdp.errors import MeasurementError, UsageError
-from onnx_mdp.running.runtime import InferenceSession, NodeArg, one_line
+from onnx_mdp.running.runtime import InferenceSession, NodeArg, run_model
 
 __all__ = [
     "Feeds",
@@ -184,11 +184,8 @@ def _random_array(
 
 def _warm_ms(session: InferenceSession, feeds: Feeds) -> float:
     # Two untimed runs: the first allocates the arena, the second still grows it on some providers.
-    try:
-        for _ in range(2):
-            session.run(None, feeds)
-    except Exception as error:
-        raise MeasurementError(f"ONNX Runtime cannot run the model: {one_line(error)}") from error
+    for _ in range(2):
+        run_model(session, feeds)
     return float(run_times(session, feeds, 3)[0].min())
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from onnx_mdp.errors import MeasurementError, UsageError
 from onnx_mdp.large_models import for_session
-from onnx_mdp.running.runtime import InferenceSession, Runtime, one_line, open_session
+from onnx_mdp.running.runtime import InferenceSession, Runtime, open_session, run_model
 from onnx_mdp.running.timing import random_feeds
 
 __all__ = ["require_batches"]
@@ -29,9 +29,9 @@ def require_batches(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> N
     alone = {name: (1, *shape[1:]) for name, shape in shapes.items()}
     first, second = (_drawn(session, alone, seed) for seed in (0, 1))
     both = {name: np.concatenate([first[name], second[name]]) for name in first}
-    one, two = _run(session, first), _run(session, second)
+    one, two = run_model(session, first), run_model(session, second)
     try:
-        together = _run(session, both)
+        together = run_model(session, both)
     except MeasurementError as error:
         raise UsageError(
             f"--max-batch joins requests, but of two samples together: {error} "
@@ -55,15 +55,9 @@ def _drawn(session: InferenceSession, shapes: Mapping[str, tuple[int, ...]], see
     }
 
 
-def _run(session: InferenceSession, feeds: Mapping[str, Any]) -> list[Any]:
-    try:
-        return session.run(None, feeds)
-    except Exception as error:
-        raise MeasurementError(f"ONNX Runtime cannot run the model: {one_line(error)}") from error
-
-
 def _agree(joint: Any, one: Any, two: Any) -> bool:
-    if joint.ndim == 0 or one.shape[1:] != two.shape[1:] or len(one) != 1 or len(two) != 1:
+    """Whether the samples' own outputs, one after the other, are the joint one."""
+    if any(array.ndim == 0 for array in (joint, one, two)) or one.shape != two.shape or len(one) != 1:
         return False
     wanted = np.concatenate([one, two])
     if joint.shape != wanted.shape or joint.dtype.kind not in "f":

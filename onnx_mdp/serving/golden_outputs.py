@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_mdp.errors import MeasurementError, UnsupportedModelError
+from onnx_mdp.errors import UnsupportedModelError
 from onnx_mdp.files import check_output, make_folder, write_files
 from onnx_mdp.large_models import for_session
-from onnx_mdp.running.runtime import Runtime, one_line, open_session
+from onnx_mdp.running.runtime import Runtime, open_session, run_model
 
 __all__ = ["Golden", "golden", "write_golden"]
 
@@ -49,13 +49,7 @@ def golden(model: ir.Model, feeds: Sequence[Mapping[str, Array]], runtime: Runti
     """
     session = open_session(for_session(model), runtime)
     names = [str(value.name) for value in model.graph.outputs]
-    results = []
-    for feed in feeds:
-        try:
-            found = session.run(names, feed)
-        except Exception as error:
-            raise MeasurementError(f"ONNX Runtime cannot run the model: {one_line(error)}") from error
-        results.append(dict(zip(names, found, strict=True)))
+    results = [dict(zip(names, run_model(session, feed, names), strict=True)) for feed in feeds]
     for name, array in (pair for result in results for pair in result.items()):
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
             raise UnsupportedModelError(
