@@ -21,7 +21,7 @@ from onnx_mdp.numerics.precision import in_float32, widened
 from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.running.runtime import Runtime, open_session
 
-__all__ = ["Fidelity", "OutputFidelity", "fidelity"]
+__all__ = ["Fidelity", "OutputFidelity", "fidelity", "finite"]
 
 Array = npt.NDArray[Any]
 
@@ -112,7 +112,7 @@ class _Tally:
         if not self.floats or not dense:
             return OutputFidelity(name, None, None, agreement)
         cosine = product / float(np.sqrt(dense * slim)) if slim else 0.0
-        return OutputFidelity(name, _finite(cosine), _finite(float(np.sqrt(apart / dense))), agreement)
+        return OutputFidelity(name, finite(cosine), finite(float(np.sqrt(apart / dense))), agreement)
 
     @property
     def accuracy(self) -> tuple[float, float]:
@@ -121,5 +121,6 @@ class _Tally:
         return before, after
 
 
-def _finite(number: float) -> float | None:
+def finite(number: float) -> float | None:
+    """The number, if it is one."""
     return number if np.isfinite(number) else None

@@ -21,7 +21,7 @@ from onnx_mdp.plan import PruningPlan, plan_json
 from onnx_mdp.planning.closed_loop import tolerance
 from onnx_mdp.planning.formulation import to_ns
 from onnx_mdp.planning.problem import SolveLimits
-from onnx_mdp.reports.fidelity import fidelity
+from onnx_mdp.reports.fidelity import fidelity, finite
 from onnx_mdp.reports.figures import layers_of
 from onnx_mdp.reports.frozen_parts import frozen_parts
 from onnx_mdp.reports.plan_report import front_points
@@ -186,12 +186,11 @@ def _front(result: PruneResult) -> Front | None:
 
 
 def _proof(evidence: Evidence) -> Proof:
-    outputs = [
-        OutputProof(
-            name, apart.difference, apart.scale, evidence.drift[name].cosine, evidence.drift[name].max_abs
-        )
-        for name, apart in evidence.errors.items()
-    ]
+    outputs = []
+    for name, apart in evidence.errors.items():
+        drift = evidence.drift[name]
+        moved = finite(drift.cosine), finite(drift.max_abs)
+        outputs.append(OutputProof(name, apart.difference, apart.scale, *moved))
     return Proof(
         verified=evidence.verified,
         worst=evidence.worst,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from onnx_mdp.reports.fidelity import Fidelity
 from onnx_mdp.reports.pages import Bar, Block, Code, Column, Facts, Section, Table
 from onnx_mdp.reports.quantities import NO_NUMBER, long_table, milliseconds, part, percent, ratio
-from onnx_mdp.reports.report_file import Report
+from onnx_mdp.reports.report_file import Proof, Report
 
 __all__ = ["evidence_sections"]
 
@@ -70,21 +73,13 @@ def _accuracy(report: Report) -> Section:
         return Section(title, ("Not measured: no --data.",))
     if found is None:
         return Section(title, ("Not measured: there is no pruned model.",))
-    whom = f"{found.samples} samples of {report.data}"
-    said = (
-        f"On {whom}. These are the calibration inputs, by which the plan was made: the pruned model may look "
-        "better on them than it is on others. Measure on data of your own before you rely on it."
+    used = (
+        "Plan or weights were made by these inputs: the pruned model may look better on them than it is on "
+        "others. Measure on data of your own before you rely on it."
     )
-    blocks: list[Block] = [said]
-    if found.accuracy is not None:
-        before, after = (percent(share) for share in found.accuracy)
-        blocks.append(
-            Facts((("top-1 before", before), ("top-1 after", after), ("by output", str(found.scored))))
-        )
-    elif found.labelled:
-        blocks.append("The labels are not used: no output holds one score for each class of each sample.")
-    else:
-        blocks.append("Accuracy was not measured: the data holds no labels. How far the outputs moved:")
+    blind = report.criterion == "magnitude" and not report.then
+    whom = f"On {found.samples} samples of {report.data}, the calibration inputs."
+    said = f"{whom} {'The plan does not depend on them.' if blind else used}"
     rows = [
         (
             o.name,
@@ -94,40 +89,38 @@ def _accuracy(report: Report) -> Section:
         )
         for o in found.outputs
     ]
-    columns = (
-        Column("output", "name"),
-        *(Column(c, "number") for c in ("cosine to the original", "relative error", "same answer")),
-    )
-    blocks.append(long_table(Table(columns, tuple(rows)), "outputs"))
-    blocks.append(
+    headings = ("cosine to the original", "relative error", "same answer")
+    table = Table((Column("output", "name"), *(Column(c, "number") for c in headings)), tuple(rows))
+    legend = (
         "Same answer: the largest entry of a row is the same (top-1), or an integer is equal. "
         f"A {NO_NUMBER} stands where there is no such number."
     )
-    return Section(title, tuple(blocks))
+    return Section(title, (said, _scores(found), long_table(table, "outputs"), legend))
+
+
+def _scores(found: Fidelity) -> Block:
+    """Top-1, or why there is none."""
+    if found.accuracy is not None:
+        before, after = (percent(share) for share in found.accuracy)
+        scored = str(found.scored)
+        return Facts((("top-1 before", before), ("top-1 after", after), ("by output", scored)))
+    if found.labelled:
+        return "The labels are not used: no output holds one score for each class of each sample."
+    return "Accuracy was not measured: the data holds no labels. How far the outputs moved:"
 
 
 def _verification(report: Report) -> Section:
     proof = report.proof
     if proof is None:
         return Section("Verification", ("Nothing was cut, so there was nothing to verify.",))
-    facts = [
-        ("the law", "the pruned model computes what the original computes with the cut channels masked"),
-        ("holds", "yes" if proof.verified else "NO"),
-        ("worst error", f"{proof.worst:.1e} of the scale; at most {proof.tolerance:.0e} is allowed"),
-        ("inputs tried", str(proof.inputs_tried)),
-        ("ONNX checker", proof.checker or "no complaint"),
-    ]
-    if proof.runtime_noise is not None:
-        noise = f"the runtime itself differs by {proof.runtime_noise:.1e} of the scale when it optimises"
-        facts.append(("noise", noise))
-    if proof.judged is not None:
-        facts.append(("how", proof.judged))
-    if proof.followed:
-        facts.append(("ties", "scores within rounding of each other were ordered as the original does"))
-    if proof.constant:
-        facts.append(("little is proven of", ", ".join(proof.constant) + ": no input changes it"))
     rows = [
-        (o.name, f"{o.difference:.1e}", f"{o.scale:.3g}", f"{o.cosine:.4f}", f"{o.moved:.3g}")
+        (
+            o.name,
+            f"{o.difference:.1e}",
+            f"{o.scale:.3g}",
+            NO_NUMBER if o.cosine is None else f"{o.cosine:.4f}",
+            NO_NUMBER if o.moved is None else f"{o.moved:.3g}",
+        )
         for o in proof.outputs
     ]
     headings = ("worst error", "scale", "cosine to the unpruned", "largest change")
@@ -136,7 +129,32 @@ def _verification(report: Report) -> Section:
         "The last two columns are no errors: how far pruning moved the output for one random input, before "
         "any change of weights."
     )
-    return Section("Verification", (Facts(tuple(facts)), long_table(table, "outputs"), said))
+    return Section(
+        "Verification",
+        (Facts(tuple(_proven(proof, trained=bool(report.then)))), long_table(table, "outputs"), said),
+    )
+
+
+def _proven(proof: Proof, *, trained: bool) -> Iterator[tuple[str, str]]:
+    yield "the law", "the pruned model computes what the original computes with the cut channels masked"
+    if trained:
+        yield "of", "the model as it was sliced; its weights were changed besides"
+    yield "holds", "yes" if proof.verified else "NO"
+    yield "worst error", f"{proof.worst:.1e} of the scale; at most {proof.tolerance:.0e} is allowed"
+    yield "inputs tried", str(proof.inputs_tried)
+    yield "ONNX checker", proof.checker or "no complaint"
+    if proof.runtime_noise is not None:
+        noise = f"{proof.runtime_noise:.1e} of the scale"
+        yield (
+            "noise",
+            f"the runtime itself differs by {noise} when it optimises, and four times that is allowed",
+        )
+    if proof.judged is not None:
+        yield "how", proof.judged
+    if proof.followed:
+        yield "ties", "scores within rounding of each other were ordered as the original does"
+    if proof.constant:
+        yield "little is proven of", f"{', '.join(proof.constant)}: no input changes it"
 
 
 def _environment(report: Report) -> Section:

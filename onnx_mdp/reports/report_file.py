@@ -92,14 +92,14 @@ class Front:
 class OutputProof:
     """The worst difference of an output between pruned and masked model, and the output's scale.
 
-    ``cosine`` and ``moved`` say how far it went from the unpruned model on one random input.
+    ``cosine`` and ``moved`` say how far it went from the unpruned model on one random input; None: no number.
     """
 
     name: str
     difference: float
     scale: float
-    cosine: float
-    moved: float
+    cosine: float | None
+    moved: float | None
 
 
 @dataclass(frozen=True, slots=True)

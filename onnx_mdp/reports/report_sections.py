@@ -5,7 +5,7 @@ The sections that are drawn are here, those that prove in `report_evidence`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from onnx_mdp.reports.figures import headline, layers_svg
 from onnx_mdp.reports.pages import Bar, Block, Column, Facts, Figure, Page, Section, Table
@@ -18,6 +18,7 @@ from onnx_mdp.reports.report_file import Costs, Operation, Report
 __all__ = ["report_page"]
 
 _TALL = 120  # layers; a figure of more is folded
+_NO_GAP = 1e-9
 _WORDS = {
     "met": "PASS",
     "missed": "MISSED",
@@ -65,67 +66,51 @@ def _sentence(report: Report) -> str:
 def _numbers(report: Report) -> Section:
     """What was asked, met, and measured."""
     measured = report.measured_ms
+    left = percent(None if measured is None else ratio(measured, report.base_ms))
+    sizes = (("parameters", report.params), ("multiply-accumulates", report.macs))
     rows = [
-        (
-            "latency",
-            milliseconds(report.base_ms),
-            milliseconds(measured),
-            percent(measured and ratio(measured, report.base_ms)),
-        ),
-        *(
-            (what, compact(before), compact(after), percent(ratio(after, before)))
-            for what, (before, after) in (
-                ("parameters", report.params),
-                ("multiply-accumulates", report.macs),
-            )
-        ),
+        ("latency", milliseconds(report.base_ms), milliseconds(measured), left),
+        *((what, compact(a), compact(b), percent(ratio(b, a))) for what, (a, b) in sizes),
         ("importance kept", "100 %", percent(report.importance_share, 2), ""),
     ]
     if report.proof is None:
         rows = [(what, before, NO_NUMBER, NO_NUMBER) for what, before, *_ in rows[:3]]
-    facts = [
-        (
-            "asked",
-            f"{milliseconds(report.target_ms)}, {percent(ratio(report.target_ms, report.base_ms))} of before",
-        ),
-    ]
-    if measured is not None:
-        facts += [
-            ("predicted", milliseconds(report.predicted_ms)),
-            (
-                "measured",
-                f"{milliseconds(measured)}, {_times(report.base_ms, measured)} as fast as the original",
-            ),
-            (
-                "tolerance",
-                f"{percent(report.tolerance)} of the target, the larger of 2 % and twice the noise F "
-                f"({percent(report.noise)})",
-            ),
-            (
-                "original beside it",
-                f"{milliseconds(report.base_now_ms)}, to which the measured time was scaled from it",
-            ),
-        ]
+    asked = f"{milliseconds(report.target_ms)}, {percent(ratio(report.target_ms, report.base_ms))} of before"
+    facts = (("asked", asked), *_measured(report), *_found(report))
+    told = [("then", text) for text in report.then] + [("note", text) for text in report.notes]
+    columns = (Column(""), *(Column(c, "number") for c in ("before", "after", "left")))
+    return Section("Asked, met, measured", (Table(columns, tuple(rows)), Facts((*facts, *told))))
+
+
+def _measured(report: Report) -> Iterator[tuple[str, str]]:
+    """The measurement, and how sure it is."""
+    if report.measured_ms is None:
+        return
+    times = NO_NUMBER if not report.measured_ms else f"{report.base_ms / report.measured_ms:.2f}"
+    yield "predicted", milliseconds(report.predicted_ms)
+    yield "measured", f"{milliseconds(report.measured_ms)}, {times} times as fast as the original"
+    noise = f"the larger of 2 % and twice the noise F ({percent(report.noise)})"
+    yield "tolerance", f"{percent(report.tolerance)} of the target, {noise}"
+    now = milliseconds(report.base_now_ms)
+    yield (
+        "original beside it",
+        f"{now}; the measured time is scaled to the {milliseconds(report.base_ms)} before",
+    )
+
+
+def _found(report: Report) -> Iterator[tuple[str, str]]:
+    """The plan, and the proof."""
     if report.fastest_ms is not None:
-        facts.append(("fastest plan there is", f"{milliseconds(report.fastest_ms)}, by the table"))
+        yield "fastest plan there is", f"{milliseconds(report.fastest_ms)}, by the table"
     if report.solver is not None:
-        proven = (
-            f", within {report.gap:.0e} of the best"
-            if (report.gap or 0.0) > 1e-9
-            else ", proven to be the best"
-        )
-        shown = "" if report.gap is None else proven
-        facts.append(("chosen by", f"{report.solver}{shown}; units ranked by {report.criterion}"))
+        near = f", within {report.gap:.0e} of the best" if report.gap is not None else ""
+        best = report.gap is not None and report.gap <= _NO_GAP
+        proven = ", proven to be the best" if best else near
+        yield "chosen by", f"{report.solver}{proven}; units ranked by {report.criterion}"
     if report.proof is not None:
         holds = "equals the masked original" if report.proof.verified else "differs from the masked original"
-        facts.append(("verified", f"the pruned model {holds}, error {report.proof.worst:.1e} of the scale"))
-    facts += [("then", text) for text in report.then] + [("note", text) for text in report.notes]
-    columns = (Column(""), *(Column(c, "number") for c in ("before", "after", "left")))
-    return Section("Asked, met, measured", (Table(columns, tuple(rows)), Facts(tuple(facts))))
-
-
-def _times(before: float, after: float) -> str:
-    return f"{before / after:.2f} times" if after else NO_NUMBER
+        what = "the model as it was sliced" if report.then else "the pruned model"
+        yield "verified", f"{what} {holds}, error {report.proof.worst:.1e} of the scale"
 
 
 def _structure(report: Report) -> Section | None:
