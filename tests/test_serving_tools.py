@@ -124,6 +124,9 @@ def test_mlflow_loads_what_was_exported_and_predicts_what_onnx_runtime_does(run:
     assert loaded.metadata.load_input_example("m")["image"].shape == (1, 3, 64, 64)
     assert flavour.load_model("m").graph.output[0].name == "logits"
     is_refused(run("export", "mlflow", "slim.onnx", "-o", "m"), 2, "exists")
+    np.savez("images.npz", image=feeds["image"])
+    elsewhere = ("--ep", "qnn", "--data", "images.npz")
+    is_refused(run("export", "mlflow", "slim.onnx", "-o", "n", *elsewhere), 3, "QNNExecutionProvider")
     assert run("export", "mlflow", "slim.onnx", "-o", "m", "--overwrite").code == 0
     is_refused(run("export", "mlflow", DEMO, "-o", "n", *history), 2, "not made by this plan")
     Path("result.json").write_text('{"schema_version": 1, "predicted_ms": 9.0}')

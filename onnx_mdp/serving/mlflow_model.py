@@ -20,10 +20,11 @@ import onnx
 import onnx_ir as ir
 
 from onnx_mdp.errors import MissingBackendError, OutputError, UnsupportedModelError, UsageError
+from onnx_mdp.large_models import for_session
 from onnx_mdp.model_io import model_proto
 from onnx_mdp.plan import PruningPlan, plan_identity
 from onnx_mdp.running.provider_options import portable_options
-from onnx_mdp.running.runtime import Runtime, import_onnxruntime
+from onnx_mdp.running.runtime import Runtime, import_onnxruntime, open_session, run_model
 from onnx_mdp.serving.signature import Port, provenance, signature
 
 __all__ = ["check_folder", "history", "write_mlflow"]
@@ -84,15 +85,18 @@ def write_mlflow(
 ) -> None:
     """Write a model with a signature of named tensors, an ``example`` of its inputs, and metadata.
 
-    A loaded model runs on ``runtime``'s provider, with its options and threads.
+    A loaded model runs on ``runtime``'s provider, with its options and threads. The example is run so here:
+    where a provider is missing, MLflow would serve on the CPU with a warning.
 
     Raises:
-        MissingBackendError: MLflow is not installed.
+        MissingBackendError: MLflow is not installed, or the provider is missing.
+        MeasurementError: the example does not run.
         UnsupportedModelError: a type that MLflow has not, or more than 2 GB of weights.
         OutputError: the folder exists, or cannot be written.
     """
     check_folder(folder, overwrite=overwrite)
     flavour, models = _import("mlflow.onnx"), _import("mlflow.models")
+    run_model(open_session(for_session(model), runtime), example)
     draft = folder.parent / f".onnx-mdp-{secrets.token_hex(8)}"
     try:
         flavour.save_model(
