@@ -49,6 +49,7 @@ NOT_RUN = {
     r"pip install|python3 -m venv|\. \.venv|pytest": "makes an environment and runs all tests: .ci/run does",
     r"onnx-mdp demo$": "takes its time: tests/test_cli.py runs it",
     r"ray start|onnx-mdp fleet": "needs a cluster: tests/test_fleet.py has one",
+    r"onnx-mdp export olive|olive run": "needs Olive: tests/test_olive.py runs it where it is",
     r"torchrun": "starts processes of its own: tests/test_training_loop.py does",
     r".* --ep (?!cpu\b)": "needs a provider that the CPU flavour of ONNX Runtime has not",
 }

@@ -1,11 +1,26 @@
 """The commands of `export`: thin declarations, as those of `cli`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onnx_mdp.cli.parameters import Data, Model, Overwrite, Preprocess, Samples, given, serving_options
+from onnx_mdp.cli.parameters import (
+    Batch,
+    Data,
+    Model,
+    Overwrite,
+    Preprocess,
+    Samples,
+    Shapes,
+    Store,
+    TargetMs,
+    TargetRatio,
+    given,
+    runtime_options,
+    serving_options,
+)
 
 if TYPE_CHECKING:
     from onnx_mdp.cli.options import Options
@@ -74,3 +89,46 @@ def mlflow(
 
     inputs, history = InputOptions(data, preprocess, 1), HistoryFiles(plan, result)
     raise typer.Exit(run_export_mlflow(model, output, options, inputs, history, overwrite=overwrite))
+
+
+@export.command("olive")
+@given(options=runtime_options)
+def olive(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the files go.")],
+    options: "Options",
+    model: Annotated[
+        Path | None, typer.Argument(metavar="MODEL.onnx", help="Write a workflow for this model too.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Package config to add to; default: Olive's own.")
+    ] = None,
+    target_ms: TargetMs = None,
+    target_ratio: TargetRatio = None,
+    data: Data = None,
+    preprocess: Preprocess = None,
+    samples: Samples = 64,
+    input_shape: Shapes = None,
+    batch: Batch = 1,
+    store: Store = None,
+    transformer: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Fuse as a transformer of this type: vit, bert …")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write what Microsoft's Olive needs to prune, then fuse, quantize and measure in one workflow."""
+    from onnx_mdp.cli.olive_commands import OliveOptions, run_export_olive
+
+    wanted = OliveOptions(
+        output=output,
+        base=config,
+        target_ms=target_ms,
+        target_ratio=target_ratio,
+        data=data,
+        preprocess=preprocess,
+        samples=samples,
+        transformer=transformer,
+        overwrite=overwrite,
+    )
+    shapes = tuple(input_shape or ())
+    options = replace(options, input_shapes=shapes, batch=batch, store=store)
+    raise typer.Exit(run_export_olive(model, options, wanted))
