@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "model": lambda r: r.model,
         "of latency": lambda r: _shown(r.ratio, "g"),
         "with": lambda r: r.what,
-        "importance": lambda r: _shown(r.importance, ".4f"),
+        "importance": lambda r: "out of reach" if _unreached(r) else _shown(r.importance, ".4f"),
         "measured": lambda r: _shown(r.measured, ".3f"),
         "median error": lambda r: _shown(r.median_error, ".1%"),
         "worst error": lambda r: _shown(r.worst_error, ".1%"),
@@ -179,6 +179,10 @@ def _rows(name: str, given: argparse.Namespace) -> Iterator[Row]:
         yield from _planned(contest, contest.table, ratio)
     if given.variants:
         yield from _tables(contest, given.variants)
+
+
+def _unreached(row: Row) -> bool:
+    return row.ratio is not None and row.importance is None
 
 
 def _shown(value: float | None, form: str) -> str:
