@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from onnx_mdp.api.pruning import save as save
     from onnx_mdp.api.pruning import verify as verify
     from onnx_mdp.api.stages import analyze as analyze
+    from onnx_mdp.api.stages import chosen_rules as width_rules
     from onnx_mdp.api.stages import pareto as pareto
     from onnx_mdp.api.stages import profile as profile
     from onnx_mdp.api.stages import rewrite as rewrite
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from onnx_mdp.plan import PruningPlan as PruningPlan
     from onnx_mdp.plan import load_plan as load_plan
     from onnx_mdp.planning.formulation import Caps as Caps
+    from onnx_mdp.planning.ignored_scope import IgnoredScope as IgnoredScope
     from onnx_mdp.planning.problem import SolveLimits as SolveLimits
     from onnx_mdp.planning.width_rules import WidthRules as WidthRules
     from onnx_mdp.running.runtime import Runtime as Runtime
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Caps",
     "Evidence",
+    "IgnoredScope",
     "Importance",
     "LatencyTable",
     "LoaderRequest",
@@ -77,12 +80,14 @@ __all__ = [
     "to_proto",
     "to_torch",
     "verify",
+    "width_rules",
     "write_back",
 ]
 
 _HOMES = {
     "Caps": "planning.formulation:Caps",
     "Evidence": "surgery.verification:Evidence",
+    "IgnoredScope": "planning.ignored_scope:IgnoredScope",
     "Importance": "importance.scoring:Importance",
     "LatencyTable": "tables.latency:LatencyTable",
     "LoaderRequest": "training.loaders:LoaderRequest",
@@ -111,6 +116,7 @@ _HOMES = {
     "to_proto": "model_io:model_proto",
     "to_torch": "api.training:to_torch",
     "verify": "api.pruning:verify",
+    "width_rules": "api.stages:chosen_rules",
     "write_back": "api.training:write_back",
 }
 

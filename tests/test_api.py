@@ -217,6 +217,23 @@ def test_a_repaired_file_is_verified_as_its_slicing(
     assert onnx_mdp.verify(DEMO, repaired.model, plan).verified
 
 
+def test_ignored_nodes_keep_their_weights(
+    structure: onnx_mdp.Structure, table: onnx_mdp.LatencyTable
+) -> None:
+    importance = onnx_mdp.score(structure)
+    free = onnx_mdp.solve(structure, importance, table, target_ratio=0.15)
+    node = next(iter(free.keep))  # a dimension is called after the node that makes it
+    ignored = onnx_mdp.IgnoredScope(names=(node,))
+    rules = onnx_mdp.width_rules(DEMO, structure, None, ignored)
+    assert node in rules.held.dimensions
+    assert node not in onnx_mdp.solve(structure, importance, table, target_ratio=0.3, rules=rules).keep
+    result = onnx_mdp.prune(DEMO, target_ratio=0.6, table=table, ignored=ignored)
+    assert result.plan is not None
+    assert rules.held.dimensions & set(result.plan.keep) == set()
+    with pytest.raises(UsageError, match="Gemn"):
+        onnx_mdp.width_rules(DEMO, structure, None, onnx_mdp.IgnoredScope(types=("Gemn",)))
+
+
 @pytest.mark.parametrize("targets", [{}, {"target_ms": 1, "target_ratio": 1}, {"target_ms": -1}])
 def test_a_prune_needs_one_target(targets: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="target"):

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from onnx_mdp import pipeline
 from onnx_mdp.analysis.structure import Structure
-from onnx_mdp.api.stages import Progress, chosen_criterion, chosen_runtime, silent
+from onnx_mdp.api.stages import Progress, chosen_criterion, chosen_rules, chosen_runtime, silent
 from onnx_mdp.data.feeds import DataLike, input_types, read_data
 from onnx_mdp.errors import OutputError, UsageError
 from onnx_mdp.importance.scoring import Criterion
@@ -18,6 +18,7 @@ from onnx_mdp.model_io import ModelLike, load_model
 from onnx_mdp.plan import PruningPlan, check_plan, load_plan, plan_inputs
 from onnx_mdp.planning.closed_loop import Request
 from onnx_mdp.planning.formulation import Caps
+from onnx_mdp.planning.ignored_scope import IgnoredScope
 from onnx_mdp.planning.problem import SolveLimits
 from onnx_mdp.planning.width_rules import WidthRules
 from onnx_mdp.repairing import repair as repairing
@@ -54,6 +55,7 @@ def prune(
     solver: str = "exact",
     limits: SolveLimits | None = None,
     rules: WidthRules | None = None,
+    ignored: IgnoredScope | None = None,
     caps: Caps | None = None,
     rescale_attention: bool = False,
     repair: Sequence[str] = (),
@@ -69,7 +71,7 @@ def prune(
     Exactly one of ``target_ms`` and ``target_ratio`` (of the unpruned latency). Look at ``result.status``
     first: ``"met"``; ``"missed"`` (``result.model`` is the fastest that was measured); ``"infeasible"``
     (``result.fastest_ms``); ``"nothing_to_do"``. Options are those of the command line, which describes
-    them; a ``table`` takes the place of measuring one.
+    them; a ``table`` takes the place of measuring one, and ``ignored`` nodes are left as they are.
 
     >>> from importlib.resources import files
     >>> demo = files("onnx_mdp") / "demo_model" / "shapes_resnet.onnx"
@@ -101,7 +103,7 @@ def prune(
         limits=limits or SolveLimits(),
         max_choices=choices,
         seed=seed,
-        rules=rules or WidthRules(),
+        rules=chosen_rules(original, structure, rules, ignored),
         caps=caps or Caps(),
         rescale_attention=rescale_attention,
         repair=repairing.parse_methods(",".join(repair) or "none"),

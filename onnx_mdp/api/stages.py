@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -28,6 +29,7 @@ from onnx_mdp.importance.gradient_scores import GRADIENT_CRITERIA, GradientOptio
 from onnx_mdp.model_io import ModelLike, load_model
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.planning.formulation import Caps, formulate, to_ns
+from onnx_mdp.planning.ignored_scope import IgnoredScope, held_by
 from onnx_mdp.planning.problem import SolveLimits
 from onnx_mdp.planning.solution_plan import plan_from_solution
 from onnx_mdp.planning.width_rules import WidthRules
@@ -42,6 +44,7 @@ __all__ = [
     "Progress",
     "analyze",
     "chosen_criterion",
+    "chosen_rules",
     "chosen_runtime",
     "pareto",
     "profile",
@@ -221,6 +224,23 @@ def chosen_runtime(ep: str | Runtime, threads: int, store: str | os.PathLike[str
     if isinstance(ep, Runtime):
         return ep
     return runtime(ep, threads, store="" if store is None else str(store))
+
+
+def chosen_rules(
+    model: ModelLike,
+    structure: Structure,
+    rules: WidthRules | None = None,
+    ignored: IgnoredScope | None = None,
+) -> WidthRules:
+    """Rules that leave the ignored nodes of a model as they are, for `solve` and `pareto`.
+
+    Raises:
+        UsageError: a name, a pattern or a type that no node has.
+    """
+    rules = rules or WidthRules()
+    if not ignored:
+        return rules
+    return replace(rules, held=held_by(load_model(model), structure, ignored))
 
 
 def chosen_criterion(
