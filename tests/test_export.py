@@ -15,6 +15,7 @@ import onnx
 import pytest
 from command_line import Run, is_refused
 
+from onnx_mdp import model_io
 from onnx_mdp.model_io import content_hash, load_model
 from onnx_mdp.running.runtime import Runtime, open_session, runtime
 from onnx_mdp.serving.triton import configuration, served
@@ -133,6 +134,14 @@ def test_a_model_is_replaced_only_when_told(run: Run) -> None:
     assert "KIND_GPU" in Path("r/shapes_resnet/config.pbtxt").read_text()
     Path("file").write_text("")
     is_refused(run("export", "triton", DEMO, "-o", "file"), 2, "file")
+
+
+def test_weights_of_a_large_model_lie_beside_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_io, "_MOST_BYTES", 2**16)
+    assert run("export", "triton", DEMO, "-o", "r").code == 0
+    folder = Path("r/shapes_resnet/1")
+    assert [path.suffix for path in sorted(folder.iterdir())] == [".onnx", ".data"]
+    assert content_hash(load_model(folder / "model.onnx")) == content_hash(load_model(DEMO))
 
 
 def arrays(entries: dict[str, dict[str, str]]) -> dict[str, np.ndarray]:
