@@ -1,8 +1,8 @@
 """README and pages are true: their commands run in order, their links lead somewhere, their errors exist.
 
-A page is any ``onnx_mdp/docs/*.md``. Its commands are the lines of ``sh`` blocks, and indented lines that
-begin with ``onnx-mdp``; they run in an empty folder, where the files of `MAKERS` and `SOURCES` appear when a
-command names them. A comment such as ``# exit code 4`` states another code than 0. A block in another
+A page is any ``onnx_mdp/docs/*.md``. Its commands are the lines of ``sh`` and ``console`` blocks, and indented
+lines that begin with ``onnx-mdp``. They run in an empty folder, where the files of `MAKERS` and `SOURCES` appear
+when a command names them. A comment such as ``# exit code 4`` states another code than 0. A block in another
 language whose first line is a comment that names a file (``# onnx-mdp.yaml``) is that file.
 """
 
@@ -47,6 +47,8 @@ MOST_LINES = {README: 200}
 # Commands whose options are checked, and which are not run here, each with the reason.
 NOT_RUN = {
     r"pip install|python3 -m venv|\. \.venv|pytest": "makes an environment and runs all tests: .ci/run does",
+    r"docker|polygraphy": "a tool of others: tests/test_serving_tools.py has what it can",
+    r"onnx-mdp export mlflow": "needs MLflow: tests/test_serving_tools.py has it",
     r"onnx-mdp demo$": "takes its time: tests/test_cli.py runs it",
     r"ray start|onnx-mdp fleet": "needs a cluster: tests/test_fleet.py has one",
     r"onnx-mdp export olive|olive run": "needs Olive: tests/test_olive.py runs it where it is",
@@ -54,6 +56,7 @@ NOT_RUN = {
     r".* --ep (?!cpu\b)": "needs a provider that the CPU flavour of ONNX Runtime has not",
 }
 PLACEHOLDER = "…"
+SHELLS = {"console": "sh", "": "text"}
 
 
 @dataclass(frozen=True)
@@ -65,24 +68,29 @@ class Step:
     text: str
 
 
+def blocks(page: str) -> Iterator[Step]:
+    """What is fenced, and what is indented and begins with a command."""
+    text = PAGES[page].read_text(encoding="utf-8")
+    pattern = r"^```(?P<language>\w*)\n(?P<fenced>.*?)^```|^(?P<indented>(?: {4}[^\n]*\n)+)"
+    for found in re.finditer(pattern, text, re.DOTALL | re.MULTILINE):
+        kind = "indented" if found["indented"] else "fenced"
+        line = text.count("\n", 0, found.start(kind)) + 1
+        if kind == "fenced":
+            yield Step(line, SHELLS.get(found["language"], found["language"]), found["fenced"])
+        elif found["indented"].startswith("    onnx-mdp "):
+            yield Step(line, "sh", found["indented"])
+
+
 def steps(page: str) -> Iterator[Step]:
     """The steps of a page in order; a command that goes on behind a backslash is one."""
-    lines = PAGES[page].read_text(encoding="utf-8").splitlines()
-    language, block, started = "", list[str](), 0
-    for number, line in enumerate(lines, 1):
-        if line.startswith("```"):
-            if language and language != "sh":
-                yield Step(started + 1, language, "\n".join(block))
-            language, block, started = ("", [], 0) if started else (line[3:].strip() or "text", [], number)
-        elif language == "sh" or (not started and re.match(r"    (onnx-mdp|  )", line)):
-            block.append(line.strip())
-            if not line.endswith("\\"):
-                command = " ".join(block).replace("\\ ", "")
-                if command and not command.startswith("#") and (started or command.startswith("onnx-mdp ")):
-                    yield Step(number - len(block) + 1, "sh", command)
-                block = []
-        elif started:
-            block.append(line)
+    for block in blocks(page):
+        if block.language != "sh":
+            yield block
+            continue
+        for found in re.finditer(r"(?:[^\n]*\\\n)*[^\n]+", block.text):
+            command = re.sub(r"\s*\\\n\s*", " ", found[0]).strip()
+            if not command.startswith("#"):
+                yield Step(block.line + block.text.count("\n", 0, found.start()), "sh", command)
 
 
 def commands(page: str) -> list[Step]:
@@ -102,6 +110,8 @@ def parts(command: str) -> list[list[str]]:
 
 def why_not_run(words: list[str]) -> str | None:
     text = " ".join(words)
+    if "finetune" in text and not has_torch():
+        return "needs torch"
     return next((why for pattern, why in NOT_RUN.items() if re.match(pattern, text)), None)
 
 
@@ -228,10 +238,10 @@ class Reader:
                 folder /= words[1]
             elif why_not_run(words) is None:
                 outputs = [value for option, value in itertools.pairwise(words) if option == "-o"]
+                for old in (old for output in outputs for old in folder.glob(f"{Path(output).stem}.*")):
+                    old.unlink()  # of an alternative that the page showed before
                 self.written.update(outputs)
                 self.written.update(str(Path(output).with_suffix(".plan.json")) for output in outputs)
-                for output in outputs:  # of an alternative that the page showed before
-                    (folder / output).unlink(missing_ok=True)
                 self.supply(" ".join(words))
                 code, said = self.run(words, folder)
                 wanted = int(stated[1]) if stated else 0
@@ -262,8 +272,6 @@ def test_the_commands_of_a_page_run(page: str, reader: Reader) -> None:
         if name:
             (reader.folder / name[1]).write_text(step.text + "\n", encoding="utf-8")
         elif step.language == "sh":
-            if "torch" in step.text or "finetune" in step.text:
-                pytest.importorskip("torch")
             reader.follow(step, page)
 
 
@@ -271,7 +279,9 @@ def test_the_commands_of_a_page_run(page: str, reader: Reader) -> None:
 def test_commands_and_options_exist(page: str) -> None:
     for step in commands(page):
         for words in parts(step.text):
-            at = words.index("onnx-mdp") + 1 if "onnx-mdp" in words else len(words)
+            at = 1 + next(
+                (i for i, word in enumerate(words) if re.fullmatch("onnx[-_]mdp", word)), len(words)
+            )
             command = typer.main.get_command(app)
             while hasattr(command, "commands") and at < len(words) and words[at] in command.commands:
                 command, at = command.commands[words[at]], at + 1
