@@ -1,9 +1,9 @@
 """README and pages are true: their commands run in order, their links lead somewhere, their errors exist.
 
-A page is any ``onnx_mdp/docs/*.md``. Its commands are the lines of ``sh`` and ``console`` blocks, and indented
-lines that begin with ``onnx-mdp``. They run in an empty folder, where the files of `MAKERS` and `SOURCES` appear
-when a command names them. A comment such as ``# exit code 4`` states another code than 0. A block in another
-language whose first line is a comment that names a file (``# onnx-mdp.yaml``) is that file.
+A page is any ``onnx_mdp/docs/*.md``. Its commands are the lines of ``sh`` and ``console`` blocks, and
+indented lines that begin with ``onnx-mdp``. They run in an empty folder, where the files of `MAKERS` and
+`SOURCES` appear when a command names them. A comment such as ``# exit code 4`` states another code than 0. A
+block in another language whose first line is a comment that names a file (``# onnx-mdp.yaml``) is that file.
 """
 
 from __future__ import annotations
