@@ -45,11 +45,13 @@ _WHOLE = (
     "granularity",
     "native_networks",
     "peers_on_transformers",
+    "pruned_structure",
     "related_networks",
-    "fleet_cost",  # of what the related networks and the predictions took
     "scaling",
     "torch_roundtrip",
     "zoo_coverage",
+    "fleet_cost",  # these two read what the others found
+    "paper_figures",
 )
 # These train on all of CIFAR-10, for hours; `--data` says where it lies.
 NEEDS_DATA = ("cifar_accuracy", "soft_masking")

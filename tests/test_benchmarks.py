@@ -26,7 +26,9 @@ from benchmarks import (
     full_size,
     harness,
     latency_prediction,
+    paper_figures,
     prune_cells,
+    pruned_structure,
     result_tables,
     sized_models,
     targets,
@@ -92,8 +94,10 @@ def test_the_benchmarks_are_scripts() -> None:
         "granularity",
         "latency_prediction",
         "native_networks",
+        "paper_figures",
         "peers_on_transformers",
         "prune_cells",
+        "pruned_structure",
         "related_networks",
         "run",
         "scaling",
@@ -530,6 +534,31 @@ def test_a_fleet_costs_what_was_measured(
     assert fleet_cost.main(["--output", str(tmp_path / "out")]) == 0
     assert "5.5 hours of each device, 275 of all" in capsys.readouterr().out
     assert fleet_cost.main(["--output", str(tmp_path / "out"), "--count", "10000"]) == 1
+
+
+def test_what_was_not_run_is_missing_beside_the_paper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(paper_figures, "RESULTS", tmp_path)
+    assert paper_figures.main(["--output", str(tmp_path / "out")]) == 0
+    assert "0 of 0 that can be compared" in capsys.readouterr().out
+    (tmp_path / "all").mkdir()
+    errors = {"linear": [0.3, -0.5], "calibrated": [0.01, -0.02]}
+    rows = [{"model": "resnet50_torchscript", "table_s": 30.0, "errors": errors}]
+    (tmp_path / "all" / "latency_prediction.json").write_text(json.dumps({"rows": rows}))
+    paper_figures.main(["--output", str(tmp_path / "out")])
+    assert "2 of 2 that can be compared" in capsys.readouterr().out
+
+
+def test_each_resolution_has_the_share_that_stays(demo: Structure) -> None:
+    keep = {demo.dimensions[i].name: (0,) for i in demo.prunable if demo.dimensions[i].block}
+    rows = list(pruned_structure.stages_of("demo", demo, PruningPlan(keep=keep)))
+    assert [row.side for row in rows] == sorted((row.side for row in rows), reverse=True)
+    assert all(0 < row.channels <= 1 and 0 < row.work <= 1 for row in rows)
+    assert min(row.channels for row in rows) < 0.6
+    assert min(row.work for row in rows) < 0.6
+    whole = list(pruned_structure.stages_of("demo", demo, PruningPlan(keep={})))
+    assert all(row.channels == row.work == 1 and row.blocks == row.blocks_kept for row in whole)
 
 
 def test_the_verdict_asks_for_the_best_among_those_that_are_as_fast() -> None:
