@@ -24,12 +24,12 @@ from zoo import analyse, text_model
 from onnx_mdp import pipeline
 from onnx_mdp.cli import prune_commands
 from onnx_mdp.data.calibration import CalibrationData
-from onnx_mdp.errors import UsageError
+from onnx_mdp.errors import SolverError, UsageError
 from onnx_mdp.pipeline import PruneResult, prune
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.planning import closed_loop
 from onnx_mdp.planning.closed_loop import Request
-from onnx_mdp.reports import report_sections
+from onnx_mdp.reports import report_contents, report_sections
 from onnx_mdp.reports.fidelity import fidelity
 from onnx_mdp.reports.html_page import html_page
 from onnx_mdp.reports.markdown_page import markdown_page
@@ -259,6 +259,16 @@ def test_nothing_is_claimed_that_was_not_measured() -> None:
     assert "Not measured: there is no pruned model." in page
     assert impossible.output is None
     assert len(impossible.files) == 1
+
+
+def test_a_front_that_cannot_be_solved_costs_nobody_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise SolverError("it ran out of time")
+
+    monkeypatch.setattr(report_contents, "solve_front", fail)
+    report = report_of(*pruned())
+    assert report.front is None
+    assert "there is no Pareto front: it ran out of time" in html_page(report_page(report))
 
 
 def test_outputs_that_are_no_numbers_are_reported(tmp_path: Path) -> None:

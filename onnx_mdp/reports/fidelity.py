@@ -19,7 +19,7 @@ from onnx_mdp.data.calibration import CalibrationData
 from onnx_mdp.large_models import for_session
 from onnx_mdp.numerics.precision import in_float32, widened
 from onnx_mdp.plan import PruningPlan, removed_classes
-from onnx_mdp.running.runtime import Runtime, open_session
+from onnx_mdp.running.runtime import Runtime, open_session, run_model
 
 __all__ = ["Fidelity", "OutputFidelity", "fidelity", "finite"]
 
@@ -55,7 +55,11 @@ class Fidelity:
 def fidelity(
     original: ir.Model, structure: Structure, plan: PruningPlan, pruned: ir.Model, data: CalibrationData
 ) -> Fidelity:
-    """Run both models on ``data`` and compare."""
+    """Run both models on ``data`` and compare.
+
+    Raises:
+        MeasurementError: a model does not run on an input.
+    """
     removed = removed_classes(plan, structure)
     dense, slim = (open_session(for_session(in_float32(model)), Runtime()) for model in (original, pruned))
     names = [output.name for output in dense.get_outputs()]
@@ -63,8 +67,8 @@ def fidelity(
     boundary = set(structure.shadow.states.values())
     for number, feed in enumerate(data.feeds):
         labels = None if data.labels is None else data.labels[number]
-        expected = dense.run(None, widened(feed))
-        actual = slim.run(None, widened(kept_feeds(structure, feed, removed)))
+        expected = run_model(dense, widened(feed))
+        actual = run_model(slim, widened(kept_feeds(structure, feed, removed)))
         for name, before, after in zip(names, expected, actual, strict=True):
             kept = kept_part(structure.graph, name, before, removed) if name in boundary else before
             tallies[name].add(np.asarray(kept), np.asarray(after), labels)

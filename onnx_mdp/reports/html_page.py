@@ -52,20 +52,21 @@ pre { background: var(--card); padding: .7rem; font-size: .85rem; white-space: p
 details { margin: .5rem 0 }
 summary { cursor: pointer; color: var(--faint) }
 figure { margin: .8rem 0 }
-figure svg { background: #fff; max-width: none; height: auto; display: block }
+figure svg { background: #fff; max-width: 100%; height: auto; display: block }
+.dense svg { max-width: none }
 footer { margin: 2.5rem 0 1rem; color: var(--faint); font-size: .85rem; border-top: 1px solid var(--line);
   padding-top: .5rem }
 @media (max-width: 36rem) { th, td { padding-right: .6rem } table { font-size: .82rem }
   dl { grid-template-columns: 6.5rem 1fr } .text { min-width: 0 } .name { min-width: 6.5rem }
-  td.name { font-size: .75rem } td.bar { min-width: 3rem } figure svg { zoom: .85 } }
-@media screen and (max-width: 30rem) { figure::after { content: "scroll sideways →"; color: var(--faint);
+  td.name { font-size: .75rem } td.bar { min-width: 3rem } .dense svg { zoom: .85 } }
+@media screen and (max-width: 30rem) { .dense::after { content: "scroll sideways →"; color: var(--faint);
   font-size: .82rem } }
 @media print { :root { --ink: #000; --faint: #333; --paper: #fff; --card: #fff; --line: #999; --fill: #444;
   --good: #000; --bad: #000 }
   body { max-width: none; padding: 0; font-size: 10pt; print-color-adjust: exact;
     -webkit-print-color-adjust: exact }
   h2 { break-after: avoid } tr, figure { break-inside: avoid } thead { display: table-header-group }
-  pre { border: 1px solid #999 } .scroll { overflow: visible } figure svg { max-width: 100% } }
+  pre { border: 1px solid #999 } .scroll { overflow: visible } .dense svg { max-width: 100% } }
 """
 
 
@@ -120,7 +121,8 @@ def _block(block: Block, prefix: str) -> str:
         return f"<pre><code>{_text(block.text)}</code></pre>"
     if isinstance(block, Figure):
         svg = inline_svg(block.svg, prefix, printable(block.label))
-        figure = f'<figure><div class="scroll" tabindex="0">{svg}</div></figure>'
+        size = "dense" if block.dense else "fitting"
+        figure = f'<figure class="{size}"><div class="scroll" tabindex="0">{svg}</div></figure>'
         shown = _folded(figure, block.label if block.folded else "")
         return f"{shown}\n{_folded(_table(block.numbers), block.numbers.summary)}"
     return f"<p>{_text(block)}</p>"

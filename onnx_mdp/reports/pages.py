@@ -57,12 +57,16 @@ class Code:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """An SVG document, what it shows in a line, and the same in numbers; folded where it is very long."""
+    """An SVG document, what it shows in a line, and the same in numbers; folded where it is very long.
+
+    What is ``dense`` cannot be read if it is made smaller.
+    """
 
     svg: str
     label: str
     numbers: Table
     folded: bool = False
+    dense: bool = False
 
 
 Block: TypeAlias = "str | Table | Facts | Code | Figure"

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx_mdp._version import __version__
 from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.data.calibration import CalibrationData
+from onnx_mdp.errors import SolverError
 from onnx_mdp.machine import machine
 from onnx_mdp.model_io import content_hash, is_large, model_bytes
 from onnx_mdp.pipeline import PruneResult
@@ -77,6 +78,11 @@ def report_of(result: PruneResult, around: Circumstances) -> Report:
     if around.data is not None and plan is not None and model is not None:
         compared = fidelity(around.original, structure, plan, model, around.data)
     assert result.status != "handed_over"
+    front, notes = None, _notes(result, around)
+    try:
+        front = _front(result)
+    except SolverError as error:  # the plan is there: what else could be had is no reason to lose it
+        notes += (f"there is no Pareto front: {error}",)
     return Report(
         status=result.status,
         version=__version__,
@@ -102,14 +108,14 @@ def report_of(result: PruneResult, around: Circumstances) -> Report:
         layers=() if plan is None else layers_of(structure, plan),
         blocks=() if plan is None else _blocks(structure, plan),
         costs=None if result.table is None else _costs(structure, result.table, plan),
-        front=_front(result),
+        front=front,
         dimensions=() if plan is None else _dimensions(structure, plan),
         frozen=frozen_parts(structure, None if result.table is None else _full_ms(structure, result.table)),
         data=around.data_name,
         fidelity=compared,
         proof=None if result.evidence is None else _proof(result.evidence),
         then=(*_repaired(result), *around.then),
-        notes=_notes(result, around),
+        notes=notes,
         environment=_environment(around.runtime),
         files=_files(result, around) if met else _files(result, around)[:1],
         seconds=dict(result.seconds),

@@ -117,13 +117,11 @@ def _structure(report: Report) -> Section | None:
     if not report.layers:
         return None
     gone = sum(block.removed for block in report.blocks)
-    totals = " · ".join(
-        (
-            f"parameters {compact(report.params[0])} → {compact(report.params[1])}",
-            f"MACs {compact(report.macs[0])} → {compact(report.macs[1])}",
-            f"{gone} of {len(report.blocks)} blocks removed",
-        )
-    )
+    totals = [
+        f"parameters {compact(report.params[0])} → {compact(report.params[1])}",
+        f"MACs {compact(report.macs[0])} → {compact(report.macs[1])}",
+        *([f"{gone} of {len(report.blocks)} blocks removed"] if report.blocks else ()),
+    ]
     rows = [
         (x.name, str(x.width), "removed" if x.gone else str(x.kept), Bar(part(x.kept, x.width)))
         for x in report.layers
@@ -135,10 +133,11 @@ def _structure(report: Report) -> Section | None:
         Column("kept", "bar"),
     )
     figure = Figure(
-        layers_svg(report.layers, totals),
+        layers_svg(report.layers, " · ".join(totals)),
         headline(report.layers),
         Table(columns, tuple(rows), f"The {len(rows)} layers in numbers"),
         folded=len(rows) > _TALL,
+        dense=True,
     )
     blocks: list[Block] = ["Output channels that each layer keeps.", figure]
     if gone:
