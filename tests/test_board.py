@@ -76,6 +76,13 @@ def test_a_board_measures_a_table_that_others_solve_by(folder: Path) -> None:
     python(folder, "-m", "onnx_mdp", "solve", "model.onnx", "table.json", "--target-ratio", "0.7")
 
 
+def test_a_board_says_what_a_recipe_needs(folder: Path) -> None:
+    code = [sys.executable, "-c", COMMAND, "profile", "model.onnx", "--config", "onnx-mdp.yaml"]
+    done = subprocess.run(code, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == "error: recipes need pydantic and pyyaml: run `pip install pydantic pyyaml`\n"
+
+
 @pytest.mark.slow
 def test_the_library_measures_without_a_command_line(folder: Path) -> None:
     python(folder, "-c", LIBRARY)

@@ -84,7 +84,9 @@ def test_the_schema_is_a_schema(run: Run) -> None:
 
 def test_the_example_holds_every_key_and_changes_nothing(run: Run) -> None:
     text = run("config", "init").out
-    Path("onnx-mdp.yaml").write_text(text)
+    assert run("config", "init", "-o", "onnx-mdp.yaml").code == 0
+    assert Path("onnx-mdp.yaml").read_text() == text
+    is_refused(run("config", "init", "-o", "onnx-mdp.yaml"), 2, "onnx-mdp.yaml exists")
     assert load_recipe(Path("onnx-mdp.yaml"), FORM) == FORM()
     bare = "".join(line.partition("# ")[0] + line.partition("# ")[2] for line in text.splitlines(True))
     keys = {line.strip().partition(":")[0] for line in bare.splitlines()}

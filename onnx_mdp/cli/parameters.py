@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from onnx_mdp.errors import MissingBackendError
+
 if TYPE_CHECKING:
     from onnx_mdp.cli.options import Options, PlanOptions
 
@@ -41,8 +43,12 @@ __all__ = [
 def _read_recipe(context: typer.Context, path: Path | None) -> Path | None:
     """Let a recipe say what the command line does not; the other options are read after this."""
     if path is not None and not context.resilient_parsing:
-        from onnx_mdp.cli.pruning_recipe import option_defaults
-
+        try:
+            from onnx_mdp.cli.pruning_recipe import option_defaults
+        except ModuleNotFoundError as error:  # a board
+            raise MissingBackendError(
+                "recipes need pydantic and pyyaml: run `pip install pydantic pyyaml`"
+            ) from error
         context.default_map = option_defaults(path, context)
     return path
 

@@ -19,7 +19,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from onnx_mdp._version import __version__
 from onnx_mdp.cli.recipe_layout import FORMS, LAYOUT, SECTIONS, leaves, placed
-from onnx_mdp.errors import MissingBackendError, UsageError
+from onnx_mdp.errors import UsageError
+from onnx_mdp.running.runtime import has_onnxruntime, import_onnxruntime
+from onnx_mdp.yaml_input import read_tree, yaml_text
 
 __all__ = ["commented", "load_recipe", "option_defaults", "recipe_form", "recipe_text", "schema"]
 
@@ -119,12 +121,7 @@ def load_recipe(path: Path, form: type[BaseModel]) -> BaseModel:
 
     Raises:
         UsageError: it cannot be read, or holds what is not of the form; the first fault is named.
-        MissingBackendError: there is no pyyaml.
     """
-    try:
-        from onnx_mdp.yaml_input import read_tree
-    except ModuleNotFoundError as error:
-        raise MissingBackendError("recipes need pyyaml: run `pip install pyyaml`") from error
     tree = read_tree(path, _WHAT)
     if not isinstance(tree, dict):
         raise UsageError(f"{path} is no recipe, for it holds no keys; {_WHAT}")
@@ -168,7 +165,7 @@ def option_defaults(path: Path, context: Any) -> dict[str, Any]:
     A recipe is one of `prune`; another command takes what it has as well.
 
     Raises:
-        UsageError, MissingBackendError: see `load_recipe`.
+        UsageError: see `load_recipe`.
     """
     prune, command = context.find_root().command.commands["prune"], context.command
     recipe = load_recipe(path, recipe_form(prune))
@@ -224,9 +221,6 @@ def recipe_text(parameters: Mapping[str, Any], model: str) -> str:
 
     Paths are as they were given, so it says nothing of this machine that the user did not.
     """
-    from onnx_mdp.running.runtime import has_onnxruntime, import_onnxruntime
-    from onnx_mdp.yaml_input import yaml_text
-
     tree = _sections(LAYOUT, lambda parameter: _written(parameter, parameters[parameter]))
     tree["paths_from"] = "working-folder"
     tree["made_by"] = {"model": model, "onnx_mdp": __version__, "python": platform.python_version()}
@@ -251,8 +245,6 @@ def _written(parameter: str, value: Any) -> Any:
 
 def commented(form: type[BaseModel]) -> str:
     """A recipe in which every key stands as a comment, with its default and what it means."""
-    from onnx_mdp.yaml_input import yaml_text
-
     lines: list[str] = []
 
     def add(known: Mapping[str, Any], indent: str) -> None:

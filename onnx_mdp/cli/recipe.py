@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onnx_mdp.cli.parameters import given, output_options
+from onnx_mdp.cli.parameters import Overwrite, given, output_options
 
 if TYPE_CHECKING:
     from onnx_mdp.cli.options import Options
@@ -41,8 +41,13 @@ def check(
 
 @config.command("init")
 @given(options=output_options)
-def init(context: typer.Context, options: "Options") -> None:
+def init(
+    context: typer.Context,
+    options: "Options",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write it to a file.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
     """Print a recipe to begin with, in which every key is explained."""
     from onnx_mdp.cli.recipe_commands import run_init
 
-    raise typer.Exit(run_init(context, options))
+    raise typer.Exit(run_init(context, options, output, overwrite=overwrite))

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from onnx_mdp.cli.options import Options
 from onnx_mdp.cli.pruning_recipe import commented, load_recipe, recipe_form, schema
+from onnx_mdp.files import write_text
 from onnx_mdp.yaml_input import yaml_text
 
 __all__ = ["run_check", "run_init", "run_schema"]
@@ -29,10 +30,13 @@ def run_check(context: Any, path: Path, options: Options) -> int:
     return 0
 
 
-def run_init(context: Any, options: Options) -> int:
-    """Print a recipe in which every key stands as a comment."""
+def run_init(context: Any, options: Options, output: Path | None, *, overwrite: bool) -> int:
+    """Print or write a recipe in which every key stands as a comment."""
     text = commented(_form(context))
-    options.screen.result(text.rstrip(), {"schema_version": 1, "recipe": text})
+    if output is not None:
+        write_text(text, output, overwrite=overwrite)
+    line = text.rstrip() if output is None else f"wrote {output}"
+    options.screen.result(line, {"schema_version": 1, "recipe": text, "output": output and str(output)})
     return 0
 
 
