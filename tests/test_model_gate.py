@@ -24,7 +24,8 @@ from onnx import numpy_helper
 from onnx_mdp import PruningPlan, analyze, apply
 from onnx_mdp.large_models import save_model
 from onnx_mdp.plan import plan_json
-from onnx_mdp.reports.verify_summary import verify_markdown
+from onnx_mdp.reports.markdown_page import markdown_page
+from onnx_mdp.reports.verify_summary import verify_page
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = Path(str(files("onnx_mdp") / "demo_model" / "shapes_resnet.onnx"))
@@ -62,10 +63,12 @@ def test_the_summary_is_made_of_the_document(verify: Run) -> None:
     outcome = verify("slim.onnx", "--max-ms", 1e6, "--json", "--markdown", "summary.md")
     assert outcome.code == 0, outcome
     text = Path("summary.md").read_text()
-    assert text == verify_markdown(json.loads(outcome.out))
-    assert text.startswith("### onnx-mdp verify: <code>slim.onnx</code> passes\n")
+    assert text == summary_of(json.loads(outcome.out))
+    assert text.startswith("# onnx-mdp verify: slim.onnx\n\n**PASS** Made from model.onnx")
     assert "❌" not in text
-    assert re.search(r"\| ✅ \| latency \| \*\*\d+\.\d{3} ms\*\*, at most 1e\+06 ms", text)
+    assert re.search(
+        r"\| latency \| ✅ \| \d+\.\d+ ms on CPUExecutionProvider.*\| 1e\+06 ms, with noise", text
+    )
     assert outcome.document["files"] == {
         "original": "model.onnx", "pruned": "slim.onnx", "plan": "slim.plan.json"
     }  # fmt: skip
@@ -73,14 +76,17 @@ def test_the_summary_is_made_of_the_document(verify: Run) -> None:
 
 @pytest.mark.parametrize(
     ("name", "more", "row"),
-    [("damaged.onnx", (), "❌ | pruned = masked"), ("slim.onnx", ("--max-ms", 1e-6), "❌ | latency")],
+    [
+        ("damaged.onnx", (), "pruned = masked original | ❌"),
+        ("slim.onnx", ("--max-ms", 1e-6), "latency | ❌"),
+    ],
 )
 def test_a_gate_that_fails_says_so_too(verify: Run, name: str, more: tuple[object, ...], row: str) -> None:
     outcome = verify(name, *more, "--markdown", "summary.md")
     assert outcome.code == 1
     assert outcome.out.startswith("FAIL")
     text = Path("summary.md").read_text()
-    assert f"{name.replace('_', '&#95;')}</code> fails\n" in text
+    assert text.startswith(f"# onnx-mdp verify: {name}\n\n**FAIL** ")
     assert row in text
 
 
@@ -89,16 +95,20 @@ def test_what_cannot_be_compared_fails_in_the_summary(verify: Run, pruned: Path)
     model.graph.output[0].name = model.graph.node[-1].output[0] = "other"
     onnx.save(model, pruned / "other.onnx")
     is_refused(verify("other.onnx", "--markdown", "summary.md"), 1, "other inputs or outputs")
-    assert Path("summary.md").read_text().splitlines()[2].startswith("Not verified: ")
+    assert re.match(r"\*\*FAIL\*\* .*Not verified: ", Path("summary.md").read_text().splitlines()[2])
 
 
 def test_the_summary_goes_to_stdout_alone(verify: Run) -> None:
     outcome = verify("slim.onnx", "--markdown", "-")
     assert outcome.code == 0
-    assert outcome.out.startswith("### onnx-mdp verify")
-    assert "PASS" not in outcome.out
+    assert outcome.out.startswith("# onnx-mdp verify")
+    assert "\nPASS" not in outcome.out
     is_refused(verify("slim.onnx", "--markdown", "-", "--json"), 2, "--markdown", "--json")
     is_refused(verify("slim.onnx", "--markdown", "no/folder.md"), 2, "no/folder.md")
+
+
+def summary_of(found: dict[str, Any]) -> str:
+    return markdown_page(verify_page(found))
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -126,18 +136,20 @@ def document(**changes: Any) -> dict[str, Any]:
 def test_names_in_a_summary_stay_names() -> None:
     drift = {HOSTILE: {"cosine": 1.0, "max_abs": 0.0}}
     names = dict.fromkeys(("original", "pruned", "plan"), HOSTILE)
-    text = verify_markdown(document(files=names, drift=drift, constant_outputs=[HOSTILE], judged=HOSTILE))
-    plain = verify_markdown(document(drift={"y": drift[HOSTILE]}, constant_outputs=["y"], judged="y"))
-    for steering in "|<>`@#\n":
-        inside = text.replace("&#", "")
-        assert inside.count(steering) == plain.count(steering), steering
+    text = summary_of(document(files=names, drift=drift, constant_outputs=[HOSTILE], judged=HOSTILE))
+    plain = summary_of(document(drift={"y": drift[HOSTILE]}, constant_outputs=["y"], judged="y"))
+    assert len(text.splitlines()) == len(plain.splitlines())
+    for line in text.splitlines():
+        unmarked = re.sub(r"\\.|(`+) .*? \1", "", line)  # without escapes and spans of code
+        assert not set(unmarked) & set("<>`"), line
+        assert unmarked.count("|") in (0, 3, 4, 5), line
 
 
 def test_a_summary_says_what_the_law_leaves_out() -> None:
-    assert "Not covered: accuracy" in verify_markdown(document())
+    assert "Not covered: accuracy" in summary_of(document())
     changed = {"how": "repaired: lstsq", "changed": 3, "total": 9}
-    assert "Not covered: 3 of 9 float tensors" in verify_markdown(document(weights=changed))
-    assert "Not timed" in verify_markdown(document())
+    assert "Not covered: 3 of 9 float tensors" in summary_of(document(weights=changed))
+    assert "Not timed" in summary_of(document())
 
 
 def test_the_action_gives_its_inputs_as_variables_and_never_as_text() -> None:
@@ -197,14 +209,14 @@ def test_the_action_passes_and_adds_to_the_summary(act: Any, pruned: Path) -> No
     more = "--data=my images.npz\n\n--allow-fallback\n"
     done, summary = act(pruned="slim.onnx", **{"max-ms": "1e6", "args": more})
     assert done.returncode == 0, done.stderr
-    assert summary.startswith("before\n### onnx-mdp verify: <code>slim.onnx</code> passes")
+    assert summary.startswith("before\n# onnx-mdp verify: slim.onnx\n\n**PASS**")
     assert "2 of 2 samples in my images.npz" in done.stderr
 
 
 def test_the_action_fails_where_the_model_does(act: Any) -> None:
     done, summary = act(pruned="damaged.onnx")
     assert done.returncode == 1
-    assert "fails" in summary
+    assert "**FAIL**" in summary
 
 
 @pytest.mark.slow

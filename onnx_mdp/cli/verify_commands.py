@@ -15,8 +15,10 @@ from onnx_mdp.pipeline import verify_file
 from onnx_mdp.plan import load_plan
 from onnx_mdp.planning.closed_loop import tolerance
 from onnx_mdp.reports.documents import verify_document
+from onnx_mdp.reports.markdown_page import markdown_page
+from onnx_mdp.reports.pages import Page
 from onnx_mdp.reports.report import printable
-from onnx_mdp.reports.verify_summary import failure_markdown, verify_markdown
+from onnx_mdp.reports.verify_summary import failure_page, verify_page
 from onnx_mdp.running.runtime import context
 from onnx_mdp.surgery.changed_weights import ChangedWeights
 from onnx_mdp.surgery.verification import Evidence
@@ -57,19 +59,19 @@ def run_verify(wanted: VerifyOptions, options: Options) -> int:
     try:
         verdict, document = _verified(wanted, options)
     except (MeasurementError, VerificationError) as error:
-        _write(wanted, options, failure_markdown(wanted.files, str(error)))
+        _write(wanted, options, failure_page(wanted.files, str(error)))
         raise
-    _write(wanted, options, verify_markdown(document))
+    _write(wanted, options, verify_page(document))
     if not wanted.on_screen:
         options.screen.result(verdict, document)
     return 0 if document["passed"] else 1
 
 
-def _write(wanted: VerifyOptions, options: Options, text: str) -> None:
+def _write(wanted: VerifyOptions, options: Options, page: Page) -> None:
     if wanted.on_screen:
-        options.screen.result(text.rstrip("\n"), {})
+        options.screen.result(markdown_page(page).rstrip("\n"), {})
     elif wanted.markdown is not None:
-        write_text(text, wanted.markdown, overwrite=True)
+        write_text(markdown_page(page), wanted.markdown, overwrite=True)
 
 
 def _verified(wanted: VerifyOptions, options: Options) -> tuple[str, dict[str, Any]]:
