@@ -271,6 +271,15 @@ def test_a_front_that_cannot_be_solved_costs_nobody_the_model(monkeypatch: pytes
     assert "there is no Pareto front: it ran out of time" in html_page(report_page(report))
 
 
+def test_the_environment_is_that_of_the_measurement() -> None:
+    result, around = pruned()
+    here, there = report_of(result, around), report_of(result, replace(around, elsewhere=True))
+    assert here.environment["provider"] == "CPUExecutionProvider"
+    assert there.environment == {"device": "ideal"}
+    assert "the table was measured on ideal" in " ".join(here.notes)
+    assert "all latencies were measured on ideal" in " ".join(there.notes)
+
+
 def test_outputs_that_are_no_numbers_are_reported(tmp_path: Path) -> None:
     result, around = pruned()
     assert result.evidence is not None

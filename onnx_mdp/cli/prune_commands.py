@@ -185,6 +185,7 @@ def _circumstances(
         data=data,
         data_name=None if wanted.plan.data is None else wanted.plan.data.resolve().name,
         then=() if trained is None else (trained.line,),
+        elsewhere=wanted.handover is not None,
     )
 
 

@@ -55,7 +55,8 @@ _FRONT_LIMITS = SolveLimits(seconds=1.0, gap=1e-3)  # of each point
 class Circumstances:
     """What a result does not know of itself; ``then`` tells what was done to the weights after the cut.
 
-    ``written``: the output lies there already, and is what was done.
+    ``written``: the output lies there already, and is what was done. ``elsewhere``: all was measured by the
+    machine of the table, and nothing here.
     """
 
     original: ir.Model
@@ -68,6 +69,7 @@ class Circumstances:
     data_name: str | None = None
     then: tuple[str, ...] = ()
     written: bool = False
+    elsewhere: bool = False
 
 
 def report_of(result: PruneResult, around: Circumstances) -> Report:
@@ -116,7 +118,7 @@ def report_of(result: PruneResult, around: Circumstances) -> Report:
         proof=None if result.evidence is None else _proof(result.evidence),
         then=(*_repaired(result), *around.then),
         notes=notes,
-        environment=_environment(around.runtime),
+        environment=_environment(result.table if around.elsewhere else None, around.runtime),
         files=_files(result, around) if met else _files(result, around)[:1],
         seconds=dict(result.seconds),
     )
@@ -136,7 +138,8 @@ def _notes(result: PruneResult, around: Circumstances) -> tuple[str, ...]:
         notes.append(str(result.plan.provenance["note"]))
     table, here = result.table, context(around.runtime)
     if table is not None and dict(table.context) != here:
-        notes.append(f"the table was measured on {table.context.get('device')}, not on this machine")
+        what = "all latencies were" if around.elsewhere else "the table was"
+        notes.append(f"{what} measured on {table.context.get('device')}, not where this was written")
     if around.runtime.allow_fallback:
         notes.append("nodes that the provider leaves to the CPU were accepted (--allow-fallback)")
     return tuple(notes)
@@ -211,8 +214,10 @@ def _proof(evidence: Evidence) -> Proof:
     )
 
 
-def _environment(runtime: Runtime) -> dict[str, str | int | float | bool | None]:
-    """What was measured on; neither the name of the machine nor of its user."""
+def _environment(table: LatencyTable | None, runtime: Runtime) -> dict[str, str | int | float | bool | None]:
+    """What was measured on, this machine or that of a table; neither its name nor that of its user."""
+    if table is not None:
+        return dict(table.context)
     return {
         **context(runtime),
         **asdict(machine()),
