@@ -25,6 +25,7 @@ import onnx
 import pyomo.environ  # noqa: F401
 import pytest
 import typer.main
+import yaml
 from command_line import Outcome, Run, is_refused
 from onnx import numpy_helper
 from zoo import text_model
@@ -441,6 +442,17 @@ def test_nothing_but_the_outputs_is_written(story: Story) -> None:
     names = {p.name for p in story.folder.iterdir()} - {"lut.sqlite", "lut.sqlite-wal", "lut.sqlite-shm"}
     outputs = {f"slim model.{end}" for end in ("onnx", "plan.json", "structure.svg", "recipe.yaml")}
     assert names == {"my model.onnx", *outputs}
+
+
+def test_the_recipe_says_what_the_command_was_told_and_no_folder(story: Story) -> None:
+    text = (story.folder / "slim model.recipe.yaml").read_text(encoding="utf-8")
+    recipe = yaml.safe_load(text)
+    assert story.outcomes["prune"].document["recipe"] == "slim model.recipe.yaml"
+    assert (recipe["model"], recipe["target"]["ratio"]) == ("my model.onnx", 0.6)
+    assert recipe["solver"]["name"] == "exact"
+    plan = json.loads((story.folder / "slim model.plan.json").read_text())
+    assert recipe["made_by"]["model"] == plan["provenance"]["model"]
+    assert str(story.folder) not in text
 
 
 def test_analyze_document(kit: Run) -> None:

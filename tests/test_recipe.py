@@ -305,26 +305,6 @@ def test_a_resolved_recipe_asks_for_the_same(
     assert Path("slim.recipe.yaml").read_text() == first
 
 
-def test_a_resolved_recipe_lies_beside_the_output(demo: Run) -> None:
-    recipe = {"model": "net.onnx", "target": {"ratio": 0.8}, "pruning": {"ignored": {"types": ["Gemm"]}}}
-    Path("onnx-mdp.yaml").write_text(yaml_text(recipe | {"output": {"model": "slim.onnx"}}))
-    outcome = demo("prune", "--config", "onnx-mdp.yaml", "--choices", 4, "--json")
-    assert outcome.code == 0, outcome.err
-    assert outcome.document["recipe"] == "slim.recipe.yaml"
-    written = Path("slim.recipe.yaml").read_text()
-    tree = yaml.safe_load(written)
-    assert tree["device"]["choices"] == 4
-    assert tree["solver"]["name"] == "exact"
-    assert tree["pruning"]["ignored"]["types"] == ["Gemm"]
-    assert tree["made_by"]["model"] == json.loads(Path("slim.plan.json").read_text())["provenance"]["model"]
-    assert str(Path.cwd()) not in written
-    is_refused(demo("prune", "--config", "slim.recipe.yaml"), 2, "slim.onnx exists")
-    Path("slim.onnx").unlink()
-    Path("slim.plan.json").unlink()
-    Path("slim.structure.svg").unlink()
-    is_refused(demo("prune", "--config", "slim.recipe.yaml"), 2, "slim.recipe.yaml exists")
-
-
 def test_a_recipe_is_no_output_of_a_run_that_wrote_nothing(demo: Run) -> None:
     outcome = demo("prune", "net.onnx", "--target-ratio", 2.0, "--json")
     assert outcome.document["status"] == "nothing_to_do"

@@ -216,8 +216,8 @@ def width_rules(model: ir.Model, structure: Structure, plan: PlanOptions, option
     held = held_by(model, structure, plan.ignored)
     if held.nodes:
         options.screen.note(
-            f"ignored nodes: {held.nodes}, for whose sake {len(held.dimensions)} dimensions keep their width "
-            f"and {len(held.blocks)} blocks stay"
+            f"ignored nodes: {held.nodes}; held for them: {len(held.dimensions)} of "
+            f"{len(structure.prunable)} dimensions, {len(held.blocks)} of {len(structure.blocks)} blocks"
         )
     return replace(plan.rules(), held=held)
 

@@ -224,7 +224,9 @@ def _readers(structure: Structure, operations: frozenset[int], held: Sequence[Bl
     free, found = [b for b in structure.blocks if b.name not in names], list[Block]()
     while lost := operations - _alive(structure.shadow, free):
         after = _downstream(structure.shadow, lost)
-        block = next(b for b in free if after & set(b.operations))
+        block = next((b for b in free if after & set(b.operations)), None)
+        if block is None:  # the original does not read them either
+            break
         free.remove(block)
         found.append(block)
     return found
