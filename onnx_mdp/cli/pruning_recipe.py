@@ -149,10 +149,16 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _nearest(key: str, siblings: list[str], section: str) -> str:
-    near = [section + name for name in get_close_matches(key, siblings, 1)]
-    if not near:
-        every = {dotted.rpartition(".")[2]: dotted for dotted, _ in leaves()}
-        near = [every[name] for name in get_close_matches(key, list(every), 1, 0.8)]
+    """What may have been meant: a key at the same place, at another one, or the option of a key."""
+    elsewhere: dict[str, str] = {}
+    for dotted, parameter in (*leaves(), *((name, name) for name in SECTIONS)):
+        elsewhere.setdefault(dotted.rpartition(".")[2], dotted)
+        elsewhere.setdefault(parameter, dotted)
+    word = key.replace("-", "_")
+    near = [section + name for name in get_close_matches(word, siblings, 1, 0.85)]
+    near += [elsewhere[word]] if word in elsewhere else []
+    near += [section + name for name in get_close_matches(word, siblings, 1)]
+    near += [elsewhere[name] for name in get_close_matches(word, list(elsewhere), 1, 0.8)]
     return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(siblings)}"
 
 
