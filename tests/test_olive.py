@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 import pytest
 from command_line import Outcome, is_refused
+from onnx.numpy_helper import to_array
 
 import onnx_mdp
 from onnx_mdp.shapes_data import shapes
@@ -79,7 +80,7 @@ def test_a_workflow_prunes_then_quantizes_on_a_named_provider(run: Run, base: Pa
         "OnnxPeepholeOptimizer",
         "OnnxStaticQuantization",
     ]
-    assert (prune["target_ratio"], prune["threads"]) == (0.7, 2)
+    assert (prune["target_ratio"], prune["threads"], prune["repair"]) == (0.7, 2, ["lstsq"])
     assert prune["data_config"] == quantize["data_config"] == workflow["data_configs"][0]["name"]
     (accelerator,) = workflow["systems"][workflow["target"]]["accelerators"]
     assert accelerator == {"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}
@@ -202,6 +203,19 @@ def test_what_follows_gets_the_pruned_model(
 
 
 @needs_olive
+def test_a_pruned_transformer_is_fused(run: Run, exported: Callable[..., Path], store: Path) -> None:
+    shutil.copy(exported("vit_micro"), "model.onnx")
+    code, log = olive(run, store, None, {}, "--transformer", "vit")
+    assert code == 0, log
+    fused = onnx.load("out/output/model.onnx")
+    assert "SkipLayerNormalization" in {node.op_type for node in fused.graph.node}
+    original, output = (
+        sum(map(np.size, map(to_array, m.graph.initializer))) for m in (onnx.load("model.onnx"), fused)
+    )
+    assert output < original
+
+
+@needs_olive
 def test_targets_are_searched_and_one_out_of_reach_is_dropped(run: Run, store: Path) -> None:
     shutil.copy(DEMO, "model.onnx")
     changes = {
@@ -281,6 +295,7 @@ def test_a_model_that_meets_its_target_is_returned(tmp_path: Path, caplog: pytes
         ({"criterion": "best"}, "best"),
         ({"provider": "OpenVINOExecutionProvider"}, "OpenVINOExecutionProvider is not part of"),
         ({"repair": ["lstsq"]}, "repair"),
+        ({"finetune_data_config": {"name": "none"}, "finetune": {"epoch": 1}}, "epoch"),
     ],
 )
 def test_what_cannot_be_pruned_ends_the_run(

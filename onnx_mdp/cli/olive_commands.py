@@ -16,6 +16,7 @@ from onnx_mdp.errors import OutputError, UsageError
 from onnx_mdp.files import check_output, write_files
 from onnx_mdp.integrations.olive_workflow import DATA_SCRIPT, Inputs, package_config, workflow
 from onnx_mdp.model_io import load_model
+from onnx_mdp.numerics.precision import has_halves
 
 __all__ = ["OliveOptions", "run_export_olive"]
 
@@ -74,6 +75,8 @@ def _workflow(path: Path, options: Options, wanted: OliveOptions) -> dict[str, A
     types = {name: str(dtype) for name, dtype in input_types(model).items()}
     inputs = Inputs(shapes, types, wanted.data, wanted.preprocess, wanted.samples)
     pruning: dict[str, Any] = {**wanted.target()}
+    if wanted.data is not None and not has_halves(model):
+        pruning["repair"] = ["lstsq"]
     if options.store is not None:
         pruning["store"] = str(options.store)
     return workflow(path, wanted.output, pruning, inputs, options.runtime(), wanted.transformer)

@@ -48,6 +48,7 @@ def parameters() -> dict[str, PassConfigParam]:
         "finetune": _given(dict[str, Any], None, "Fields of the recipe, such as epochs and lr."),
         "seed": _given(int, 0, "Seed of random inputs and of training."),
         "store": _given(str, None, "File that keeps measured latencies; by default the user's."),
+        "carry_files": _given(bool, True, "Plan and figures go along with the model to the output folder."),
         **get_external_data_config(),
     }
 

@@ -69,6 +69,8 @@ class OnnxMDPPruning(Pass):  # type: ignore[misc]
             raise ValueError("OnnxMDPPruning takes no model with adapters: prune before they are extracted")
         # Of most other errors Olive makes a line in the log and goes on, without an output model.
         try:
+            if config.finetune_data_config is not None:
+                _check_training(model, config)
             result = _pruned(model, config, _runtime(config, self.accelerator_spec))
             if result.status == "nothing_to_do":
                 _log.warning("nothing to prune: %.3f ms meet %.3f ms", result.base_ms, result.target_ms)
@@ -149,6 +151,14 @@ def _batches(model: ONNXModelHandler, source: Any, labelled: bool) -> Iterator[A
         yield (arrays, labels) if labelled and labels is not None else arrays
 
 
+def _check_training(model: ONNXModelHandler, config: BasePassConfig) -> None:
+    """Refuse before minutes of measuring what could not be trained."""
+    onnx_mdp.to_torch(model.model_path)
+    from onnx_mdp.training.recipes import recipe
+
+    recipe(config.recipe, config.finetune or {})
+
+
 def _trained(result: PruneResult, model: ONNXModelHandler, config: BasePassConfig) -> FinetuneResult:
     """The pruned weights, trained on the labels of the data or, without any, on what the original says."""
     learn, check = config.finetune_data_config, config.validation_data_config or config.finetune_data_config
@@ -203,7 +213,10 @@ def _written(
     write_text(plan_json(result.plan), plan, overwrite=True)
     write_text(json.dumps(document, indent=2) + "\n", figures, overwrite=True)
     held = dict(model.model_attributes or {})
-    files = {*held.get("additional_files", ()), str(plan), str(figures)}
-    output.model_attributes = held | {"onnx_mdp": document, "additional_files": sorted(files)}
+    if set(held) - {"additional_files", "onnx_mdp"}:
+        _log.warning("the attributes of the model, such as its heads, are those of the original")
+    if config.carry_files:
+        files = {*held.get("additional_files", ()), str(plan), str(figures)}
+        output.model_attributes = held | {"onnx_mdp": document, "additional_files": sorted(files)}
     _log.info("pruned to %.3f ms, from %.3f", result.measured_ms, result.base_now_ms)
     return output

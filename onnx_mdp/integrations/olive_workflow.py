@@ -99,7 +99,10 @@ def workflow(
     fuse = {"type": "OnnxPeepholeOptimizer"}
     if transformer is not None:
         fuse = {"type": "OrtTransformersOptimization", "model_type": transformer}
-    passes = {"prune": _pruning(inputs, where) | dict(pruning) | data, "fuse": fuse}
+    prune = _pruning(inputs, where) | dict(pruning) | data
+    if transformer is not None:
+        prune["carry_files"] = False  # the fusions take attributes of a model for those of Hugging Face
+    passes = {"prune": prune, "fuse": fuse}
     if data:
         types = {"precision": "int8", "activation_type": "uint8", "per_channel": True}
         passes["quantize"] = {"type": "OnnxStaticQuantization", **types, **data}
