@@ -313,6 +313,8 @@ def test_a_recipe_is_a_preset_and_what_overrides_it() -> None:
     ("name", "given", "message"),
     [
         ("resnet", {}, "choose one of default, resnet50"),
+        ("default", {"epoch": 1}, "a recipe has no 'epoch'; it has optimizer"),
+        ("default", {"batch": "64"}, "batch of a recipe is a number, not '64'"),
         ("default", {"epochs": 1.0, "steps": 3}, "not both"),
         ("default", {"optimizer": "adam"}, "choose one of adamw, sgd"),
         ("default", {"lr": math.nan}, "--lr nan is not between"),

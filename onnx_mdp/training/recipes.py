@@ -96,10 +96,16 @@ def recipe(name: str, overrides: Mapping[str, Any]) -> Recipe:
     """The preset ``name`` with every override that is not None.
 
     Raises:
-        UsageError: there is no such preset, or a value makes no sense.
+        UsageError: there is no such preset or field, or a value makes no sense.
     """
     if name not in RECIPES:
         raise UsageError(f"no recipe is called {name!r}; choose one of {', '.join(RECIPES)}")
+    known = [field.name for field in fields(Recipe)]
+    for field, value in overrides.items():
+        if field not in known:
+            raise UsageError(f"a recipe has no {field!r}; it has {', '.join(known)}")
+        if field in _LIMITS and not isinstance(value, (int, float, type(None))):
+            raise UsageError(f"{field} of a recipe is a number, not {value!r}")
     preset = RECIPES[name]
     given = {key: value for key, value in overrides.items() if value is not None}
     if "epochs" in given and "steps" in given:
