@@ -279,6 +279,17 @@ def test_the_commands_of_a_page_run(page: str, reader: Reader) -> None:
             reader.follow(step, page)
 
 
+def test_a_command_that_fails_is_named_with_its_page(reader: Reader) -> None:
+    wrong = Step(7, "sh", "onnx-mdp analyze nothing.onnx  # a slip")
+    with pytest.raises(
+        AssertionError, match=r"page.md:7: `onnx-mdp analyze nothing.onnx` ended with 2, not 0"
+    ):
+        reader.follow(wrong, "page.md")
+    reader.follow(Step(8, "sh", f"{wrong.text}, exit code 2"), "page.md")
+    with pytest.raises(AssertionError, match="neither onnx-mdp nor python"):
+        reader.follow(Step(9, "sh", "make all"), "page.md")
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_and_options_exist(page: str) -> None:
     for step in commands(page):

@@ -49,7 +49,7 @@ def _described(docstring: str) -> tuple[str, str]:
 
 
 def operators_markdown() -> str:
-    """The table of the README: one row for each rule."""
+    """The table of docs/operators.md: one row for each rule."""
     lines = ["| operators | what becomes of units | frozen |", "|---|---|---|"]
     for row in coverage():
         names = ", ".join(f"`{row.domain}::{name}`" if row.domain else f"`{name}`" for name in row.operators)
