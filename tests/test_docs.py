@@ -213,7 +213,8 @@ class Reader:
         return Outcome(ran.returncode, ran.stdout, ran.stderr)
 
     def supply(self, text: str) -> None:
-        """Put what a command or script names, and nobody wrote here, into the folder."""
+        """Put what a command or script names, and neither it nor an earlier one writes, into the folder."""
+        self.written.update(re.findall(r'save\w*\(.*"([^"]+)"\)', text))
         for name in (*MAKERS, *SOURCES):
             if re.search(rf"(?<![\w./-]){re.escape(name)}(?![\w.-])", text) and name not in self.written:
                 self.fetch(name)
