@@ -212,9 +212,14 @@ class Reader:
         ran = subprocess.run(python, capture_output=True, text=True, timeout=600, check=False)
         return Outcome(ran.returncode, ran.stdout, ran.stderr)
 
+    def writes(self, outputs: list[str]) -> None:
+        """A command or script makes these files, and what lies beside them."""
+        self.written.update(outputs)
+        self.written.update(str(Path(output).with_suffix(".plan.json")) for output in outputs)
+
     def supply(self, text: str) -> None:
         """Put what a command or script names, and neither it nor an earlier one writes, into the folder."""
-        self.written.update(re.findall(r'save\w*\(.*"([^"]+)"\)', text))
+        self.writes(re.findall(r'save\w*\(.*"([^"]+)"\)', text))
         for name in (*MAKERS, *SOURCES):
             if re.search(rf"(?<![\w./-]){re.escape(name)}(?![\w.-])", text) and name not in self.written:
                 self.fetch(name)
@@ -245,8 +250,7 @@ class Reader:
                 for old in (old for output in outputs for old in folder.glob(f"{Path(output).stem}.*")):
                     if old.name not in words:  # it is of an alternative that the page showed before
                         old.unlink()
-                self.written.update(outputs)
-                self.written.update(str(Path(output).with_suffix(".plan.json")) for output in outputs)
+                self.writes(outputs)
                 self.supply(" ".join(words))
                 done, wanted = self.run(words, folder), int(stated[1]) if stated else 0
                 where = f"{page}:{step.line}: `{' '.join(words)}`"
