@@ -372,6 +372,7 @@ def test_calibration_and_evaluation_images_never_meet() -> None:
     assert top1(path.read_bytes(), shuffled) < 0.3
 
 
+@pytest.mark.slow
 def test_the_prediction_benchmark_runs_and_leaves_few_configurations_open(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,6 +68,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_board_measures_a_table_that_others_solve_by(folder: Path) -> None:
     python(folder, "-c", COMMAND, "profile", "model.onnx", "-o", "table.json")
     python(folder, "-c", COMMAND, "lut", "ls")

@@ -190,6 +190,7 @@ def run_stories(folder: Path, seed: int, kills: int) -> Tally:
     return tally
 
 
+@pytest.mark.slow
 def test_a_prune_that_is_killed_goes_on(tmp_path: Path) -> None:
     tally = run_stories(tmp_path, seed=0, kills=2)
     assert tally.finished

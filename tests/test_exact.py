@@ -122,6 +122,7 @@ def test_exact_is_brute_force(problem: PruningProblem, share: float):
         assert answer.fastest_ns == truth.fastest_ns
 
 
+@pytest.mark.slow
 @MANY
 @given(problems(budgets=True), SHARES)
 def test_exact_is_brute_force_under_several_budgets(problem: PruningProblem, share: float):

@@ -269,6 +269,7 @@ def demo_plan(share: float) -> tuple[Structure, PruningPlan]:
     return structure, PruningPlan(keep=keep)
 
 
+@pytest.mark.slow
 def test_the_commands_mark_what_they_repaired(run: Callable[..., Outcome], tmp_path: Path) -> None:
     np.savez(tmp_path / "inputs.npz", image=shapes(16, 7)[0])
     structure, plan = demo_plan(0.9)
