@@ -47,12 +47,13 @@ MOST_LINES = {README: 200}
 # Commands whose options are checked, and which are not run here, each with the reason.
 NOT_RUN = {
     r"pip install|python3 -m venv|\. \.venv|pytest": "makes an environment and runs all tests: .ci/run does",
-    r"docker|polygraphy": "a tool of others: tests/test_serving_tools.py has what it can",
+    r"docker": "needs Docker, which tests do without: tests/test_model_gate.py reads the files",
+    r"polygraphy": "needs TensorRT: tests/test_serving_tools.py runs it on the CPU",
     r"onnx-mdp export mlflow": "needs MLflow: tests/test_serving_tools.py has it",
     r"onnx-mdp demo$": "takes its time: tests/test_cli.py runs it",
     r"ray start|onnx-mdp fleet": "needs a cluster: tests/test_fleet.py has one",
     r"onnx-mdp export olive|olive run": "needs Olive: tests/test_olive.py runs it where it is",
-    r"torchrun": "starts processes of its own: tests/test_training_loop.py does",
+    r"torchrun": "starts processes of its own: tests/test_finetuning.py does",
     r".* --ep (?!cpu\b)": "needs a provider that the CPU flavour of ONNX Runtime has not",
 }
 PLACEHOLDER = "…"
@@ -286,6 +287,13 @@ def test_the_commands_of_a_page_run(page: str, reader: Reader) -> None:
             (reader.folder / name[1]).write_text(step.text, encoding="utf-8")
         elif step.language == "sh":
             reader.follow(step, page)
+
+
+def test_what_is_not_run_is_on_a_page_and_where_it_is_tested_exists() -> None:
+    texts = [" ".join(words) for page in PAGES for step in commands(page) for words in parts(step.text)]
+    for pattern, why in NOT_RUN.items():
+        assert any(re.match(pattern, text) for text in texts), pattern
+        assert all((ROOT / name).is_file() for name in re.findall(r"tests/[\w.]+", why)), why
 
 
 def test_a_command_that_fails_is_named_with_its_page(reader: Reader) -> None:
