@@ -44,6 +44,9 @@ EXAMPLES = sorted(path.name for path in (DOCS / "examples").glob("*.py"))
 PYTHON_IN_SECONDS = {"new-rule.md"}
 MOST_LINES = {README: 200}
 
+# A target is missed now and then where other tests compute; a page is about its command, not about that.
+TRIES_OF_A_TARGET = 3
+
 # Commands whose options are checked, and which are not run here, each with the reason.
 NOT_RUN = {
     r"pip install|python3 -m venv|\. \.venv|pytest": "makes an environment and runs all tests: .ci/run does",
@@ -257,7 +260,11 @@ class Reader:
                         old.unlink()
                 self.writes(outputs)
                 self.supply(" ".join(words))
-                done, wanted = self.run(words, folder), int(stated[1]) if stated else 0
+                wanted = int(stated[1]) if stated else 0
+                done = self.run(words, folder)
+                for _ in range(TRIES_OF_A_TARGET - 1):
+                    if done.code != wanted and "MISSED " in done.out:
+                        done = self.run(words, folder)
                 where = f"{page}:{step.line}: `{' '.join(words)}`"
                 assert done.code == wanted, (
                     f"{where} ended with {done.code}, not {wanted}:\n{done.out}{done.err}"
