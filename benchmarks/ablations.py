@@ -138,7 +138,7 @@ def verdicts(rows: Sequence[Row]) -> Iterator[Row]:
             ]
             yield replace(row, verdict=judge(row.importance >= max(others) - _LEAST, row.noise))
         elif row.what == "16 variants" and "4 variants" in errors:
-            yield replace(row, verdict=judge(bool(row.median_error < errors["4 variants"]), row.noise))  # type: ignore[operator]
+            yield replace(row, verdict=judge(bool(row.median_error < errors["4 variants"]), row.noise))
         else:
             yield row
 
