@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,7 +26,7 @@ import numpy as np
 import onnx
 import pytest
 import typer
-from command_line import Outcome, call
+from command_line import Outcome, call, patiently
 from PIL import Image
 from zoo import text_model
 
@@ -44,8 +45,6 @@ EXAMPLES = sorted(path.name for path in (DOCS / "examples").glob("*.py"))
 PYTHON_IN_SECONDS = {"new-rule.md"}
 MOST_LINES = {README: 200}
 
-# A target is missed now and then where other tests compute; a page is about its command, not about that.
-TRIES_OF_A_TARGET = 3
 
 # Commands whose options are checked, and which are not run here, each with the reason.
 NOT_RUN = {
@@ -246,16 +245,6 @@ class Reader:
         if not target.exists():
             (shutil.copytree if held.is_dir() else shutil.copy)(held, target)
 
-    def run_patiently(self, words: list[str], folder: Path, wanted: int) -> Outcome:
-        """Run a command, and again where a busy machine missed its target."""
-        done = self.run(words, folder)
-        for _ in range(TRIES_OF_A_TARGET - 1):
-            if done.code != wanted and re.search(
-                r"^missed\b", done.out + done.err, re.IGNORECASE | re.MULTILINE
-            ):
-                done = self.run(words, folder)
-        return done
-
     def follow(self, step: Step, page: str) -> None:
         """Do what one step says, and say which one it was if it cannot be done."""
         stated = re.search(r"#.*exit code (\d+)", step.text)
@@ -271,7 +260,7 @@ class Reader:
                 self.writes(outputs)
                 self.supply(" ".join(words))
                 wanted = int(stated[1]) if stated else 0
-                done = self.run_patiently(words, folder, wanted)
+                done = patiently(partial(self.run, words, folder))
                 where = f"{page}:{step.line}: `{' '.join(words)}`"
                 assert done.code == wanted, (
                     f"{where} ended with {done.code}, not {wanted}:\n{done.out}{done.err}"
@@ -378,7 +367,7 @@ def test_examples_run(name: str, reader: Reader) -> None:
     if "torch" in source and not has_torch():
         pytest.skip("needs torch")
     reader.supply(source)
-    done = reader.run_patiently(["python", str(DOCS / "examples" / name)], reader.folder, 0)
+    done = patiently(lambda: reader.run(["python", str(DOCS / "examples" / name)], reader.folder))
     assert done.code == 0, f"examples/{name}\n{done.out}{done.err}"
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from command_line import Run, is_refused
+from command_line import Run, is_refused, patiently
 from onnx import numpy_helper
 from zoo import analyse, text_model
 
@@ -300,7 +300,8 @@ def test_pruning_measures_nothing_before_its_training_is_checked(
 @pytest.mark.slow
 def test_pruning_and_training_in_one_command(run: Run, tmp_path: Path, pictures: Path) -> None:
     how = ("--data", pictures / "train.npz", "--finetune", "--steps", 20, "--val", pictures / "val.npz")
-    found = run("prune", DEMO, "--target-ratio", 0.6, *how, "-o", "slim.onnx", "--json")
+    command = ("prune", DEMO, "--target-ratio", 0.6, *how, "-o", "slim.onnx", "--json")
+    found = patiently(lambda: run(*command))
     assert found.code == 0, found.err
     assert found.document["verified"]
     trained = found.document["finetuning"]

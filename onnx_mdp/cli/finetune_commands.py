@@ -202,22 +202,27 @@ def training_process(options: Options, wanted: FinetuneOptions) -> Iterator[tupl
             raise
 
 
-def check_finetuning(model: ir.Model, shapes: _Shapes, options: Options, wanted: FinetuneOptions) -> None:
+def check_finetuning(
+    model: ir.Model, shapes: _Shapes, options: Options, wanted: FinetuneOptions, *, overwrite: bool
+) -> None:
     """Refuse what could not be fine-tuned, before minutes of measuring.
 
     Raises:
-        UsageError, MissingBackendError, UnsupportedModelError: with the remedy.
+        UsageError, OutputError, MissingBackendError, UnsupportedModelError: with the remedy.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(
             "prune measures latency, which one process must do: prune first, then torchrun finetune"
         )
-    request = wanted.request(options.seed, overwrite=True)
+    request = wanted.request(options.seed, overwrite=overwrite)
     from onnx_mdp.training.batches import Share
     from onnx_mdp.training.bridge import to_torch
+    from onnx_mdp.training.checkpoint import check_folder
     from onnx_mdp.training.data import open_data
     from onnx_mdp.training.preparation import training_inputs
 
+    if request.checkpoint is not None:
+        check_folder(request.checkpoint, resume=request.resume, overwrite=overwrite)
     open_data(request.data, *training_inputs(model, shapes), Share())
     to_torch(model)
 

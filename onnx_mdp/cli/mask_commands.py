@@ -111,7 +111,7 @@ def prune_in_training(
     from onnx_mdp.training.preparation import training_inputs
     from onnx_mdp.training.soft_masking import Budgets, train_with_masks
 
-    training = replace(wanted, resume=masks.resume).request(options.seed, overwrite=False)
+    training = replace(wanted, resume=masks.resume).request(options.seed, overwrite=True)
     structure, schedule = result.structure, masks.schedule()
     assert result.table is not None
     bound, types = training_inputs(model, shapes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,9 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
             check_output(output, overwrite=wanted.overwrite)
     model, structure = load_structure(path, options)
     if wanted.finetune is not None:
-        check_finetuning(model, parse_shapes(options.input_shapes, model), options, wanted.finetune)
+        training = replace(wanted.finetune, resume=wanted.masks.resume)
+        shapes = parse_shapes(options.input_shapes, model)
+        check_finetuning(model, shapes, options, training, overwrite=wanted.overwrite)
         if wanted.masks.masked:
             check_masking(structure, wanted.finetune, wanted.masks)
     rules = width_rules(model, structure, wanted.plan, options)

@@ -25,6 +25,7 @@ from onnx_mdp.files import write_files
 __all__ = [
     "Checkpoint",
     "as_run",
+    "check_folder",
     "load_checkpoint",
     "prepare_folder",
     "save_checkpoint",
@@ -55,6 +56,19 @@ def prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     Raises:
         OutputError, UsageError: with the remedy.
     """
+    check_folder(folder, resume=resume, overwrite=overwrite)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot create {folder}: {error.strerror}; choose another folder") from error
+
+
+def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that holds another run, or none to resume.
+
+    Raises:
+        OutputError, UsageError: with the remedy.
+    """
     there = (folder / _FILE).is_file()
     if resume and not there:
         raise UsageError(f"--resume: {folder} holds no checkpoint; leave --resume out to begin")
@@ -62,10 +76,6 @@ def prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise OutputError(
             f"{folder} holds a checkpoint; pass --resume to go on, or --overwrite to begin anew"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot create {folder}: {error.strerror}; choose another folder") from error
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
