@@ -9,7 +9,8 @@ fast as asked. Then all are trained alike by `onnx_mdp.training`: labels and the
 BatchNorm inserted and folded away again, SGD, random crops and flips, the same seed and number of steps, on
 45,000 training images; the weights that are best on the other 5,000 are tested on the 10,000 test images.
 All measuring comes before all training, so only the first minutes need a quiet machine; with ``--kept``,
-another machine goes on from there, or several processes that each are given one method. The training
+another machine goes on from there, or several processes that each are given one method, and a training that
+was interrupted is resumed. The training
 images come from ``get_cifar10.py`` of the zoo: ``python ../shared/zoo/get_cifar10.py cifar10.npz``, then
 ``--data cifar10.npz``.
 """
@@ -102,14 +103,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1500, help="(default: 1500)")
     parser.add_argument("--batch", type=int, default=BATCH, help=f"images of a step (default: {BATCH})")
     parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--kept", type=Path, metavar="DIR", help="of pruned and trained models, to go on from"
     )
     given = parser.parse_args(argv)
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="onnx-mdp-") as folder:
-        images = Cifar(given.data, Path(folder), given.seed)
         kept = Kept(given.kept or Path(folder) / "kept")
+        images = Cifar(given.data, given.kept or Path(folder), given.seed)
         for name in given.models:
             results += _results(CifarNetwork(name, given, images, kept), given, images)
     columns: dict[str, Callable[[Result], str]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +31,9 @@ class Cifar:
             self.test, self.test_labels = held["test_x"], held["test_y"]
         order = np.random.default_rng(seed).permutation(len(labels))
         self.archive = folder / "train.npz"
-        np.savez(self.archive, input=self.train[order], labels=labels[order])
+        written = folder / f"train-{os.getpid()}.npz"  # others may read the archive
+        np.savez(written, input=self.train[order], labels=labels[order])
+        written.replace(self.archive)
         some = order[:_RANKED_BY]
         self.ranked, self.ranked_labels = self.inputs(self.train[some]), labels[some]
 

@@ -60,10 +60,12 @@ class CifarNetwork:
         def train() -> Made:
             note(f"{self.name}, {method} at {speedup:g} times the speed: {given.steps} steps")
             model = self.fast(method, speedup).model
-            trained, seconds = finetuned(model, self.base, SHAPES, self._request())
+            unfinished = self._kept.unfinished(label)
+            trained, seconds = finetuned(model, self.base, SHAPES, self._request(), unfinished)
             return trained, {"seconds": seconds}
 
-        label = f"{self._label(method, speedup)}-{given.steps}x{given.batch}-{given.lr:g}-{given.seed}"
+        setting = f"{given.steps}x{given.batch}-{given.lr:g}-{given.precision}-{given.seed}"
+        label = f"{self._label(method, speedup)}-{setting}"
         model, numbers = self._kept.made(label, train)
         return model, numbers["seconds"]
 
@@ -118,7 +120,7 @@ class CifarNetwork:
             seed=given.seed,
             batch=given.batch,
         )
-        asked = {"steps": given.steps, "lr": given.lr, "batch": given.batch}
+        asked = {"steps": given.steps, "lr": given.lr, "batch": given.batch, "precision": given.precision}
         return FinetuneRequest(
             recipe("default", asked | {"optimizer": "sgd", "weight_decay": 5e-4}), options, insert_norms=True
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,16 +20,29 @@ if TYPE_CHECKING:
 __all__ = ["finetuned"]
 
 
+_STEPS_AT_RISK = 100
+
+
 def finetuned(
-    model: bytes, teacher: bytes, shapes: Mapping[str, tuple[int, ...]], request: FinetuneRequest
+    model: bytes,
+    teacher: bytes,
+    shapes: Mapping[str, tuple[int, ...]],
+    request: FinetuneRequest,
+    kept: Path | None = None,
 ) -> tuple[bytes, float]:
-    """The model, whose inputs are float32, after training by its teacher, and the seconds that it took."""
+    """The model, whose inputs are float32, after training by its teacher, and the seconds that it took.
+
+    A run that was interrupted goes on from the folder ``kept``.
+    """
     require_torch("fine-tuning")
     from onnx_mdp.training.distributed import process_group
     from onnx_mdp.training.finetuning import finetune
 
     student, expert = (load_model(onnx.load_from_string(data)) for data in (model, teacher))
     dtypes = {name: np.dtype(np.float32) for name in shapes}
+    if kept is not None:
+        begun = any(kept.glob("*"))
+        request = replace(request, checkpoint=kept, every=_STEPS_AT_RISK, resume=begun)
     with process_group("auto") as group:
         found = finetune(student, expert, shapes, dtypes, request, group, _silent, note)
     return model_bytes(found.model), found.run.seconds

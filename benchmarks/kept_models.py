@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -23,6 +24,10 @@ class Kept:
     def __contains__(self, name: str) -> bool:
         return (self._folder / f"{name}.json").is_file()
 
+    def unfinished(self, name: str) -> Path:
+        """A folder for what is not whole yet."""
+        return self._folder / f"{name}.unfinished"
+
     def made(self, name: str, make: Callable[[], Made]) -> Made:
         """What is kept under the name; else what is made now, and then kept."""
         model, numbers = self._folder / f"{name}.onnx", self._folder / f"{name}.json"
@@ -31,4 +36,5 @@ class Kept:
         found = make()
         model.write_bytes(found[0])
         write_text(json.dumps(found[1]) + "\n", numbers, overwrite=True)
+        shutil.rmtree(self.unfinished(name), ignore_errors=True)
         return found
