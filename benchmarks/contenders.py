@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +14,6 @@ from benchmarks.model_files import model_path
 from benchmarks.pruners import Fast, Planner, Pruner, at_speed, onnxsim, uniform
 from benchmarks.samples import Samples, samples_for
 from benchmarks.torch_pruning_peer import KINDS, torch_pruning
-from onnx_mdp.data.feeds import input_types
 from onnx_mdp.errors import UsageError
 from onnx_mdp.importance.scoring import Importance, score
 from onnx_mdp.model_io import load_model, model_bytes
@@ -24,17 +23,17 @@ from onnx_mdp.running.runtime import Runtime, open_session
 from onnx_mdp.running.timing import random_feeds
 from onnx_mdp.tables.latency import LatencyTable
 
-__all__ = ["METHODS", "OURS", "REFITTED", "Contest", "Likeness"]
+__all__ = ["METHODS", "OURS", "PEERS", "REFITTED", "Contest", "Likeness"]
 
 OURS, REFITTED = "mdp", "mdp_lstsq"
-_PLANNED = {OURS: "exact", "greedy": "greedy", "linear": "linear"}
+_PLANNED = ("greedy", "linear")  # our program, with another solver
+PEERS = ("onnxsim", *(f"tp_{k}" for k in KINDS))
 METHODS = (
     OURS,
     REFITTED,
-    *(m for m in _PLANNED if m != OURS),
+    *_PLANNED,
     "uniform",
-    "onnxsim",
-    *(f"tp_{k}" for k in KINDS),
+    *PEERS,
 )
 
 _MULTIPLE = 8  # widths that Torch-Pruning may take: others are slower on this runtime than whole models
@@ -61,7 +60,8 @@ class Contest:
         self.name, self.seed, self.runtime = name, seed, Runtime(threads=threads)
         model = load_model(model_path(name))
         self.structure, self.base = analyze(model, {}), model_bytes(model)
-        self.shapes, self._types = self.structure.shadow.inputs, input_types(model)
+        self._made: dict[tuple[str, float], Fast] = {}
+        self.shapes = self.structure.shadow.inputs
 
     def fast(self, method: str, speedup: float) -> Fast:
         """The model, pruned by a method until it is as fast as asked; refitted after that.
@@ -69,11 +69,14 @@ class Contest:
         Raises:
             Exception: whatever the tool raises.
         """
-        pruner = self._pruner(method)
-        fast = at_speed(pruner, self.base, self.shapes, speedup, self.runtime, self.seed)
-        if method == REFITTED and isinstance(pruner, Planner):
-            return Fast(pruner.refitted(fast.model, self._feeds), fast.speedup, fast.noise)
-        return fast
+        if method == REFITTED:
+            fast = self.fast(OURS, speedup)
+            return replace(fast, model=self._ours.refitted(fast.model, self._feeds))
+        if (method, speedup) not in self._made:
+            pruner = self._ours if method == OURS else self._pruner(method)
+            made = at_speed(pruner, self.base, self.shapes, speedup, self.runtime, self.seed)
+            self._made[method, speedup] = made
+        return self._made[method, speedup]
 
     def likeness(self, model: bytes) -> Likeness:
         """The pruned model beside the original on the samples."""
@@ -94,8 +97,15 @@ class Contest:
             return torch_pruning(self.name, shape, method.removeprefix("tp_"), self._batches, _MULTIPLE)
         if method == "uniform":
             return uniform(self.structure, self.importance)
+        return self._planner(method)
+
+    @cached_property
+    def _ours(self) -> Planner:
+        """One for all, for it refits only plans that it made."""
+        return self._planner("exact")
+
+    def _planner(self, solver: str) -> Planner:
         formulation = formulate(self.structure, self.importance, self.table)
-        solver = _PLANNED[OURS if method == REFITTED else method]
         return Planner(self.structure, formulation, self.importance, self.table, solver)
 
     def _batches(self) -> list[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]]:

@@ -15,20 +15,20 @@ about the search. Each attempt has a process of its own: a crash is a result, an
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from benchmarks.attempts import Attempts, Row
 from benchmarks.contenders import METHODS, REFITTED, Contest
-from benchmarks.harness import ROOT, Verdict, arguments, combined, judge, note, print_table, publish, run_main
+from benchmarks.harness import Verdict, arguments, combined, judge, print_table, publish, run_main
 
-__all__ = ["Row", "kept_energy", "main", "verdict_of"]
+__all__ = ["kept_energy", "main", "verdict_of"]
 
 _MODELS = (
     "mobilenet_v2",
@@ -39,26 +39,9 @@ _MODELS = (
     "deit_small_torchscript",
     "yolov8n_torchscript",
 )
-_SECONDS = 1800.0
+_LONGEST = 90
 _TIED = {"agreement": 0.02, "cosine": 0.01}  # 4 of 200 images
 _CLOSE = 0.03  # how far from the asked latency counts as equal
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One tool on one model; shares of the original's, and None where the tool did not manage."""
-
-    model: str
-    ratio: float
-    method: str
-    measured: float | None = None
-    noise: float = 0.0
-    kept: float | None = None
-    cosine: float | None = None
-    agreement: float | None = None
-    accuracy: float | None = None
-    remark: str = ""
-    verdict: Verdict = "pass"
 
 
 def kept_energy(base: bytes, model: bytes) -> float:
@@ -74,14 +57,16 @@ def kept_energy(base: bytes, model: bytes) -> float:
     return after / before
 
 
-def _one(given: argparse.Namespace) -> Row:
+def _row(contest: Contest, ratio: float, method: str) -> Row:
     """One attempt, in this process."""
-    (name,), (ratio,), method = given.models, given.ratios, given.one
-    contest = Contest(name, given.threads, given.seed)
-    fast = contest.fast(method, 1 / ratio)
-    like = contest.likeness(fast.model)
+    try:
+        fast = contest.fast(method, 1 / ratio)
+        like = contest.likeness(fast.model)
+    except Exception as error:  # a tool may raise anything, and that is a result
+        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return Row(contest.name, ratio, method, remark=told[:_LONGEST])
     return Row(
-        name,
+        contest.name,
         ratio,
         method,
         1 / fast.speedup,
@@ -91,21 +76,6 @@ def _one(given: argparse.Namespace) -> Row:
         like.agreement,
         like.accuracy,
     )
-
-
-def _attempt(name: str, ratio: float, method: str, given: argparse.Namespace) -> Row:
-    """One attempt in a process of its own; the last line that it prints tells."""
-    note(f"{name} at {ratio:g} by {method} …")
-    command = [sys.executable, "-m", "benchmarks.equal_latency", "--one", method, "--models", name]
-    command += ["--ratios", f"{ratio:g}", "--threads", str(given.threads), "--seed", str(given.seed)]
-    try:
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=_SECONDS)
-    except subprocess.TimeoutExpired:
-        return Row(name, ratio, method, remark=f"more than {_SECONDS:g} s")
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        return Row(**json.loads(lines[-1]))
-    return Row(name, ratio, method, remark=lines[-1][:90] if lines else f"ended with {done.returncode}")
 
 
 def verdict_of(one: Row, cell: Sequence[Row]) -> Verdict:
@@ -131,15 +101,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__, _MODELS)
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.8, 0.6])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--one", choices=METHODS, help="one attempt in this process, as a line of JSON")
+    parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    parser.add_argument("--inside", action="store_true", help="in this process, a line of JSON for each")
     given = parser.parse_args(argv)
-    if given.one:
-        return _print_one(given)
-    rows: list[Row] = []
-    for name in given.models:
-        for ratio in given.ratios:
-            cell = [_attempt(name, ratio, method, given) for method in given.methods]
-            rows += [replace(row, verdict=verdict_of(row, cell)) for row in cell]
+    if given.inside:
+        return _print_rows(given)
+    found, rows = Attempts(given), list[Row]()
+    for name, ratio in itertools.product(given.models, given.ratios):
+        cell = found.cell(name, ratio)
+        rows += [replace(row, verdict=verdict_of(row, cell)) for row in cell]
     columns: Mapping[str, Callable[[Row], str]] = {
         "model": lambda r: r.model,
         "asked": lambda r: f"{r.ratio:g}",
@@ -159,12 +129,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return publish(__file__, given, rows, table, combined(judged), summary)
 
 
-def _print_one(given: argparse.Namespace) -> int:
-    try:
-        print(json.dumps(asdict(_one(given))))
-    except Exception as error:  # a tool may raise anything, and that is a result
-        print(f"{type(error).__name__}: {' '.join(str(error).split())}")
-        return 1
+def _print_rows(given: argparse.Namespace) -> int:
+    (name,) = given.models
+    contest = Contest(name, given.threads, given.seed)
+    for ratio, method in itertools.product(given.ratios, given.methods):
+        print(json.dumps(asdict(_row(contest, ratio, method))), flush=True)
     return 0
 
 

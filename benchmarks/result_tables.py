@@ -5,6 +5,9 @@
     <!-- result: quick/prune_cells -->
     (made by `python -m benchmarks.run`; edits are lost)
     <!-- end of result -->
+
+and sentences, between marks inside a line: ``<!-- summary: all/targets -->…<!-- end -->``. The name
+``overview`` is of all results of a folder, how each ended and what it took.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ __all__ = ["RESULTS", "filled", "markdown_table", "refresh", "stale_documents"]
 
 RESULTS = ROOT / "benchmarks" / "results"
 _BLOCK = re.compile(r"<!-- result: ([\w/]+) -->\n.*?<!-- end of result -->", re.DOTALL)
+_SENTENCE = re.compile(r"<!-- summary: ([\w/]+) -->.*?<!-- end -->", re.DOTALL)
 
 
 def markdown_table(document: Mapping[str, Any]) -> str:
@@ -49,20 +53,49 @@ def _cell(text: str) -> str:
 
 
 def filled(text: str) -> str:
-    """A document with every block made anew.
+    """A document with every table and every sentence made anew.
 
     Raises:
         UsageError: a mark names no result.
     """
+    text = _BLOCK.sub(_made_table, text)
+    return _SENTENCE.sub(
+        lambda found: f"<!-- summary: {found[1]} -->{_result(found[1])['summary']}<!-- end -->", text
+    )
 
-    def made(block: re.Match[str]) -> str:
-        path = RESULTS / f"{block[1]}.json"
-        if not path.is_file():
-            raise UsageError(f"no result {path}; run `python -m benchmarks.run` first")
-        table = markdown_table(json.loads(path.read_text(encoding="utf-8")))
-        return f"<!-- result: {block[1]} -->\n{table}\n<!-- end of result -->"
 
-    return _BLOCK.sub(made, text)
+def _made_table(block: re.Match[str]) -> str:
+    table = markdown_table(_result(block[1]))
+    return f"<!-- result: {block[1]} -->\n{table}\n<!-- end of result -->"
+
+
+def _result(name: str) -> Mapping[str, Any]:
+    path = RESULTS / f"{name}.json"
+    if path.stem == "overview":
+        return _overview(path.parent)
+    if not path.is_file():
+        raise UsageError(f"no result {path}; run `python -m benchmarks.run` first")
+    found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _overview(folder: Path) -> dict[str, Any]:
+    """All results of a folder as one."""
+    found = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))
+    }
+    if not found:
+        raise UsageError(f"no results in {folder}; run `python -m benchmarks.run` first")
+    verdicts = [one["verdict"] for one in found.values()]
+    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("pass", "inconclusive", "fail") if v in verdicts)
+    minutes = sum(one["seconds"] for one in found.values()) / 60
+    cells = [[name, one["verdict"], f"{one['seconds']}", one["summary"]] for name, one in found.items()]
+    return {
+        "table": {"columns": ["benchmark", "verdict", "seconds", "summary"], "cells": cells},
+        "header": max((one["header"] for one in found.values()), key=lambda header: header["date"]),
+        "verdict": "fail" if "fail" in verdicts else "pass",
+        "summary": f"{len(found)} benchmarks in {minutes:.0f} minutes: {counts}",
+    }
 
 
 def _documents() -> list[Path]:

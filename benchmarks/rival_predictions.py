@@ -25,7 +25,7 @@ from onnx_mdp.tables.staircases import fit_runs
 from onnx_mdp.tables.variants import Variant, full_variant, plan_of_variant, random_variant
 from onnx_mdp.tables.windows import Window, cut_window
 
-__all__ = ["isolated_table", "linear_ratios", "macs_ratios", "table_ratios"]
+__all__ = ["isolated_table", "linear_ratios", "macs_ratios", "table_ratios", "uncalibrated"]
 
 _VARIANTS = 10
 _WIDTHS = 6  # measured for each shape key
@@ -33,9 +33,15 @@ _TOGETHER = 24
 
 
 def table_ratios(structure: Structure, table: LatencyTable, variants: Sequence[Variant]) -> list[float]:
-    """What a table predicts."""
-    base = predict_ms(table, structure, full_variant(structure))
-    return [predict_ms(table, structure, variant) / base for variant in variants]
+    """What a table predicts, as shares of the unpruned latency that it was calibrated by."""
+    return [predict_ms(table, structure, variant) / table.base_ms for variant in variants]
+
+
+def uncalibrated(structure: Structure, table: LatencyTable) -> LatencyTable:
+    """The table as the sum of its terms, scaled by the unpruned model alone."""
+    bare = replace(table, calibration=replace(table.calibration, scale=1.0, offset_ms=0.0))
+    base_ms = predict_ms(bare, structure, full_variant(structure))
+    return replace(bare, calibration=replace(bare.calibration, base_ms=base_ms))
 
 
 def macs_ratios(structure: Structure, variants: Sequence[Variant]) -> list[float]:
@@ -85,8 +91,7 @@ def isolated_table(structure: Structure, table: LatencyTable, runtime: Runtime, 
         )
         total = sum(timing.ms)
         runs.append(Run(start, seed, total, total, len(samples), 0.0, samples))
-    bare = replace(table.calibration, scale=1.0, offset_ms=0.0)
-    return replace(table, coefficients=fit_runs(runs, table.granularity), calibration=bare)
+    return uncalibrated(structure, replace(table, coefficients=fit_runs(runs, table.granularity)))
 
 
 def _single(structure: Structure, table: LatencyTable, seed: int) -> Iterator[Window]:

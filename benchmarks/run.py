@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from typing import Any
 from benchmarks.harness import ROOT, note, print_table, run_main
 from benchmarks.result_tables import RESULTS, refresh
 from onnx_mdp.errors import UsageError
+from onnx_mdp.files import write_text
 
 __all__ = ["NEEDS_DATA", "PARTS", "Outcome", "main"]
 
@@ -53,6 +53,7 @@ _WHOLE = (
     "fleet_cost",  # these two read what the others found
     "paper_figures",
 )
+_RESUMABLE = ("equal_latency",)  # some hours; rows that are there are not measured again
 # These train on all of CIFAR-10, for hours; `--data` says where it lies.
 NEEDS_DATA = ("cifar_accuracy", "soft_masking")
 
@@ -79,7 +80,8 @@ def _run(name: str, arguments: Sequence[str], folder: Path) -> Outcome:
         return Outcome(name, "no result", seconds, "see its messages above")
     found: Mapping[str, Any] = json.loads(draft.read_text(encoding="utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(draft, folder / draft.name)
+    kept = json.dumps({**found, "seconds": round(seconds)}, indent=2) + "\n"
+    write_text(kept, folder / draft.name, overwrite=True)
     return Outcome(name, found["verdict"], seconds, found["summary"])
 
 
@@ -90,6 +92,8 @@ def _wanted(given: argparse.Namespace) -> dict[str, list[str]]:
     else:
         chosen = {name: [] for name in (*PARTS, *_WHOLE)}
         chosen |= {name: ["--data", str(given.data)] for name in NEEDS_DATA if given.data is not None}
+    if given.resume:
+        chosen |= {name: [*chosen[name], "--resume"] for name in _RESUMABLE}
     unknown = sorted(set(given.only or ()) - set(chosen))
     if unknown:
         raise UsageError(f"--only {unknown[0]}: there are {', '.join(sorted(chosen))}")
@@ -106,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     which.add_argument("--documents", action="store_true", help="run nothing, fill the tables")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the scripts")
     parser.add_argument("--data", type=Path, metavar="FILE.npz", help="all of CIFAR-10, for those that train")
+    parser.add_argument("--resume", action="store_true", help="keep what an interrupted run has measured")
     given = parser.parse_args(argv)
     outcomes = []
     if not given.documents:

@@ -32,10 +32,13 @@ from benchmarks.metered import run_metered
 from benchmarks.model_files import model_path
 from onnx_mdp.errors import MeasurementError
 from onnx_mdp.planning.closed_loop import tolerance
+from onnx_mdp.running.providers import SHORT_NAMES
+from onnx_mdp.running.runtime import import_onnxruntime
 
 __all__ = ["Cell", "combined_cells", "main"]
 
 _MODELS = ("resnet50_torchscript", "resnet18_torchscript", "mobilenet_v2", "deit_tiny_torchscript")
+_PROVIDERS = ("cpu", "openvino")
 _SHARE = 0.9
 _MOST = 4
 
@@ -110,7 +113,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit code."""
     parser = arguments(__doc__, _MODELS)
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.8, 0.6, 0.4])
-    parser.add_argument("--ep", nargs="+", default=["cpu", "openvino"], help="execution providers")
+    there = [
+        name for name in _PROVIDERS if SHORT_NAMES[name] in import_onnxruntime().get_available_providers()
+    ]
+    told = (
+        f"execution providers (default, of {', '.join(_PROVIDERS)} those that are here: {', '.join(there)})"
+    )
+    parser.add_argument("--ep", nargs="+", default=there, help=told)
     given = parser.parse_args(argv)
     cells = [cell for name in given.models for provider in given.ep for cell in _cells(name, provider, given)]
     columns = {

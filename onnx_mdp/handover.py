@@ -31,8 +31,6 @@ from onnx_mdp.planning.closed_loop import (
     tolerance,
 )
 from onnx_mdp.surgery.rewriting import rewrite
-from onnx_mdp.tables.latency import predict_ms
-from onnx_mdp.tables.variants import full_variant
 
 __all__ = ["Handover", "bench_hint", "close_elsewhere", "open_handover"]
 
@@ -85,7 +83,7 @@ def close_elsewhere(
         UsageError: a model was measured elsewhere than the table.
     """
     aim = target * (1 - HEADROOM)
-    state = base_ms / predict_ms(loop.table, loop.structure, full_variant(loop.structure))
+    state = base_ms / loop.table.base_ms
     candidates: list[Candidate] = []
     seen: set[str] = set()
     fastest: float | None = None

@@ -20,6 +20,7 @@ import pytest
 import onnx_mdp
 from benchmarks import (
     ablations,
+    attempts,
     configurations,
     equal_latency,
     fleet_cost,
@@ -452,6 +453,46 @@ def test_a_table_that_was_edited_is_found_and_made_anew(
         result_tables.filled(text.replace("quick/name", "quick/nonesuch"))
 
 
+def test_sentences_and_overviews_are_made_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(result_tables, "RESULTS", tmp_path)
+    harness.publish("name.py", given(tmp_path / "all"), [Row(1.5)], TABLE, "pass", "all held")
+    path = tmp_path / "all" / "name.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": 90}))
+    text = "so <!-- summary: all/name -->old<!-- end --> and <!-- summary: all/overview -->\nold<!-- end -->."
+    said = result_tables.filled(text)
+    assert "<!-- summary: all/name -->all held<!-- end -->" in said
+    assert said.endswith("-->1 benchmarks in 2 minutes: 1 pass<!-- end -->.")
+    table = result_tables.filled("<!-- result: all/overview -->\n<!-- end of result -->")
+    assert "| name | pass | 90 | all held |" in table
+
+
+def test_attempts_are_taken_up_where_they_were_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[tuple[float, ...], tuple[str, ...]]] = []
+
+    def run_them(name: str, ratios: Any, methods: Any, given: Any) -> list[attempts.Row]:
+        tried.append((tuple(ratios), tuple(methods)))
+        return [attempts.Row(name, ratio, method, 0.5) for ratio in ratios for method in methods]
+
+    monkeypatch.setattr(attempts, "_tried", run_them)
+    asked = {"output": tmp_path, "ratios": [0.8, 0.6], "methods": ["mdp", "mdp_lstsq", "onnxsim"]}
+    rows = attempts.Attempts(argparse.Namespace(**asked, resume=False)).cell("m", 0.8)
+    assert [row.method for row in rows] == asked["methods"]
+    assert tried == [((0.8, 0.6), ("mdp", "mdp_lstsq")), ((0.8,), ("onnxsim",))]
+    later = attempts.Attempts(argparse.Namespace(**asked, resume=True))
+    assert later.cell("m", 0.8) == rows
+    later.cell("m", 0.6)
+    assert tried[2:] == [((0.6,), ("onnxsim",))]
+    attempts.Attempts(argparse.Namespace(**asked, resume=False)).cell("m", 0.8)
+    assert tried[3:] == tried[:2]
+
+
+def test_a_tool_that_dies_leaves_a_row_that_says_so(tmp_path: Path) -> None:
+    asked = {"output": tmp_path, "ratios": [0.8], "methods": ["onnxsim"], "threads": 1, "seed": 0}
+    (row,) = attempts.Attempts(argparse.Namespace(**asked, resume=False)).cell("no such model", 0.8)
+    assert row.measured is None
+    assert row.remark.startswith("ended with")
+
+
 def test_every_script_is_run_by_all_and_the_quick_arguments_are_its_own(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -563,7 +604,7 @@ def test_each_resolution_has_the_share_that_stays(demo: Structure) -> None:
 
 
 def test_the_verdict_asks_for_the_best_among_those_that_are_as_fast() -> None:
-    own = equal_latency.Row("m", 0.6, equal_latency.REFITTED, 0.6, 0.0, 0.5, 0.9, 0.80)
+    own = attempts.Row("m", 0.6, equal_latency.REFITTED, 0.6, 0.0, 0.5, 0.9, 0.80)
     better = replace(own, method="other", agreement=0.9)
     assert equal_latency.verdict_of(own, [own]) == "pass"
     assert equal_latency.verdict_of(own, [own, better]) == "fail"

@@ -147,6 +147,7 @@ def eager() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow  # half a minute
 @LAWS
 @given(st.one_of(problems(), problems(budgets=True)), SHARES)
 def test_every_stage_is_exact_where_small_problems_reach_it(problem: PruningProblem, share: float):

@@ -25,6 +25,7 @@ from onnx_mdp.planning import closed_loop
 from onnx_mdp.planning.closed_loop import Request, tolerance
 from onnx_mdp.running.runtime import runtime
 from onnx_mdp.running.timing import Timing
+from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.tables.cost_terms import cost_terms
 from onnx_mdp.tables.granularity import unit_choices
 from onnx_mdp.tables.latency import Calibration, LatencyTable
@@ -105,13 +106,14 @@ def biased_table(structure: Structure, bias: Callable[[], float], level: float =
         key = term.key if shape[1] >= STEP else f"{term.key}|a={shape[1]}"
         read, made = min(shape[1], STEP), shape[0] / -(-shape[0] // STEP)
         coefficients.setdefault(key, (0.0, 0.0, 0.0, each * read * made * bias()))
+    base_ms = true_ms(model_bytes(rewrite(structure, PruningPlan(keep={}))))
     return LatencyTable(
         context={"device": "ideal"},
         key="table",
         granularity=STEP,
         terms=cost_terms(structure),
         coefficients=coefficients,
-        calibration=Calibration(level, level * FIXED_MS, 0.0, 0.0, 0.0, 0.0),
+        calibration=Calibration(level, level * FIXED_MS, level * base_ms, 0.0, 0.0, 0.0),
         choices={i: unit_choices(structure.dimensions[i], STEP, 16) for i in structure.prunable},
         measured=0,
         seconds=0.0,

@@ -29,7 +29,7 @@ from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.tables.cost_terms import cost_terms
 from onnx_mdp.tables.granularity import unit_choices
 from onnx_mdp.tables.latency import Calibration, LatencyTable, predict_ms
-from onnx_mdp.tables.variants import variant_of_plan
+from onnx_mdp.tables.variants import full_variant, variant_of_plan
 
 torch = pytest.importorskip("torch")
 
@@ -93,9 +93,11 @@ def ideal(structure: Structure, areas: Mapping[str, float]) -> LatencyTable:
     """A table of an exact device; ``areas`` is what each pair of channels takes."""
     coefficients = {key: (0.0, 0.0, 0.0, 1e-6 * STEP * STEP * area) for key, area in areas.items()}
     choices = {i: unit_choices(structure.dimensions[i], STEP, 16) for i in structure.prunable}
-    exact = Calibration(1.0, 0.001, 0.0, 0.0, 0.0, 0.0)
+    exact = Calibration(1.0, 0.001, 1.0, 0.0, 0.0, 0.0)
     terms = cost_terms(structure)
-    return LatencyTable({"device": "ideal"}, "table", STEP, terms, coefficients, exact, choices, 0, 0.0)
+    found = LatencyTable({"device": "ideal"}, "table", STEP, terms, coefficients, exact, choices, 0, 0.0)
+    base_ms = predict_ms(found, structure, full_variant(structure))
+    return replace(found, calibration=replace(exact, base_ms=base_ms))
 
 
 @functools.cache

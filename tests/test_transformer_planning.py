@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def made_up_table(structure: Structure, seed: int = 0) -> LatencyTable:
     rng = np.random.default_rng(seed)
     terms = cost_terms(structure)
     keys = dict.fromkeys(term.key for term in terms)
-    return LatencyTable(
+    table = LatencyTable(
         context={"device": "made up", "provider": "none", "threads": 1},
         key=table_key(structure),
         granularity=4,
@@ -70,6 +71,8 @@ def made_up_table(structure: Structure, seed: int = 0) -> LatencyTable:
         measured=0,
         seconds=0.0,
     )
+    base_ms = predict_ms(table, structure, full_variant(structure))
+    return replace(table, calibration=replace(table.calibration, base_ms=base_ms))
 
 
 def random_choice(formulation: Formulation, rng: np.random.Generator) -> Choice:

@@ -19,8 +19,8 @@ from onnx_mdp.planning.width_rules import WidthRules
 from onnx_mdp.running.runtime import Runtime
 from onnx_mdp.solvers import solve
 from onnx_mdp.surgery.rewriting import rewrite
-from onnx_mdp.tables.latency import LatencyTable, predict_ms
-from onnx_mdp.tables.variants import full_variant, measure_models
+from onnx_mdp.tables.latency import LatencyTable
+from onnx_mdp.tables.variants import measure_models
 
 __all__ = [
     "HEADROOM",
@@ -151,7 +151,7 @@ def close_loop(loop: Loop, target: float, base_ms: float, progress: Progress) ->
     that leaves more of the target unused than the tolerance only at the last.
     """
     aim = target * (1 - HEADROOM)
-    state = base_ms / predict_ms(loop.table, loop.structure, full_variant(loop.structure))
+    state = base_ms / loop.table.base_ms
     candidates: list[Candidate] = []
     tried: set[str] = set()
     fastest: float | None = None

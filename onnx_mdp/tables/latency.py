@@ -1,7 +1,7 @@
 """Structure to latency table: profile random variants in place, fit staircases, calibrate on whole models.
 
 The table is the fit evaluated at every choice: full in both widths, and monotone by construction. An affine
-map, fitted to the unpruned model and four held-out variants, turns sums of terms into milliseconds.
+map, fitted to the unpruned model and eight held-out variants, turns sums of terms into milliseconds.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from onnx_mdp.analysis.structure import Structure
-from onnx_mdp.large_models import for_session
+from onnx_mdp.large_models import LargeModel, for_session
 from onnx_mdp.model_io import topology_hash
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.running.placement import open_placed
@@ -52,8 +53,10 @@ __all__ = [
 ]
 
 VARIANTS = 16
-_QUANTILES = (0.05, 0.35, 0.65, 0.95)
-_CALIBRATION_S = 8.0
+_SHARES = tuple(n / 10 for n in range(1, 9))  # of the unpruned latency, of variants to calibrate with
+_DRAWN = 200  # to find variants of these shares among
+_CALIBRATION_S = 10.0
+_GROUPS = 2
 
 Progress = Callable[[str, int, int], None]
 
@@ -200,7 +203,7 @@ def _in_place(structure: Structure, terms: Sequence[CostTerm], runtime: Runtime,
 
 def _opened(structure: Structure, runtime: Runtime, seed: int) -> tuple[InferenceSession, Feeds]:
     """A session of the unpruned model and its feeds."""
-    model = for_session(rewrite(structure, PruningPlan(keep={}), split=True))
+    model = _for_session(structure, PruningPlan(keep={}))
     session = open_placed(model, runtime, structure.shadow.inputs)
     return session, random_feeds(session, structure.shadow.inputs, seed)
 
@@ -266,26 +269,19 @@ def _calibrate(
     progress: Progress,
     windows: WindowFit | None = None,
 ) -> Calibration:
-    """Measure the unpruned model and four held-out variants, and fit the affine map.
+    """Measure the unpruned model and eight held-out variants, and fit the affine map.
 
     The whole variants of ``windows`` count as well, for they were not seen through a profiler.
     """
     rng = np.random.default_rng([seed, 2**31])
-    pool = [_of_any_scale(structure, draft.choices, rng) for _ in range(64)]
-    pool.sort(key=lambda variant: predict_ms(draft, structure, variant))
-    chosen = [full_variant(structure), *(pool[int(q * (len(pool) - 1))] for q in _QUANTILES)]
-    plans = [plan_of_variant(structure, variant) for variant in chosen]
-    models = [for_session(rewrite(structure, plan, split=True)) for plan in plans]
-    timing = measure_models(
-        models,
-        structure.shadow.inputs,
-        runtime,
-        seed=seed,
-        budget_s=_CALIBRATION_S,
-        on_round=lambda done, total: progress("calibrate", done, total),
+    pool = [full_variant(structure), *(_of_any_scale(structure, draft.choices, rng) for _ in range(_DRAWN))]
+    expected = np.asarray([predict_ms(draft, structure, variant) for variant in pool])
+    nearest = [int(np.abs(expected[1:] / expected[0] - share).argmin()) + 1 for share in _SHARES]
+    picked = list(dict.fromkeys(nearest))  # a small model has few variants
+    base_ms, ratios, noise = _beside_the_unpruned(
+        structure, [pool[n] for n in picked], runtime, seed, progress
     )
-    predicted = np.asarray([predict_ms(draft, structure, v) for v in chosen])
-    measured = np.asarray(timing.ms)
+    predicted, measured = expected[[0, *picked]], base_ms * np.asarray([1.0, *ratios])
     errors = np.abs(predicted[1:] / measured[1:] * (measured[0] / predicted[0]) - 1.0)
     if windows is None:
         scale, offset = affine(predicted, measured)
@@ -297,8 +293,39 @@ def _calibrate(
     return Calibration(
         scale=scale,
         offset_ms=offset + scale * draft.calibration.offset_ms,
-        base_ms=float(measured[0]),
+        base_ms=base_ms,
         median_error=float(np.median(errors)),
         worst_error=float(errors.max()),
-        noise=timing.noise,
+        noise=noise,
     )
+
+
+def _beside_the_unpruned(
+    structure: Structure, variants: Sequence[Variant], runtime: Runtime, seed: int, progress: Progress
+) -> tuple[float, list[float], float]:
+    """The unpruned latency, that of each variant as a share of it, and the largest noise of a group.
+
+    The groups are small, for all models of one are in memory at the same time.
+    """
+    base, ratios, timings = _for_session(structure, PruningPlan(keep={})), [0.0] * len(variants), []
+    for number in range(min(_GROUPS, len(variants))):
+        plans = [plan_of_variant(structure, variant) for variant in variants[number::_GROUPS]]
+        timing = measure_models(
+            [base, *(_for_session(structure, plan) for plan in plans)],
+            structure.shadow.inputs,
+            runtime,
+            seed=seed + number,
+            budget_s=_CALIBRATION_S / _GROUPS,
+            on_round=partial(_tell, progress, number),
+        )
+        ratios[number::_GROUPS] = [ms / timing.ms[0] for ms in timing.ms[1:]]
+        timings.append(timing)
+    return timings[0].ms[0], ratios, max(timing.noise for timing in timings)
+
+
+def _tell(progress: Progress, group: int, done: int, total: int) -> None:
+    progress("calibrate", group * total + done, _GROUPS * total)
+
+
+def _for_session(structure: Structure, plan: PruningPlan) -> bytes | LargeModel:
+    return for_session(rewrite(structure, plan, split=True))

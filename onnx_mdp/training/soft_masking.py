@@ -31,8 +31,8 @@ from onnx_mdp.planning.solution_plan import plan_from_solution
 from onnx_mdp.solvers import solve
 from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.surgery.verification import Evidence, require, verify
-from onnx_mdp.tables.latency import LatencyTable, predict_ms
-from onnx_mdp.tables.variants import full_variant, variant_of_plan
+from onnx_mdp.tables.latency import LatencyTable
+from onnx_mdp.tables.variants import variant_of_plan
 from onnx_mdp.training.batchnorm import normalised_layers
 from onnx_mdp.training.distributed import Group
 from onnx_mdp.training.finetuning import FinetuneRequest, FinetuneResult, Masking, finetune
@@ -72,8 +72,7 @@ class Budgets:
         """With ``base_ms``, measured now, the last decision closes the loop; else the table is trusted."""
         self.structure, self.table, self.request = structure, table, request
         self.base_ms, self.progress = base_ms, progress
-        self.full_ms = predict_ms(table, structure, full_variant(structure))
-        self.goal_ms = request.goal_ms(base_ms or self.full_ms)
+        self.goal_ms = request.goal_ms(base_ms or table.base_ms)
 
     @property
     def target(self) -> tuple[float | None, float | None]:
@@ -99,8 +98,8 @@ class Budgets:
         return plan
 
     def _solved(self, importance: Importance, table: LatencyTable, share: float) -> PruningPlan:
-        state = (self.base_ms or self.full_ms) / self.full_ms
-        start = self.full_ms * state
+        start = self.base_ms or self.table.base_ms
+        state = start / self.table.base_ms
         budget = start - share * max(0.0, start - self.goal_ms)
         request = self.request
         formulation = formulate(self.structure, importance, table, request.rules, request.caps)
