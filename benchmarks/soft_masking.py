@@ -92,7 +92,8 @@ def _results(name: str, given: argparse.Namespace, folder: Path) -> Iterator[Res
     dense = top1(model_bytes(model), samples, given.threads)
     first = score(structure, "drift", samples.calibration)
     full = predict_ms(table, structure, full_variant(structure))
-    chosen = recipe("default", {"steps": given.steps, "batch": given.batch, "lr": given.lr})
+    settings = {name: getattr(given, name) for name in ("steps", "batch", "lr", "precision")}
+    chosen = recipe("default", settings)
     for seed in given.seeds:
         data = DataOptions(learn, check, preprocess=_PREPROCESS, augment="crop", batch=given.batch, seed=seed)
         for speedup in given.speedups:
@@ -156,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=600, help="of the optimizer (default: 600)")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--redecide", type=int, default=25, help="steps between decisions (default: 25)")
     parser.add_argument("--images", type=int, help="evaluate on the first of them only (default: 9000)")
     given = parser.parse_args(argv)

@@ -96,6 +96,8 @@ ORDER = (
     "training.kernels.regions",
     "training.kernels",
     "training.trainable",
+    "training.program",
+    "training.fixed_sizes",
     "training.interpreter",
     "training.bridge",
     "training.batchnorm",

@@ -64,6 +64,7 @@ def finetune(
     distances: str = "auto",
     frozen_statistics: bool = False,
     insert_norms: bool = False,
+    compiled: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     every: int | None = None,
     resume: bool = False,
@@ -114,6 +115,7 @@ def finetune(
         every,
         resume,
         overwrite,
+        compiled,
     )
     with process_group(device) as group, failures_in_a_sentence():
         return finetuning.finetune(slim, expert, bound, types, request, group, progress, report)

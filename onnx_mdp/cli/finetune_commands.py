@@ -54,6 +54,7 @@ class FinetuneOptions:
     distill: str = "auto"
     freeze_bn: bool = False
     insert_bn: bool = False
+    compiled: bool = False
     checkpoint: Path | None = None
     every: int | None = None
     resume: bool = False
@@ -96,6 +97,7 @@ class FinetuneOptions:
             self.every,
             self.resume,
             overwrite,
+            self.compiled,
         )
 
 

@@ -47,6 +47,9 @@ FreezeNorm = Annotated[bool, typer.Option("--freeze-bn", help="Keep the statisti
 InsertNorm = Annotated[
     bool, typer.Option("--insert-bn", help="Train with a batch norm behind each convolution, and fold it.")
 ]
+Compiled = Annotated[
+    bool, typer.Option("--compile", help="Let torch.compile make the steps: minutes once, then faster.")
+]
 Patience = Annotated[int | None, typer.Option(help="Validations without a better one before it ends.")]
 CheckpointFolder = Annotated[
     Path | None, typer.Option("--checkpoint", metavar="DIR", help="Where the run is kept, to go on from.")
@@ -81,6 +84,7 @@ def training_options(
     distill: Distill = "auto",
     freeze_bn: FreezeNorm = False,
     insert_bn: InsertNorm = False,
+    compiled: Compiled = False,
     patience: Patience = None,
     checkpoint: CheckpointFolder = None,
     checkpoint_every: Every = None,
@@ -119,6 +123,7 @@ def training_options(
         distill=distill,
         freeze_bn=freeze_bn,
         insert_bn=insert_bn,
+        compiled=compiled,
         checkpoint=checkpoint,
         every=checkpoint_every,
         device=device,

@@ -87,6 +87,7 @@ LAYOUT: _Layout = {
         "distill": "distill",
         "freeze_bn": "freeze_bn",
         "insert_bn": "insert_bn",
+        "compile": "compiled",
         "patience": "patience",
         "checkpoint": "checkpoint",
         "checkpoint_every": "checkpoint_every",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from onnx_mdp.errors import UnsupportedModelError
+from onnx_mdp.training.fixed_sizes import Sizes, sizes_of
 
 __all__ = ["Batched", "Network", "freeze_unreached", "takes_batches"]
 
@@ -29,6 +30,12 @@ class Network(Protocol):
     def statistics(self) -> dict[str, Tensor]:
         """Running statistics, by initializer."""
 
+    def fix_sizes(self, feeds: Mapping[str, Tensor]) -> None:
+        """Make runs on inputs of these sizes such that `torch.compile` can trace them."""
+
+
+_Run = Callable[[Mapping[str, Tensor], Mapping[str, Tensor] | None, Sequence[str]], dict[str, Tensor]]
+
 
 class Batched(nn.Module):
     """``forward(feeds)`` runs ``module``, a `Network`, on all rows at once, or on ``rows`` at a time.
@@ -41,6 +48,8 @@ class Batched(nn.Module):
         self.module = module
         self.rows = rows
         self.also = tuple(also)
+        self._compiled: _Run | None = None
+        self._compiled_for: tuple[Sizes, bool] | None = None
 
     @property
     def network(self) -> Network:
@@ -50,12 +59,25 @@ class Batched(nn.Module):
     def forward(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each tensor has as many rows as the feeds."""
         if self.rows is None:
-            return self.network.run(feeds, None, self.also)
+            return self._run(feeds)
         held = len(next(iter(feeds.values())))
         starts = range(0, held, self.rows)
         cuts = ({name: value[start : start + self.rows] for name, value in feeds.items()} for start in starts)
-        parts = [self.network.run(cut, None, self.also) for cut in cuts]
+        parts = [self._run(cut) for cut in cuts]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def compile_for(self, feeds: Mapping[str, Tensor], *, training: bool) -> None:
+        """Compile what runs on batches as large as ``feeds`` in one mode; others are run as before."""
+        cut = {name: value[: self.rows] for name, value in feeds.items()}
+        self.network.fix_sizes(cut)
+        self._compiled = torch.compile(self.network.run, dynamic=False)
+        self._compiled_for = sizes_of(cut), training
+
+    def _run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        run: _Run = self.network.run
+        if self._compiled is not None and self._compiled_for == (sizes_of(feeds), self.training):
+            run = self._compiled
+        return run(feeds, None, self.also)
 
 
 def takes_batches(module: nn.Module, feeds: Mapping[str, Tensor], rows: int) -> bool:

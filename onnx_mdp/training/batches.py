@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-__all__ = ["Batch", "Share"]
+__all__ = ["Batch", "Share", "placed"]
 
 Array = npt.NDArray[Any]
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _Rows = TypeVar("_Rows", bound=npt.NDArray[Any])
 
 
@@ -37,3 +41,10 @@ class Share:
         """The rows of this process; a remainder is left out."""
         each = len(rows) // self.size
         return cast(_Rows, rows[self.rank * each : (self.rank + 1) * each])
+
+
+def placed(array: Array, device: torch.device, *, channels_last: bool = False) -> Tensor:
+    """An array on a device, an image or a volume with its channels last in memory if asked for."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+    order = _CHANNELS_LAST.get(tensor.dim()) if channels_last else None
+    return tensor if order is None else tensor.to(memory_format=order)

@@ -27,7 +27,7 @@ from onnx_mdp.plan import PruningPlan
 from onnx_mdp.surgery.changed_weights import mark_weights
 from onnx_mdp.training.agreement import require_agreement
 from onnx_mdp.training.batched import Batched, freeze_unreached, takes_batches
-from onnx_mdp.training.batches import Batch
+from onnx_mdp.training.batches import Batch, placed
 from onnx_mdp.training.batchnorm import fold_batchnorm, insert_batchnorm
 from onnx_mdp.training.bridge import to_torch, write_back
 from onnx_mdp.training.checkpoint import as_run, prepare_folder
@@ -52,8 +52,8 @@ class FinetuneRequest:
     """How to fine-tune; ``features`` are patterns of tensor names, ``distances`` is ``auto`` or ``mse``.
 
     ``frozen_statistics`` keeps batch norms as they are, ``insert_norms`` trains with some that are folded
-    away again. ``checkpoint`` is a folder, written after every
-    validation and every ``every`` steps.
+    away again. ``checkpoint`` is a folder, written after every validation and every ``every`` steps.
+    ``compiled`` has `torch.compile` make what runs on whole batches.
     """
 
     recipe: Recipe
@@ -66,6 +66,7 @@ class FinetuneRequest:
     every: int | None = None
     resume: bool = False
     overwrite: bool = False
+    compiled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ def finetune(
     options = replace(request.data, batch=request.recipe.batch)
     data = open_data(options, shapes, dtypes, group.share)
     probe = data.probe()
-    feeds = _feeds(probe, group)
+    feeds = {name: placed(array, group.device) for name, array in probe.inputs.items()}
     names = () if teacher is None else _features(model, teacher, request.features)
     rows = next(iter(shapes.values()))[0]
     network = _trainable(model, request, probe, rows, masking)
@@ -153,6 +154,7 @@ def finetune(
         every=request.every,
         identity=_identity(model, teacher, request, data, group) | dict(masking.identity if masking else {}),
         masks=masks,
+        compiled=request.compiled,
     )
     result = train(run, data, progress, report)
     module = network.module if isinstance(network, MaskedNetwork) else network
@@ -182,10 +184,6 @@ def _trainable(
     if masking is not None:
         return masking.network(probe.inputs)
     return to_torch(insert_batchnorm(model, [probe.inputs]))
-
-
-def _feeds(batch: Batch, group: Group) -> Feeds:
-    return {n: torch.from_numpy(np.ascontiguousarray(a)).to(group.device) for n, a in batch.inputs.items()}
 
 
 def _batched(module: torch.nn.Module, also: Sequence[str], feeds: Feeds, rows: int, group: Group) -> Batched:
@@ -289,6 +287,7 @@ def _identity(
             "features": request.features,
             "frozen statistics": request.frozen_statistics,
             "inserted norms": request.insert_norms,
+            "compiled": request.compiled,
             **asdict(request.recipe),
         }
     )

@@ -8,19 +8,18 @@ widest cut through the graph. Sizes are read from the tensors: whatever the file
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from onnx_mdp.errors import UnsupportedModelError, UsageError
+from onnx_mdp.training.fixed_sizes import FixedSizes, Sizes, fix_sizes, sizes_of
 from onnx_mdp.training.kernels import KERNELS, Call, Kernel
-from onnx_mdp.training.trainable import constant_of, operator_key, sort_stored
+from onnx_mdp.training.program import Step, compiled, stored_tensor
+from onnx_mdp.training.trainable import operator_key, sort_stored
 
 __all__ = ["OnnxModule"]
 
@@ -31,27 +30,6 @@ _QUANTIZED = frozenset(
         "QLinearMatMul"
     ).split()
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """One node: ``calls`` in evaluation and in training mode, and what nothing reads after it."""
-
-    calls: tuple[Call, Call]
-    kernel: Kernel | None
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    last: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Program:
-    """A graph: its steps in order, and the constants that it brings along."""
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    steps: tuple[_Step, ...]
-    constants: dict[str, Tensor] = field(default_factory=dict)
 
 
 class OnnxModule(nn.Module):
@@ -75,19 +53,20 @@ class OnnxModule(nn.Module):
         self._weights = {name: f"weight:{_escaped(name)}" for name in stored.weights}
         self._statistics = {name: f"statistic:{_escaped(name)}" for name in stored.statistics}
         for name, key in self._weights.items():
-            self.register_parameter(key, nn.Parameter(_tensor(stored.weights[name])))
+            self.register_parameter(key, nn.Parameter(stored_tensor(stored.weights[name])))
         for name, key in self._statistics.items():
-            self.register_buffer(key, _tensor(stored.statistics[name]))
+            self.register_buffer(key, stored_tensor(stored.statistics[name]))
         self._tables: dict[str, str] = {}  # constants that move with the module
         self._numbers: dict[str, Tensor] = {}  # constants that stay on the CPU
         numbers = _read_as_numbers(graph)
         for name, array in stored.constants.items():
-            self._add_constant(name, _tensor(array), moves=name not in numbers)
+            self._add_constant(name, stored_tensor(array), moves=name not in numbers)
+        self._fixed: dict[Sizes, FixedSizes] = {}
         self._placed: dict[tuple[str, torch.device], Tensor] = {}
         initial = set(graph.initializers)
         self.input_names = tuple(str(v.name) for v in graph.inputs if v.name not in initial)
         self.output_names = tuple(str(v.name) for v in graph.outputs)
-        self._program = _compiled(graph, model.opset_imports, frozenset(stored.statistics), main=True)
+        self._program = compiled(graph, model.opset_imports, frozenset(stored.statistics), main=True)
         made = (name for step in self._program.steps for name in step.outputs)
         self._made = frozenset((*self.input_names, *made)) - {""}
 
@@ -141,8 +120,33 @@ class OnnxModule(nn.Module):
         for name in self.input_names:
             values[name] = feeds[name] * gates[name] if name in gates else feeds[name]
         wanted = (*self.output_names, *also)
-        self._run(self._program, values, gates, frozenset(wanted))
+        steps = self._program.steps
+        fixed = self._fixed.get(sizes_of(feeds)) if self._fixed else None
+        if fixed is not None:
+            values.update(fixed.values)
+            steps = fixed.steps
+        self._run(steps, values, gates, frozenset(wanted))
         return {name: values[name] for name in wanted}
+
+    def fix_sizes(self, feeds: Mapping[str, Tensor]) -> None:
+        """Do what depends on the sizes of these inputs once, so that `torch.compile` can trace all the rest.
+
+        Inputs of other sizes are run as before.
+
+        Raises:
+            UsageError: an input is missing.
+        """
+        self._check(feeds, {}, ())
+
+        def run(step: Step, values: dict[str, Any]) -> None:
+            self._run((step,), values, {}, frozenset())
+
+        training = self.training
+        self.eval()
+        with torch.no_grad():
+            values = {**self._stored(), **feeds}
+            self._fixed[sizes_of(feeds)] = fix_sizes(self._program, values, self._numbers, run)
+        self.train(training)
 
     def _check(self, feeds: Mapping[str, Tensor], gates: Mapping[str, Tensor], also: Sequence[str]) -> None:
         missing = [name for name in self.input_names if name not in feeds]
@@ -160,9 +164,13 @@ class OnnxModule(nn.Module):
         return values
 
     def _run(
-        self, program: _Program, values: dict[str, Any], gates: Mapping[str, Tensor], kept: frozenset[str]
+        self,
+        steps: Sequence[Step],
+        values: dict[str, Any],
+        gates: Mapping[str, Tensor],
+        kept: frozenset[str],
     ) -> None:
-        for step in program.steps:
+        for step in steps:
             call = step.calls[self.training]
             if step.kernel is None:
                 results: Any = self._branch(call, step, values)
@@ -177,13 +185,13 @@ class OnnxModule(nn.Module):
                 if name not in kept:
                     values.pop(name, None)  # an output that its kernel need not compute
 
-    def _branch(self, call: Call, step: _Step, values: Mapping[str, Any]) -> tuple[Any, ...]:
+    def _branch(self, call: Call, step: Step, values: Mapping[str, Any]) -> tuple[Any, ...]:
         taken = call.get("then_branch" if bool(values[step.inputs[0]]) else "else_branch")
         inner = {**values, **taken.constants}
-        self._run(taken, inner, {}, frozenset(taken.outputs))
+        self._run(taken.steps, inner, {}, frozenset(taken.outputs))
         return tuple(inner[name] for name in taken.outputs)
 
-    def _operands(self, step: _Step, kernel: Kernel, values: Mapping[str, Any]) -> list[Any]:
+    def _operands(self, step: Step, kernel: Kernel, values: Mapping[str, Any]) -> list[Any]:
         """What a step reads, all on one device but for what its kernel reads as numbers."""
         operands = [values[name] if name else None for name in step.inputs]
         places = [
@@ -221,16 +229,6 @@ def _escaped(name: str) -> str:
     return name.replace("%", "%25").replace(".", "%2E")
 
 
-def _tensor(array: npt.NDArray[Any]) -> Tensor:
-    try:
-        return torch.from_numpy(np.array(array, order="C"))
-    except TypeError as error:
-        raise UnsupportedModelError(
-            f"the model stores numbers of the type {array.dtype}, which torch does not compute with: the "
-            "model can be pruned but not fine-tuned"
-        ) from error
-
-
 def _read_as_numbers(graph: ir.Graph) -> set[str]:
     """Names of tensors that kernels read as numbers only, such as the scales of a Resize."""
     found, elsewhere = set[str](), set[str]()
@@ -261,80 +259,3 @@ def _refuse_missing(model: ir.Model) -> None:
             f"{next(iter(missing))} {node.name or node.outputs[0].name!r} has no form in torch here{others}: "
             "the model can be pruned but not fine-tuned"
         )
-
-
-def _compiled(
-    graph: ir.Graph, opsets: Mapping[str, int], statistics: frozenset[str], *, main: bool = False
-) -> _Program:
-    steps, constants = [], {}
-    for name, value in graph.initializers.items():
-        if value.const_value is not None:
-            constants[name] = _tensor(value.const_value.numpy())
-    for node in graph:
-        if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
-            array = constant_of(node)
-            if array is None:
-                raise UnsupportedModelError(
-                    f"the Constant {node.outputs[0].name!r} holds text or a sparse tensor, which have no "
-                    "form in torch here: the model can be pruned but not fine-tuned"
-                )
-            constants[str(node.outputs[0].name)] = _tensor(array)
-        else:
-            steps.append(_step(node, opsets, statistics))
-    made = {name for step in steps for name in step.outputs if name}
-    made |= {str(value.name) for value in graph.inputs}
-    outputs = tuple(str(value.name) for value in graph.outputs)
-    return _Program(
-        tuple(str(value.name) for value in graph.inputs),
-        outputs,
-        tuple(_with_last(steps, made)),
-        {} if main else constants,
-    )
-
-
-def _step(node: ir.Node, opsets: Mapping[str, int], statistics: frozenset[str]) -> _Step:
-    attributes = {name: _attribute(a, opsets, statistics) for name, a in node.attributes.items()}
-    names = [str(v.name) if v is not None else "" for v in node.inputs]
-    while names and not names[-1]:
-        names.pop()
-    outputs = [str(v.name or "") for v in node.outputs]
-    used = [str(v.name or "") if list(v.uses()) or v.is_graph_output() else "" for v in node.outputs]
-    wanted = max((slot + 1 for slot, name in enumerate(used) if name), default=1)
-    domain = "" if node.domain == "ai.onnx" else node.domain
-    call = Call(
-        node.op_type if not domain else f"{domain}::{node.op_type}",
-        node.name or outputs[0],
-        opsets.get(domain, opsets.get("ai.onnx", 1) if not domain else 1),
-        attributes,
-        len(outputs) if node.op_type in ("BatchNormalization", "Split") else wanted,
-    )
-    frozen = node.op_type == "BatchNormalization" and not set(names[3:5]) <= statistics
-    training = call if frozen else replace(call, training=True)
-    return _Step((call, training), KERNELS.get(operator_key(node)), tuple(names), tuple(outputs))
-
-
-def _attribute(attribute: ir.Attr, opsets: Mapping[str, int], statistics: frozenset[str]) -> Any:
-    if attribute.type == ir.AttributeType.TENSOR:
-        return _tensor(attribute.as_tensor().numpy())
-    if attribute.type == ir.AttributeType.GRAPH:
-        return _compiled(attribute.as_graph(), opsets, statistics)
-    return attribute.value
-
-
-def _with_last(steps: Sequence[_Step], made: set[str]) -> Iterator[_Step]:
-    """The steps of a graph, each with what it is the last to read, or makes for nobody."""
-    last: dict[str, int] = {}
-    for number, step in enumerate(steps):
-        last.update(dict.fromkeys((*step.outputs, *_read(step)), number))
-    for number, step in enumerate(steps):
-        names = dict.fromkeys((*step.outputs, *_read(step)))
-        yield replace(step, last=tuple(name for name in names if name in made and last[name] == number))
-
-
-def _read(step: _Step) -> Iterator[str]:
-    yield from step.inputs
-    for value in step.calls[0].attributes.values():
-        if isinstance(value, _Program):
-            own = {name for inner in value.steps for name in inner.outputs}
-            inside = (name for inner in value.steps for name in _read(inner))
-            yield from (name for name in (*inside, *value.outputs) if name not in own)

@@ -18,14 +18,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from onnx_mdp.errors import MdpError, UsageError
 from onnx_mdp.training.batched import Batched, Network
-from onnx_mdp.training.batches import Batch
+from onnx_mdp.training.batches import Batch, placed
 from onnx_mdp.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from onnx_mdp.training.data import TrainingData
 from onnx_mdp.training.distributed import Group
@@ -79,6 +77,7 @@ class Run:
     every: int | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
     masks: Masks | None = None
+    compiled: bool = False
 
     @property
     def network(self) -> Network:
@@ -169,6 +168,7 @@ class _Trainer:
         self.best: dict[str, Tensor] = {}
         self.labelled = run.objective.labelled is not None
         self.losses: list[Tensor] = []
+        self.compiled = False
         longest, shortest = max(1, steps // _FEWEST), -(-steps // _MOST)
         self.interval = min(longest, max(shortest, data.steps or longest))
         self.clock = time.perf_counter()
@@ -201,6 +201,8 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(run.recipe, state.step, self.steps)
         feeds, targets = self._on_device(batch)
+        if run.compiled and not self.compiled:
+            self._compile(feeds)
         theirs = self._teach(feeds)
         with self._autocast():
             ours = self.parallel(feeds)
@@ -318,6 +320,12 @@ class _Trainer:
             outputs: dict[str, Tensor] = self.run.teacher(feeds)
         return outputs
 
+    def _compile(self, feeds: Mapping[str, Tensor]) -> None:
+        self.run.student.compile_for(feeds, training=self.run.statistics)
+        if self.run.teacher is not None:
+            self.run.teacher.compile_for(feeds, training=False)
+        self.compiled = True
+
     def _autocast(self) -> torch.autocast:
         on = self.run.recipe.precision == "bfloat16"
         return torch.autocast(self.run.group.device.type, torch.bfloat16, enabled=on)
@@ -326,10 +334,10 @@ class _Trainer:
         targets, kind = batch.targets, self.run.objective.labelled
         if kind is not None and targets is None:
             raise UsageError(f"{self.data.description} gives labels with some batches and not with others")
-        if kind is None or targets is None:
-            return self._inputs(batch), None
         if (
-            targets.dtype.kind == "i"
+            kind is not None
+            and targets is not None
+            and targets.dtype.kind == "i"
             and targets.size
             and not 0 <= targets.min() <= targets.max() < kind.shape[1]
         ):
@@ -337,11 +345,11 @@ class _Trainer:
             raise UsageError(
                 f"the data has the label {worst}, but {kind.name} scores {kind.shape[1]} classes from 0"
             )
-        return self._inputs(batch), _tensor(targets).to(self.run.group.device, non_blocking=True)
-
-    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
-        device = self.run.group.device
-        return {n: _tensor(a).to(device, non_blocking=True) for n, a in batch.inputs.items()}
+        # Convolutions are fastest with channels last on a CPU, and in bfloat16 everywhere.
+        place = self.run.group.device
+        channels_last = place.type == "cpu" or self.run.recipe.precision == "bfloat16"
+        feeds = {n: placed(a, place, channels_last=channels_last) for n, a in batch.inputs.items()}
+        return feeds, None if kind is None or targets is None else placed(targets, place)
 
     def _follow(self) -> None:
         """Move the average towards the weights."""
@@ -382,7 +390,3 @@ class _Trainer:
 
     def _metric(self) -> str:
         return "top-1" if self.labelled else "agrees with the original"
-
-
-def _tensor(array: npt.NDArray[Any]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))

@@ -138,9 +138,16 @@ class MaskedNetwork(nn.Module):
         self, feeds: Mapping[str, Tensor], gates: Mapping[str, Tensor] | None = None, also: Sequence[str] = ()
     ) -> dict[str, Tensor]:
         """The outputs by name, and the inner tensors that are named."""
+        return self.module.run({**feeds, **self._masks()}, gates, also)
+
+    def fix_sizes(self, feeds: Mapping[str, Tensor]) -> None:
+        """See `interpreter.OnnxModule.fix_sizes`."""
+        self.module.fix_sizes({**feeds, **self._masks()})
+
+    def _masks(self) -> dict[str, Tensor]:
         masks = {name: self.gates[place] for name, place in self._places.items()}
         masks.update(zip(self._blocks, self.gates[self._classes :], strict=True))
-        return self.module.run({**feeds, **masks}, gates, also)
+        return masks
 
     def weights(self) -> dict[str, nn.Parameter]:
         """What is trained, by initializer."""

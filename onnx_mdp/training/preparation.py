@@ -65,7 +65,9 @@ def failures_in_a_sentence() -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error).strip().split("\n")[0][:300]
-        if _OUT_OF_MEMORY.search(text):
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            text = f"torch cannot compile this model here; leave --compile out ({text})"
+        elif _OUT_OF_MEMORY.search(text):
             text = f"the memory of the device is exhausted; choose a smaller --batch-size ({text})"
         else:
             text = f"torch could not train this model: {text}"

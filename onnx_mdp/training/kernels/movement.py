@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onnx_mdp.training.kernels.elementwise import DTYPES
-from onnx_mdp.training.kernels.registry import Call, axes_of, integers, kernel
+from onnx_mdp.training.kernels.registry import Call, axes_of, integers, kernel, of_sizes
 
 __all__: list[str] = []
 
@@ -104,13 +105,15 @@ def _sliced(x: Tensor, axis: int, start: int, end: int, step: int) -> Tensor:
         low = min(max(start + size if start < 0 else start, 0), size)
         high = min(max(end + size if end < 0 else end, low), size)
         return x if (low, high) == (0, size) else x.narrow(axis, low, high - low)
-    places = np.arange(size)[slice(start, None if step < 0 and end < -size else end, step)]
-    return x.index_select(axis, torch.from_numpy(places.copy()).to(x.device))
+    if step > 1:
+        return x[(slice(None),) * axis + (slice(start, end, step),)]
+    places = list(range(size))[slice(start, None if end < -size else end, step)]
+    return x.index_select(axis, torch.tensor(places, dtype=torch.int64, device=x.device))
 
 
 @kernel("Expand", host=(1,))
 def _expand(call: Call, x: Tensor, shape: Tensor) -> Tensor:
-    return x.expand(np.broadcast_shapes(x.shape, integers(shape)))
+    return x.expand(torch.broadcast_shapes(x.shape, integers(shape)))  # type: ignore[no-untyped-call]
 
 
 @kernel("Tile", host=(1,))
@@ -135,10 +138,16 @@ def _pad(
         raise call.unsupported(f"the mode {mode}")
     for axis, (low, high) in enumerate(pairs):
         if low or high:
-            kept = np.arange(x.shape[axis])[max(0, -low) : x.shape[axis] - max(0, -high)]
-            places = np.pad(kept, (max(0, low), max(0, high)), mode=mode)
-            x = x.index_select(axis, torch.from_numpy(places).to(x.device))
+            places = _padded(x.shape[axis], low, high, mode)
+            x = x.index_select(axis, torch.tensor(places, dtype=torch.int64, device=x.device))
     return x
+
+
+@of_sizes
+def _padded(size: int, low: int, high: int, mode: Any) -> list[int]:
+    """Which place of an axis stands at each place of the padded one."""
+    kept = np.arange(size)[max(0, -low) : size - max(0, -high)]
+    return list(map(int, np.pad(kept, (max(0, low), max(0, high)), mode=mode)))
 
 
 @kernel("CenterCropPad", host=(1,))

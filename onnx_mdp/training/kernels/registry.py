@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from onnx_mdp.errors import UnsupportedModelError
 
-__all__ = ["KERNELS", "Call", "Compute", "Kernel", "axes_of", "floats", "integers", "kernel"]
+__all__ = ["KERNELS", "Call", "Compute", "Kernel", "axes_of", "floats", "integers", "kernel", "of_sizes"]
 
 Compute = Callable[..., Any]
+_OfSizes = TypeVar("_OfSizes", bound=Compute)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,11 @@ def kernel(*op_types: str, host: Sequence[int] = ()) -> Callable[[Compute], Comp
         return function
 
     return register
+
+
+def of_sizes(function: _OfSizes) -> _OfSizes:
+    """A function of numbers alone: `torch.compile` takes what it gives for a constant."""
+    return cast(_OfSizes, torch.compiler.assume_constant_result(function))  # type: ignore[no-untyped-call]
 
 
 def integers(operand: Tensor) -> list[int]:
