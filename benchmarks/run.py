@@ -42,6 +42,7 @@ _WHOLE = (
     "ablations",
     "accuracy_by_stage",
     "cold_and_warm",
+    "drift_correction",
     "granularity",
     "native_networks",
     "peers_on_transformers",

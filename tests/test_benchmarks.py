@@ -22,6 +22,7 @@ from benchmarks import (
     ablations,
     attempts,
     configurations,
+    drift_correction,
     equal_latency,
     fleet_cost,
     full_size,
@@ -89,6 +90,7 @@ def test_the_benchmarks_are_scripts() -> None:
         "accuracy_by_stage",
         "cifar_accuracy",
         "cold_and_warm",
+        "drift_correction",
         "equal_latency",
         "fleet_cost",
         "full_size",
@@ -613,3 +615,21 @@ def test_the_verdict_asks_for_the_best_among_those_that_are_as_fast() -> None:
     assert equal_latency.verdict_of(replace(own, measured=0.7), [own]) == "fail"
     assert equal_latency.verdict_of(replace(own, measured=None), [own]) == "fail"
     assert equal_latency.verdict_of(better, [own, better]) == "pass"  # nothing is asked of others
+
+
+def test_a_way_to_measure_is_asked_to_repeat_as_well_as_the_simpler_one() -> None:
+    medians = [0.02, 0.01, 0.0105]
+    rows = [drift_correction.Row("m", str(n), 2, median, 0.1) for n, median in enumerate(medians)]
+    assert [row.verdict for row in drift_correction.judged(rows)] == ["pass"] * 3
+    worse = replace(rows[2], median=0.03)
+    assert [row.verdict for row in drift_correction.judged([*rows[:2], worse])] == ["pass", "pass", "fail"]
+    assert drift_correction.spreads(np.array([[10.0, 5.0], [12.0, 6.0], [10.0, 5.5]])).round(3) == [0.05]
+
+
+@pytest.mark.slow
+def test_ratios_are_measured_in_three_ways(tmp_path: Path) -> None:
+    code = drift_correction.main(["--models", str(DEMO), "--turns", "2", "--output", str(tmp_path)])
+    document = json.loads((tmp_path / "drift_correction.json").read_text())
+    assert code == (document["verdict"] == "fail")
+    assert len({row["way"] for row in document["rows"]}) == len(document["rows"]) == 3
+    assert all(0 <= row["median"] <= row["worst"] for row in document["rows"])

@@ -1,0 +1,143 @@
+"""Three ways to measure pruned models beside the original: how well their ratios repeat.
+
+Claim: ratios of interleaved, drift-corrected samples repeat at least as well, to a tenth of a percent, as
+those of interleaved medians, and these as those of models that are measured one after the other.
+
+Each way times the unpruned model and the same random variants as often, again and again, in turns. The
+spread of a variant is half of the range of its ratio, over all turns, relative to its median. On a quiet
+machine with a fixed clock all three are alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.configurations import heterogeneous_variant
+from benchmarks.harness import Verdict, arguments, combined, note, print_table, publish, run_main
+from benchmarks.model_files import model_path
+from onnx_mdp.model_io import load_model, model_bytes
+from onnx_mdp.pipeline import analyze
+from onnx_mdp.plan import PruningPlan
+from onnx_mdp.running.placement import open_placed
+from onnx_mdp.running.runtime import InferenceSession, Runtime
+from onnx_mdp.running.timing import Feeds, Samples, drift_correct, random_feeds, run_times
+from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.tables.granularity import unit_choices
+from onnx_mdp.tables.variants import plan_of_variant
+
+__all__ = ["Row", "judged", "main", "spreads"]
+
+_AFTER, _MEDIANS, _CORRECTED = "one after the other", "interleaved, medians", "interleaved, drift-corrected"
+_VARIANTS = 6
+_SAMPLES = 20
+_ALIKE = 1e-3
+_STEP, _MOST_CHOICES = 8, 16
+
+Pairs = Sequence[tuple[InferenceSession, Feeds]]
+Wide = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Median and worst spread of the ratios of one way, over the variants of a model."""
+
+    model: str
+    way: str
+    turns: int
+    median: float
+    worst: float
+    verdict: Verdict = "pass"
+
+
+def _one_after_the_other(pairs: Pairs) -> Wide:
+    return np.array([np.median(run_times(session, feeds, _SAMPLES + 1)[0][1:]) for session, feeds in pairs])
+
+
+def _interleaved(pairs: Pairs, rng: np.random.Generator) -> Samples:
+    order: list[int] = []
+    times: list[tuple[float, float]] = []
+    for _ in range(_SAMPLES):
+        for model in rng.permutation(len(pairs)).tolist():
+            session, feeds = pairs[model]
+            wall, cpu = run_times(session, feeds, 2)  # the first brings the weights back to the caches
+            order.append(model)
+            times.append((wall[1], cpu[1]))
+    wall_ms, cpu_ms = np.array(times).T
+    return Samples(np.array(order, dtype=np.int64), wall_ms, cpu_ms)
+
+
+def _measured(name: str, turns: int, runtime: Runtime, seed: int) -> dict[str, Wide]:
+    """Milliseconds ``[turns, 1 + variants]`` by way, the unpruned model first."""
+    structure = analyze(load_model(model_path(name)), {})
+    rng = np.random.default_rng(seed)
+    choices = {i: unit_choices(structure.dimensions[i], _STEP, _MOST_CHOICES) for i in structure.prunable}
+    variants = [heterogeneous_variant(structure, choices, rng) for _ in range(_VARIANTS)]
+    plans = [PruningPlan(keep={}), *(plan_of_variant(structure, variant) for variant in variants)]
+    sessions = [
+        open_placed(model_bytes(rewrite(structure, plan)), runtime, structure.shadow.inputs) for plan in plans
+    ]
+    pairs = [(session, random_feeds(session, structure.shadow.inputs, seed)) for session in sessions]
+    _one_after_the_other(pairs)
+    found: dict[str, list[Wide]] = {_AFTER: [], _MEDIANS: [], _CORRECTED: []}
+    for turn in range(turns):
+        note(f"{name}: turn {turn + 1} of {turns}")
+        found[_AFTER].append(_one_after_the_other(pairs))
+        samples = _interleaved(pairs, rng)
+        wall = [np.median(samples.wall_ms[samples.model == number]) for number in range(len(pairs))]
+        found[_MEDIANS].append(np.array(wall))
+        filtering = runtime.threads == 1 and runtime.on_cpu
+        found[_CORRECTED].append(np.array(drift_correct(samples, filter_preempted=filtering).ms))
+    return {way: np.stack(ms) for way, ms in found.items()}
+
+
+def spreads(ms: Wide) -> Wide:
+    """Of milliseconds ``[turns, 1 + variants]``: half of the range of each ratio, relative to its median.
+
+    >>> spreads(np.array([[10.0, 5.0], [12.0, 6.0], [10.0, 5.5]])).round(3).tolist()
+    [0.05]
+    """
+    ratios = ms[:, 1:] / ms[:, :1]
+    return np.asarray((ratios.max(0) - ratios.min(0)) / 2 / np.median(ratios, 0))
+
+
+def judged(rows: Sequence[Row]) -> Iterator[Row]:
+    """The claim, in the two rows of a model that say more than the row before."""
+    before: Row | None = None
+    for row in rows:
+        holds = before is None or row.median <= before.median + _ALIKE
+        yield replace(row, verdict="pass" if holds else "fail")
+        before = row
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark and return the exit code."""
+    parser = arguments(__doc__, ("mobilenet_v2", "resnet18_torchscript"))
+    parser.add_argument("--turns", type=int, default=8, help="of all three ways (default: 8)")
+    given = parser.parse_args(argv)
+    rows: list[Row] = []
+    for name in given.models:
+        measured = _measured(name, given.turns, Runtime(threads=given.threads), given.seed)
+        found = {way: spreads(ms) for way, ms in measured.items()}
+        rows += judged(
+            [Row(name, way, given.turns, float(np.median(s)), float(s.max())) for way, s in found.items()]
+        )
+    columns: Mapping[str, Callable[[Row], str]] = {
+        "model": lambda r: r.model,
+        "measured": lambda r: r.way,
+        "turns": lambda r: str(r.turns),
+        "median spread": lambda r: f"{r.median:.2%}",
+        "worst spread": lambda r: f"{r.worst:.2%}",
+        "verdict": lambda r: r.verdict,
+    }
+    table = print_table("how well ratios repeat", columns, rows)
+    by_model = (" / ".join(f"{r.median:.1%}" for r in rows if r.model == name) for name in given.models)
+    summary = f"spread after each other / interleaved / corrected: {' · '.join(by_model)}"
+    return publish(__file__, given, rows, table, combined([row.verdict for row in rows]), summary)
+
+
+if __name__ == "__main__":
+    run_main(main)
