@@ -15,7 +15,17 @@ from zoo import analyse, run, text_model
 from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import UsageError
 from onnx_mdp.importance.gradient_scores import GRADIENT_CRITERIA
-from onnx_mdp.importance.scoring import CRITERIA, Importance, Scores, activation, magnitude, ranking, score
+from onnx_mdp.importance.scoring import (
+    CRITERIA,
+    Importance,
+    Scores,
+    activation,
+    magnitude,
+    ranked_rows,
+    ranking,
+    rescaled,
+    score,
+)
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.torch_backend import has_torch
@@ -305,3 +315,15 @@ def test_ties_keep_the_earlier_unit_in_long_dimensions_too() -> None:
 
 def test_the_total_is_the_sum_over_units_and_blocks() -> None:
     assert Importance("x", {0: np.asarray([1.0, 2.0]), 3: np.asarray([0.5])}, {"b": -0.25}).total == 3.25
+
+
+def test_units_keep_their_order_and_take_the_worth_of_another_importance() -> None:
+    _, structure = analyse(edited())
+    order, scale = score(structure, magnitude), score(structure, "drift", FEEDS)
+    found = rescaled(structure, order, scale)
+    assert (found.criterion, found.blocks) == (order.criterion, scale.blocks)
+    assert found.units.keys() == scale.units.keys() == set(structure.prunable)
+    for index, worth in found.units.items():
+        ranked = worth[ranked_rows(structure, order, index)]
+        assert (np.diff(ranked, axis=1) <= 0).all()
+        np.testing.assert_array_equal(np.sort(worth), np.sort(scale.units[index]))

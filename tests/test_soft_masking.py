@@ -250,12 +250,13 @@ class Scripted:
         return self.first if self.calls == 1 else self.then(importance, share, before, last)
 
 
-def rounds(mode: str, first: PruningPlan, ratio: float) -> Masks:
+def rounds(mode: str, first: PruningPlan, ratio: float, scale: Importance | None = None) -> Masks:
     """Decisions without training, on what two batches say."""
     torch.manual_seed(0)
     network = MaskedNetwork(net(), ALONE.device).eval()
     budgets = Budgets(net(), table(), Request(target_ratio=ratio))
-    masks = Masks(net(), network, Schedule(mode, redecide=2), 9, Scripted(first, budgets), ALONE)
+    schedule, decide = Schedule(mode, redecide=2), Scripted(first, budgets)
+    masks = Masks(net(), network, schedule, 9, decide, ALONE, scale=scale)
     for step in range(1, 7):
         network.run({"x": torch.randn(16, 3, 8, 8)})["y"].square().sum().backward()
         masks.advance(step)
@@ -278,6 +279,16 @@ def test_a_block_that_is_worth_most_comes_back() -> None:
     masks = rounds("soft", PruningPlan(keep={}, removed_blocks=(block,)), 0.95)
     assert masks.decisions[0].blocks == (block,)
     assert masks.decisions[-1].blocks == ()
+
+
+def test_slopes_order_units_and_a_measured_importance_says_what_ranks_are_worth() -> None:
+    feeds = [{"x": np.random.default_rng(n).standard_normal((2, 3, 8, 8), np.float32)} for n in range(2)]
+    scale = score(net(), "drift", feeds)
+    alone, scaled = (rounds("soft", PruningPlan(keep={}), 1.0, how).importance() for how in (None, scale))
+    assert scaled.blocks == scale.blocks
+    for index, worth in scaled.units.items():
+        np.testing.assert_array_equal(np.sort(worth), np.sort(scale.units[index]))
+        assert (np.diff(worth[np.argsort(-alone.units[index], kind="stable")]) <= 0).all()
 
 
 @pytest.mark.parametrize("ratio", [0.95, 0.6, 0.3])

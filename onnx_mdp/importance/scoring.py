@@ -16,7 +16,7 @@ a derivative at the whole model says which unit goes first, and not what many of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from onnx_mdp.surgery.attention_scale import unit_products
 
 __all__ = [
     "CRITERIA",
+    "MEASURED",
     "Criterion",
     "Importance",
     "Scores",
@@ -45,6 +46,7 @@ __all__ = [
     "magnitude",
     "ranked_rows",
     "ranking",
+    "rescaled",
     "score",
     "taylor",
 ]
@@ -251,6 +253,16 @@ def hessian(structure: Structure, feeds: Feeds, progress: Progress) -> Scores:
     return gradient_criterion("hessian")(structure, feeds, progress)
 
 
+def rescaled(structure: Structure, order: Importance, scale: Importance) -> Importance:
+    """Units in one order, each worth what the unit of its rank is worth in another importance."""
+    units = {}
+    for index, worth in scale.units.items():
+        rank = ranked_rows(structure, order, index)
+        units[index] = np.empty_like(worth)
+        units[index][rank] = -np.sort(-worth.reshape(rank.shape), axis=1)
+    return replace(scale, criterion=order.criterion, units=units)
+
+
 CRITERIA: dict[str, Criterion] = {
     "activation": activation,
     "drift": drift,
@@ -258,6 +270,7 @@ CRITERIA: dict[str, Criterion] = {
     "magnitude": magnitude,
     "taylor": taylor,
 }
+MEASURED = frozenset(("drift", "hessian", "taylor"))  # scaled by what the outputs do
 _WEIGHTED = frozenset(("Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "LSTM", "MatMul", "RNN"))
 
 

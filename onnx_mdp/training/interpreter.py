@@ -143,10 +143,12 @@ class OnnxModule(nn.Module):
 
         training = self.training
         self.eval()
-        with torch.no_grad():
-            values = {**self._stored(), **feeds}
-            self._fixed[sizes_of(feeds)] = fix_sizes(self._program, values, self._numbers, run)
-        self.train(training)
+        try:
+            with torch.no_grad():
+                values = {**self._stored(), **feeds}
+                self._fixed[sizes_of(feeds)] = fix_sizes(self._program, values, self._numbers, run)
+        finally:
+            self.train(training)
 
     def _check(self, feeds: Mapping[str, Tensor], gates: Mapping[str, Tensor], also: Sequence[str]) -> None:
         missing = [name for name in self.input_names if name not in feeds]

@@ -10,6 +10,11 @@ between two decisions, K, and go on through decisions:
 
     m ← m + max(1/n, 1/2K) ((∂L/∂g)² - m)        n: steps so far
 
+Where the importance of the whole model was measured (``drift`` and what is scaled by it), these scores only
+order the units of a dimension, and the unit of each rank, and each block, keeps the worth that it had: slopes
+tell little of what many units cost together, and by them alone the structure at half of the latency of the
+CIFAR ResNet-20 ended 15 points lower.
+
 In a block that is masked no unit has a slope but the block has: its units keep the means of when they were
 there. What a mask hides learns nothing: its weights stay, but for weight decay and what momentum is left, and
 so do not compete with what is in use (slopes that pass a mask as if it were open, the straight-through form
@@ -30,7 +35,7 @@ from torch import Tensor, nn
 
 from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import UsageError
-from onnx_mdp.importance.scoring import Importance, Scores, score
+from onnx_mdp.importance.scoring import Importance, Scores, rescaled, score
 from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.surgery.gating import gated_model
 from onnx_mdp.training.batchnorm import insert_batchnorm
@@ -187,10 +192,13 @@ class Masks:
         decide: Decide,
         group: Group,
         first: Importance | None = None,
+        scale: Importance | None = None,
     ) -> None:
-        """Begin with all units; ``first`` are the scores of the first decision, where slopes tell nothing."""
+        """Begin with all units; ``first`` are the scores of the first decision, where slopes tell nothing,
+        ``scale`` what units are worth by their rank.
+        """
         self.structure, self.network, self.schedule, self.steps = structure, network, schedule, steps
-        self.decide, self.group, self.first = decide, group, first
+        self.decide, self.group, self.first, self.scale = decide, group, first, scale
         self.plan = PruningPlan(keep={})
         self.decisions: list[Decision] = []
         self._means = torch.zeros_like(network.gates, dtype=torch.float64)
@@ -215,7 +223,8 @@ class Masks:
         weight = torch.where(self.network.gates.detach() == 0, self.schedule.comeback, 1.0)
         means = (self._means * weight).cpu().numpy()
         classes, blocks = means[: self.structure.graph.classes], means[self.structure.graph.classes :]
-        return score(self.structure, lambda structure, feeds, progress: _scores(structure, classes, blocks))
+        slopes = score(self.structure, lambda structure, feeds, progress: _scores(structure, classes, blocks))
+        return slopes if self.scale is None else rescaled(self.structure, slopes, self.scale)
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON values from which `restore` goes on."""

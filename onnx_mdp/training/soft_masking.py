@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import MdpError, UnsupportedModelError, UsageError
-from onnx_mdp.importance.scoring import Importance, score
+from onnx_mdp.importance.scoring import MEASURED, Importance, score
 from onnx_mdp.large_models import for_session
 from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.planning.closed_loop import Clock, Loop, Request, close_loop
@@ -171,7 +171,8 @@ def train_with_masks(
     """Prune a model while it trains.
 
     ``first``, by default magnitudes, ranks for the first decision where slopes tell nothing: in ``one-shot``,
-    and without labels, for a model that is compared with itself has no loss until something is masked.
+    and without labels, for a model that is compared with itself has no loss until something is masked. If it
+    was measured (`scoring.MEASURED`), it scales all decisions.
 
     ``shapes`` and ``types`` are those of the inputs, as `finetuning.finetune` takes them. The result is that
     of the process that decides; in others it is of no use.
@@ -195,9 +196,12 @@ def train_with_masks(
         return MaskedNetwork(structure, group.device, norms)
 
     def masks(network: MaskedNetwork, steps: int, labelled: bool) -> Masks:
+        begin = (first() if first else score(structure, "magnitude")) if group.main else None
+        scale = begin if begin is not None and begin.criterion in MEASURED else None
         blind = schedule.mode == "one-shot" or not labelled
-        begin = (first() if first else score(structure, "magnitude")) if blind and group.main else None
-        made.append(Masks(structure, network, schedule, steps, budgets, group, begin))
+        made.append(
+            Masks(structure, network, schedule, steps, budgets, group, begin if blind else None, scale)
+        )
         return made[-1]
 
     def slim(trained: ir.Model, plan: PruningPlan) -> ir.Model:
