@@ -113,7 +113,7 @@ def _sliced(x: Tensor, axis: int, start: int, end: int, step: int) -> Tensor:
 
 @kernel("Expand", host=(1,))
 def _expand(call: Call, x: Tensor, shape: Tensor) -> Tensor:
-    return x.expand(torch.broadcast_shapes(x.shape, integers(shape)))  # type: ignore[no-untyped-call]
+    return x.expand(np.broadcast_shapes(x.shape, integers(shape)))
 
 
 @kernel("Tile", host=(1,))
