@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,8 @@ from benchmarks.harness import note
 from benchmarks.kept_models import Kept, Made
 from benchmarks.measuring import table_from_nothing
 from benchmarks.model_files import model_path
-from benchmarks.pruners import Fast, Planner, Pruner, at_speed, uniform
-from benchmarks.torch_pruning_peer import torch_pruning
+from benchmarks.pruners import Fast, Planner, Pruner, at_speed, uniforms
+from benchmarks.torch_pruning_peer import torch_prunings
 from onnx_mdp.importance.gradient_scores import GradientOptions
 from onnx_mdp.importance.scoring import Importance, gradient_criterion, score
 from onnx_mdp.model_io import load_model, model_bytes
@@ -74,26 +75,26 @@ class CifarNetwork:
 
     def _pruned(self, method: str, speedup: float) -> Made:
         note(f"{self.name}, {method} at {speedup:g} times the speed")
-        pruner = self._pruners[method]
-        fast = at_speed(pruner, self.base, SHAPES, speedup, self._runtime, self._given.seed)
+        pruners = self._pruners[method]
+        fast = at_speed(pruners, self.base, SHAPES, speedup, self._runtime, self._given.seed)
         numbers = {"speedup": fast.speedup, "noise": fast.noise}
-        if method == "mdp" and isinstance(pruner, Planner):
-            refitted = pruner.refitted(fast.model, self._feeds)
+        if method == "mdp" and isinstance(pruners[0], Planner):
+            refitted = pruners[0].refitted(fast.model, self._feeds)
             self._kept.made(self._label(REFITTED, speedup), lambda: (refitted, numbers))
         return fast.model, numbers
 
     @cached_property
-    def _pruners(self) -> dict[str, Pruner]:
+    def _pruners(self) -> dict[str, Sequence[Pruner]]:
         structure = self._structure
         importance = self._importance()
         table = table_from_nothing(structure, self._runtime, self._given.seed)
         formulation = formulate(structure, importance, table)
-        pruners: dict[str, Pruner] = {
-            method: Planner(structure, formulation, importance, table, solver)
+        pruners: dict[str, Sequence[Pruner]] = {
+            method: [Planner(structure, formulation, importance, table, solver)]
             for method, solver in _PLANNED.items()
         }
-        pruners["uniform"] = uniform(structure, importance)
-        pruners["torch_pruning"] = torch_pruning(self.name, SHAPES["input"], "taylor", self._images.batches)
+        pruners["uniform"] = uniforms(structure, importance, table)
+        pruners["torch_pruning"] = torch_prunings(self.name, SHAPES["input"], "taylor", self._images.batches)
         return pruners
 
     @cached_property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from benchmarks.measuring import table_from_nothing
 from benchmarks.model_files import model_path
-from benchmarks.pruners import Fast, Planner, Pruner, at_speed, onnxsim, uniform
+from benchmarks.pruners import Fast, Planner, Pruner, at_speed, onnxsim, uniforms
 from benchmarks.samples import Samples, samples_for
-from benchmarks.torch_pruning_peer import KINDS, torch_pruning
+from benchmarks.torch_pruning_peer import KINDS, torch_prunings
 from onnx_mdp.errors import UsageError
 from onnx_mdp.importance.scoring import Importance, score
 from onnx_mdp.model_io import load_model, model_bytes
@@ -36,7 +36,6 @@ METHODS = (
     *PEERS,
 )
 
-_MULTIPLE = 8  # widths that Torch-Pruning may take: others are slower on this runtime than whole models
 _COMPARED = 200  # images; more do not change which pruner is ahead
 
 Feed = Mapping[str, npt.NDArray[np.float32]]
@@ -73,8 +72,8 @@ class Contest:
             fast = self.fast(OURS, speedup)
             return replace(fast, model=self._ours.refitted(fast.model, self._feeds))
         if (method, speedup) not in self._made:
-            pruner = self._ours if method == OURS else self._pruner(method)
-            made = at_speed(pruner, self.base, self.shapes, speedup, self.runtime, self.seed)
+            pruners = [self._ours] if method == OURS else self._pruners(method)
+            made = at_speed(pruners, self.base, self.shapes, speedup, self.runtime, self.seed)
             self._made[method, speedup] = made
         return self._made[method, speedup]
 
@@ -89,15 +88,17 @@ class Contest:
         accuracy = None if labels is None else float((found == labels).mean())
         return Likeness(cosines[0], float((chosen == found).mean()), accuracy)
 
-    def _pruner(self, method: str) -> Pruner:
+    def _pruners(self, method: str) -> Sequence[Pruner]:
+        """Those of a method, the next one for speeds that the one before does not reach."""
         if method == "onnxsim":
-            return onnxsim(self.base)
+            return [onnxsim(self.base)]
         if method.startswith("tp_"):
             (shape,) = self.shapes.values()
-            return torch_pruning(self.name, shape, method.removeprefix("tp_"), self._batches, _MULTIPLE)
+            kind = method.removeprefix("tp_")
+            return torch_prunings(self.name, shape, kind, self._batches)
         if method == "uniform":
-            return uniform(self.structure, self.importance)
-        return self._planner(method)
+            return uniforms(self.structure, self.importance, self.table)
+        return [self._planner(method)]
 
     @cached_property
     def _ours(self) -> Planner:

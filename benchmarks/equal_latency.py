@@ -7,9 +7,10 @@ there are no classes in the cosine of the outputs. No pruned model of ours is sl
 Each pruner's dial is turned until its file, measured beside the original in one interleaved run, takes the
 wanted share of its time. `mdp`, `greedy`, `linear` (HALP's latency model) and `uniform` rank units by
 ``drift`` on 64 unlabelled inputs; Torch-Pruning takes magnitudes, or gradients with the labels of the same
-inputs, and widths in multiples of 8; onnxsim takes magnitudes. ``kept`` is the share of squared weights that
-is left, a criterion that belongs to none of them. ResNet-50, DeiT and YOLO have random weights: there it is
-about the search. Each attempt has a process of its own: a crash is a result, and stays in the table.
+inputs; onnxsim takes magnitudes. Widths of `uniform` are those of the table, of Torch-Pruning multiples of 8,
+or any where these do not reach the latency. ``kept`` is the share of squared weights that is left, a
+criterion that belongs to none of them. ResNet-50, DeiT and YOLO have random weights: there it is about the
+search. Each attempt has a process of its own: a crash is a result, and stays in the table.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Pruners, each a function from a dial between 0 and 1 to an ONNX model, and the dial for a speed.
 
 A `Planner` plans with our solver or one in its place, ``uniform`` keeps the same share of every dimension;
-these rank units by the same scores. ``onnxsim`` is `apply_structured_pruning` of onnxsim 0.8.1.
+these rank units by the same scores. ``onnxsim`` is `apply_structured_pruning` of onnxsim 0.8.1. Pruners that
+could take any width come with one that takes those that the runtime likes, which goes first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -26,7 +27,7 @@ from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.tables.latency import LatencyTable, predict_ms
 from onnx_mdp.tables.variants import full_variant, measure_models
 
-__all__ = ["Fast", "Planner", "Pruner", "at_speed", "onnxsim", "uniform"]
+__all__ = ["Fast", "Planner", "Pruner", "at_speed", "onnxsim", "uniforms"]
 
 Pruner = Callable[[float], bytes]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -45,26 +46,41 @@ class Fast:
 
 
 def at_speed(
-    pruner: Pruner, base: bytes, shapes: Shapes, speedup: float, runtime: Runtime, seed: int
+    pruners: Sequence[Pruner], base: bytes, shapes: Shapes, speedup: float, runtime: Runtime, seed: int
 ) -> Fast:
-    """Turn the dial until the model, measured beside the original, is as fast as asked; the nearest one.
+    """Turn the first pruner's dial until the model, measured beside the original, is as fast as asked.
 
-    A model that is slower than asked by more than the noise is taken only if no other is there.
+    The others are tried where the ones before have no model that is. Of models that are fast enough the one
+    nearest to the speed is taken; one that is slower by more than the noise only if no other is there.
     """
-    low, high, dial = 0.0, 1.0, 1 / speedup
     found: list[Fast] = []
+    for pruner in pruners:
+        found += _tried(pruner, base, shapes, speedup, runtime, seed)
+        enough = [one for one in found if one.speedup >= speedup * (1 - min(_CLOSE, one.noise))]
+        if enough:
+            break
+    return min(enough or found, key=lambda one: abs(one.speedup / speedup - 1))
+
+
+def _tried(
+    pruner: Pruner, base: bytes, shapes: Shapes, speedup: float, runtime: Runtime, seed: int
+) -> list[Fast]:
+    """What one dial gave on its way to the speed; a model that comes again is not measured again."""
+    low, high, dial = 0.0, 1.0, 1 / speedup
+    found = dict[bytes, Fast]()
     for step in range(_ROUNDS):
         model = pruner(dial)
-        timing = measure_models([base, model], shapes, runtime, seed=seed + step, budget_s=_MEASURE_S)
-        found.append(Fast(model, timing.ms[0] / timing.ms[1], timing.noise))
-        note(f"  dial {dial:.3f}: {found[-1].speedup:.2f} times as fast (F {timing.noise:.1%})")
-        if 0 <= found[-1].speedup / speedup - 1 <= _CLOSE:
+        if model not in found:
+            timing = measure_models([base, model], shapes, runtime, seed=seed + step, budget_s=_MEASURE_S)
+            found[model] = Fast(model, timing.ms[0] / timing.ms[1], timing.noise)
+            note(f"  dial {dial:.3f}: {found[model].speedup:.2f} times as fast (F {timing.noise:.1%})")
+        reached = found[model].speedup
+        if 0 <= reached / speedup - 1 <= _CLOSE:
             break
-        low, high = (dial, high) if found[-1].speedup > speedup else (low, dial)
-        guess = dial * found[-1].speedup / speedup
+        low, high = (dial, high) if reached > speedup else (low, dial)
+        guess = dial * reached / speedup
         dial = guess if low < guess < high else (low + high) / 2
-    enough = [one for one in found if one.speedup >= speedup * (1 - min(_CLOSE, one.noise))]
-    return min(enough or found, key=lambda one: abs(one.speedup / speedup - 1))
+    return list(found.values())
 
 
 class Planner:
@@ -98,14 +114,24 @@ class Planner:
         return model_bytes(repair(self.structure, self.plans[model], slim, feeds, ("lstsq",)).model)
 
 
-def uniform(structure: Structure, importance: Importance) -> Pruner:
-    """The dial is the share of units that each dimension keeps, the most important ones."""
+def uniforms(structure: Structure, importance: Importance, table: LatencyTable) -> list[Pruner]:
+    """With the widths of the table, and with any."""
+    counts = {index: range(1, structure.dimensions[index].count + 1) for index in structure.prunable}
+    return [_uniform(structure, importance, choices) for choices in (table.choices, counts)]
+
+
+def _uniform(structure: Structure, importance: Importance, choices: Mapping[int, Sequence[int]]) -> Pruner:
+    """The dial is the share of units that each dimension keeps, the most important ones.
+
+    ``choices`` says which numbers of a dimension's units may be kept; the nearest one is.
+    """
 
     def pruned(dial: float) -> bytes:
         keep = {}
         for index in structure.prunable:
             dimension = structure.dimensions[index]
-            count = max(1, round(dial * dimension.count))
+            wanted = dial * dimension.count
+            count = min(choices[index], key=lambda kept: abs(kept - wanted))
             keep[dimension.name] = tuple(sorted(ranking(importance, index)[:count].tolist()))
         return model_bytes(rewrite(structure, PruningPlan(keep=keep)))
 

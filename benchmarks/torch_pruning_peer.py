@@ -20,21 +20,27 @@ from benchmarks.layered_module import layered_module
 from benchmarks.model_files import ZOO_FILES, model_path
 from onnx_mdp.model_io import load_model, model_bytes
 
-__all__ = ["KINDS", "torch_pruning"]
+__all__ = ["KINDS", "torch_pruning", "torch_prunings"]
 
 _DEPTHS = {"resnet20": 20, "resnet56": 56}
 _CLASSIFIERS = ("head", "classes", "boxes")
+_MULTIPLES = (8, None)  # widths between multiples are slow here, but the only ones that reach some speeds
 # magnitude takes the same share of every layer; the others rank over all layers, or over those of one form.
 KINDS = ("magnitude", "taylor", "isomorphic")
 
 
+Batches = Callable[[], Iterable[tuple[Any, Any]]]
+Pruner = Callable[[float], bytes]
+
+
+def torch_prunings(name: str, shape: tuple[int, ...], kind: str, batches: Batches) -> list[Pruner]:
+    """With widths that are multiples of 8, and with any."""
+    return [torch_pruning(name, shape, kind, batches, multiple) for multiple in _MULTIPLES]
+
+
 def torch_pruning(
-    name: str,
-    shape: tuple[int, ...],
-    kind: str,
-    batches: Callable[[], Iterable[tuple[Any, Any]]],
-    multiple: int | None = None,
-) -> Callable[[float], bytes]:
+    name: str, shape: tuple[int, ...], kind: str, batches: Batches, multiple: int | None = None
+) -> Pruner:
     """The dial is one minus the pruning ratio.
 
     ``shape`` is that of the input, with the batch; ``batches`` yields images and labels for the gradient of
