@@ -592,6 +592,10 @@ def test_what_was_not_run_is_missing_beside_the_paper(
     (tmp_path / "all" / "latency_prediction.json").write_text(json.dumps({"rows": rows}))
     paper_figures.main(["--output", str(tmp_path / "out")])
     assert "2 of 2 that can be compared" in capsys.readouterr().out
+    stages = [{"model": "resnet50_torchscript", "side": s, "work": w} for s, w in ((112, 0.4), (7, 0.3))]
+    (tmp_path / "all" / "pruned_structure.json").write_text(json.dumps({"rows": stages}))
+    assert paper_figures.main(["--output", str(tmp_path / "out")]) == 1
+    assert "40% of MACs stay at 112², 30% of MACs stay at 7²" in capsys.readouterr().out
 
 
 def test_each_resolution_has_the_share_that_stays(demo: Structure) -> None:
