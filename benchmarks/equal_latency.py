@@ -20,6 +20,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 
 import numpy as np
 import onnx
@@ -27,7 +28,7 @@ from onnx import numpy_helper
 
 from benchmarks.attempts import Attempts, Row
 from benchmarks.contenders import METHODS, REFITTED, Contest
-from benchmarks.harness import Verdict, arguments, combined, judge, print_table, publish, run_main
+from benchmarks.harness import Printed, Verdict, arguments, combined, judge, print_table, publish, run_main
 
 __all__ = ["kept_energy", "main", "verdict_of"]
 
@@ -127,7 +128,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = print_table("at equal measured latency, before fine-tuning", columns, rows)
     judged = [row.verdict for row in rows if row.method == REFITTED]
     summary = f"best or tied in {judged.count('pass')} of {len(judged)} cells"
-    return publish(__file__, given, rows, table, combined(judged), summary)
+    overview = _beside_each_other(rows, given.methods)
+    return publish(__file__, given, rows, table, combined(judged), summary, overview)
+
+
+def _beside_each_other(rows: Sequence[Row], methods: Sequence[str]) -> Printed:
+    """One line for each cell, with what the claim is about of every pruner."""
+    cells = {(row.model, row.ratio): dict[str, Row]() for row in rows}
+    for row in rows:
+        cells[row.model, row.ratio][row.method] = row
+    columns: dict[str, Callable[[Mapping[str, Row]], str]] = {
+        "model": lambda cell: cell[methods[0]].model,
+        "asked": lambda cell: f"{cell[methods[0]].ratio:g}",
+    }
+    columns |= {method: partial(_likeness, method) for method in methods}
+    title = "the same answers in % of images, or the cosine; in brackets what misses the latency"
+    return print_table(title, columns, list(cells.values()))
+
+
+def _likeness(method: str, cell: Mapping[str, Row]) -> str:
+    row = cell[method]
+    if row.measured is None:
+        return row.remark.partition(":")[0] or "nothing"
+    shown = _shown(row.cosine, ".3f") if row.agreement is None else f"{100 * row.agreement:.1f}"
+    return shown if row.measured <= row.ratio * (1 + _CLOSE) else f"({shown} at {row.measured:.2f})"
 
 
 def _print_rows(given: argparse.Namespace) -> int:

@@ -131,14 +131,19 @@ def publish(
     table: Printed,
     verdict: Verdict,
     summary: str,
+    overview: Printed | None = None,
 ) -> int:
-    """Write ``DIR/<name of the script>.json``, print the last line, and return the exit code."""
+    """Write ``DIR/<name of the script>.json``, print the last line, and return the exit code.
+
+    ``overview`` is a table of the same that fits a page where the whole one is long.
+    """
     document = {
         "claim": claim(given.doc),
         "header": header(given.threads),
         "verdict": verdict,
         "summary": summary,
         "table": asdict(table),
+        "overview": asdict(overview or table),
         "rows": [_finite(asdict(row) | {"verdict": row.verdict}) for row in rows],
     }
     given.output.mkdir(parents=True, exist_ok=True)

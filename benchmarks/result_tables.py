@@ -6,8 +6,9 @@
     (made by `python -m benchmarks.run`; edits are lost)
     <!-- end of result -->
 
-and sentences, between marks inside a line: ``<!-- summary: all/targets -->…<!-- end -->``. The name
-``overview`` is of all results of a folder, how each ended and what it took.
+and sentences, between marks inside a line: ``<!-- summary: all/targets -->…<!-- end -->``. A mark
+``<!-- overview: … -->`` gets the short table of a result. The name ``overview`` is of all results of a
+folder, how each ended and what it took.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from onnx_mdp.errors import UsageError
 __all__ = ["RESULTS", "filled", "markdown_table", "refresh", "stale_documents"]
 
 RESULTS = ROOT / "benchmarks" / "results"
-_BLOCK = re.compile(r"<!-- result: ([\w/]+) -->\n.*?<!-- end of result -->", re.DOTALL)
+_BLOCK = re.compile(r"<!-- (result|overview): ([\w/]+) -->\n.*?<!-- end of result -->", re.DOTALL)
 _SENTENCE = re.compile(r"<!-- summary: ([\w/]+) -->.*?<!-- end -->", re.DOTALL)
 
 
-def markdown_table(document: Mapping[str, Any]) -> str:
-    """The table of a result, where it was measured and what came of its claim.
+def markdown_table(document: Mapping[str, Any], kind: str = "table") -> str:
+    """The table of a result, or its ``overview``, where it was measured and what came of its claim.
 
     >>> table = {"title": "t", "columns": ["model", "ms"], "cells": [["a|b", "1.5"]]}
     >>> header = {"device": "cpu", "onnxruntime": "1.32", "date": "2026-11-26T22:00:00+00:00", "threads": 1}
@@ -40,7 +41,7 @@ def markdown_table(document: Mapping[str, Any]) -> str:
     <BLANKLINE>
     PASS: all held. (cpu, ONNX Runtime 1.32, 1 thread, 2026-11-26)
     """
-    table, header = document["table"], document["header"]
+    table, header = document[kind], document["header"]
     lines = [table["columns"], ["---"] * len(table["columns"]), *table["cells"]]
     rows = ["|" + "|".join(_cell(cell) for cell in line) + "|" for line in lines]
     threads = f"{header['threads']} thread{'s' * (header['threads'] != 1)}"
@@ -65,8 +66,9 @@ def filled(text: str) -> str:
 
 
 def _made_table(block: re.Match[str]) -> str:
-    table = markdown_table(_result(block[1]))
-    return f"<!-- result: {block[1]} -->\n{table}\n<!-- end of result -->"
+    kind, name = block.groups()
+    table = markdown_table(_result(name), "table" if kind == "result" else kind)
+    return f"<!-- {kind}: {name} -->\n{table}\n<!-- end of result -->"
 
 
 def _result(name: str) -> Mapping[str, Any]:

@@ -449,6 +449,8 @@ def test_a_table_that_was_edited_is_found_and_made_anew(
     assert "PASS: held." in full
     assert full.startswith("before\n")
     assert full.endswith("\nafter\n")
+    short = result_tables.filled(text.replace("result: quick", "overview: quick"))
+    assert "| a\\|b | 1.5 |" in short
     assert result_tables.filled(full) == full
     assert result_tables.filled(full.replace("1.5", "1.4")) == full
     with pytest.raises(UsageError, match="no result"):
@@ -596,6 +598,20 @@ def test_what_was_not_run_is_missing_beside_the_paper(
     (tmp_path / "all" / "pruned_structure.json").write_text(json.dumps({"rows": stages}))
     assert paper_figures.main(["--output", str(tmp_path / "out")]) == 1
     assert "40% of MACs stay at 112², 30% of MACs stay at 7²" in capsys.readouterr().out
+
+
+def test_pruners_stand_side_by_side_with_what_they_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = attempts.Row("m", 0.6, equal_latency.REFITTED, 0.6, 0.0, 0.5, 0.9, 0.88)
+    cell = [own, replace(own, method="mdp", measured=0.7, agreement=None), attempts.Row("m", 0.6, "greedy")]
+    cell[2] = replace(cell[2], remark="ValueError: why")
+    monkeypatch.setattr(attempts.Attempts, "cell", lambda *_: cell)
+    asked = ["--models", "m", "--ratios", "0.6", "--output", str(tmp_path)]
+    assert equal_latency.main([*asked, "--methods", *(row.method for row in cell)]) == 0
+    shown = json.loads((tmp_path / "equal_latency.json").read_text())["overview"]
+    assert shown["columns"] == ["model", "asked", "mdp_lstsq", "mdp", "greedy"]
+    assert shown["cells"] == [["m", "0.6", "88.0", "(0.900 at 0.70)", "ValueError"]]
 
 
 def test_each_resolution_has_the_share_that_stays(demo: Structure) -> None:
