@@ -120,13 +120,15 @@ def prune(
     as well, nothing is measured here: the target is that of the table's machine, which measures the models.
 
     Raises:
-        UsageError: what the device measured does not belong to the table.
+        UsageError: what the device measured does not belong to the table, or the criterion not to the repair.
         UnsupportedModelError: the model has nothing that can be pruned.
         VerificationError: the pruned model is not what the plan says; nothing of it is returned.
     """
     if not structure.prunable and not structure.blocks:
         raise UnsupportedModelError(f"the model has no prunable dimension: {_why_frozen(structure)}")
     check_repair(structure, request.repair)
+    if request.criterion == "refit" and "lstsq" not in request.repair:
+        raise UsageError("criterion 'refit' plans for weights that are refitted; pass --repair lstsq too")
     clock = Clock()
     data = for_session(original)
     base = _base_of(structure, request, store, handover, data)

@@ -24,6 +24,7 @@ __all__ = ["Screen"]
 _STAGES = {
     "gradients": "taking the gradient of each calibration input",
     "score": "measuring what each dimension is worth",
+    "score blocks": "measuring what each block is worth",
     "profile": "profiling variants",
     "calibrate": "calibrating the table",
     "solve": "solving",

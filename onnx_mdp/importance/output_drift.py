@@ -7,7 +7,8 @@ calibration inputs. The relative drift of its outputs,
 
 is interpolated between these widths; the greatest convex minorant makes the score of a unit, its step of D,
 fall with its rank. A block is worth its own drift: inner units only refine what is lost before that.
-Forward runs only: no gradients, no labels, no torch.
+Forward runs only: no gradients, no labels, no torch. Where weights will be refitted, D is that of models
+whose layers near the cut were, on other inputs than it is measured on.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.large_models import for_session
 from onnx_mdp.numerics.precision import in_float32, widened
 from onnx_mdp.plan import PruningPlan, removed_classes
+from onnx_mdp.repairing.nearby import refitted_nearby
 from onnx_mdp.running.runtime import Runtime, open_session
 from onnx_mdp.surgery.rewriting import rewrite
 
@@ -36,19 +38,25 @@ Feeds = Sequence[Mapping[str, npt.NDArray[Any]]]
 Progress = Callable[[str, int, int], None]
 
 _FEEDS = 16
+_FITTED = 32  # inputs at most that weights are refitted on
 _SHARES = (0.1, 0.45, 0.85)  # of the units kept; the curve is steepest at small widths
 _TIE = 1e-6  # keeps the order of the cheaper score within a step
 
 
 def unit_steps(
-    structure: Structure, order: Mapping[int, npt.NDArray[np.int64]], feeds: Feeds, progress: Progress
+    structure: Structure,
+    order: Mapping[int, npt.NDArray[np.int64]],
+    feeds: Feeds,
+    progress: Progress,
+    *,
+    refitted: bool = False,
 ) -> dict[int, Vector]:
     """The step of D that each unit is worth, ``float64[units]`` by dimension.
 
     ``order``, ``int64[rows, count]``, ranks the units of each dimension, the most important first; the units
     of equal rank in different heads share a step.
     """
-    drift = _Drift(structure, feeds)
+    drift = _Drift(structure, feeds, refitted)
     steps: dict[int, Vector] = {}
     for done, (index, rank) in enumerate(order.items()):
         progress("score", done, len(order))
@@ -64,10 +72,16 @@ def unit_steps(
     return steps
 
 
-def block_drifts(structure: Structure, feeds: Feeds) -> dict[str, float]:
+def block_drifts(
+    structure: Structure, feeds: Feeds, progress: Progress, *, refitted: bool = False
+) -> dict[str, float]:
     """D of the model without each removable block."""
-    drift = _Drift(structure, feeds)
-    return {b.name: drift.of(PruningPlan(keep={}, removed_blocks=(b.name,))) for b in structure.blocks}
+    drift, drifts = _Drift(structure, feeds, refitted), dict[str, float]()
+    for done, block in enumerate(structure.blocks):
+        progress("score blocks", done, len(structure.blocks))
+        drifts[block.name] = drift.of(PruningPlan(keep={}, removed_blocks=(block.name,)))
+    progress("score blocks", len(drifts), len(drifts))
+    return drifts
 
 
 def model_drift(
@@ -103,16 +117,21 @@ def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
 class _Drift:
     """Runs pruned models on the same inputs and compares their outputs with the unpruned model's."""
 
-    def __init__(self, structure: Structure, feeds: Feeds) -> None:
+    def __init__(self, structure: Structure, feeds: Feeds, refitted: bool = False) -> None:
         places = np.unique(np.linspace(0, len(feeds) - 1, min(_FEEDS, len(feeds))).round().astype(int))
         self.structure = structure
         self.names = structure.shadow.outputs
         self.feeds = [feeds[place] for place in places]
+        others = [feed for place, feed in enumerate(feeds) if place not in set(places.tolist())]
+        self.fitting = (others if len(others) >= len(places) else feeds)[:_FITTED] if refitted else ()
         self.reference = self._run(structure.shadow.model, self.feeds)
 
     def of(self, plan: PruningPlan) -> float:
         """D of the model that a plan makes."""
-        return self.between(rewrite(self.structure, plan), removed_classes(plan, self.structure))
+        model = rewrite(self.structure, plan)
+        if self.fitting:
+            model = refitted_nearby(self.structure, plan, model, self.fitting)
+        return self.between(model, removed_classes(plan, self.structure))
 
     def between(self, model: ir.Model, removed: npt.NDArray[np.bool_]) -> float:
         """D of a model that lacks the removed classes."""

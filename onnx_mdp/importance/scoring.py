@@ -9,6 +9,8 @@ where ``ω`` is what the consumer's residual branch adds to the energy of its st
 query and key units, which meet in a product, have a share of its ``E[q_u²]·E[k_u²]``.
 ``drift`` (needs inputs) orders units by ``activation`` and scales each dimension and block by how far the
 outputs really move without it. All are relative, so that units of different layers compare.
+``refit`` (needs inputs) does so too, by how far they move once the layers near the cut are refitted by least
+squares: it is for weights that will be, by ``lstsq``, and cuts what the rest can stand for after that only.
 ``taylor`` and ``hessian`` (need inputs and torch) order units by gradients, and scale them as ``drift`` does:
 a derivative at the whole model says which unit goes first, and not what many of them cost together.
 """
@@ -24,7 +26,7 @@ import numpy.typing as npt
 
 from onnx_mdp.analysis.shadow import Operation
 from onnx_mdp.analysis.structure import Structure
-from onnx_mdp.errors import UsageError
+from onnx_mdp.errors import UnsupportedModelError, UsageError
 from onnx_mdp.importance.gradient_scores import GradientOptions, gradient_scores
 from onnx_mdp.importance.output_drift import block_drifts, unit_steps
 from onnx_mdp.large_models import for_session
@@ -46,6 +48,7 @@ __all__ = [
     "magnitude",
     "ranked_rows",
     "ranking",
+    "refit",
     "rescaled",
     "score",
     "taylor",
@@ -197,11 +200,27 @@ def drift(structure: Structure, feeds: Feeds, progress: Progress = _silent) -> S
     return _anchored(structure, activation(structure, feeds, progress), feeds, progress)
 
 
-def _anchored(structure: Structure, order: Scores, feeds: Feeds, progress: Progress) -> Scores:
+def refit(structure: Structure, feeds: Feeds, progress: Progress) -> Scores:
+    """Activation's order of units, scaled by the drift that is left after a refit.
+
+    Raises:
+        UsageError: no calibration data.
+        UnsupportedModelError: the model is not in float32.
+    """
+    if not feeds:
+        raise UsageError("criterion 'refit' needs calibration inputs; pass --data")
+    if not structure.shadow.plain:
+        raise UnsupportedModelError("criterion 'refit' is for models in float32; use drift")
+    return _anchored(structure, activation(structure, feeds, progress), feeds, progress, refitted=True)
+
+
+def _anchored(
+    structure: Structure, order: Scores, feeds: Feeds, progress: Progress, *, refitted: bool = False
+) -> Scores:
     """Units in the order of other scores, each dimension and block scaled by its measured drift."""
     ranked = score(structure, lambda *_: order)
     rows = {i: ranked_rows(structure, ranked, i) for i in structure.prunable}
-    steps = unit_steps(structure, rows, feeds, progress)
+    steps = unit_steps(structure, rows, feeds, progress, refitted=refitted)
     classes = np.zeros(structure.graph.classes)
     inner = {block.name: 0.0 for block in structure.blocks}
     # Widths first: a head is worth what it moves beyond the widths that go with it.
@@ -213,7 +232,7 @@ def _anchored(structure: Structure, order: Scores, feeds: Feeds, progress: Progr
         classes[list(dimension.units)] = np.maximum(values, 0.0)
         if dimension.block is not None:
             inner[dimension.block] += float(np.maximum(values, 0.0).sum())
-    measured = block_drifts(structure, feeds)
+    measured = block_drifts(structure, feeds, progress, refitted=refitted)
     return Scores(classes, {name: measured[name] - inner[name] for name in measured})
 
 
@@ -268,9 +287,10 @@ CRITERIA: dict[str, Criterion] = {
     "drift": drift,
     "hessian": hessian,
     "magnitude": magnitude,
+    "refit": refit,
     "taylor": taylor,
 }
-MEASURED = frozenset(("drift", "hessian", "taylor"))  # scaled by what the outputs do
+MEASURED = frozenset(("drift", "hessian", "refit", "taylor"))  # scaled by what the outputs do
 _WEIGHTED = frozenset(("Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "LSTM", "MatMul", "RNN"))
 
 
