@@ -79,7 +79,9 @@ def _plans(
         if found.choice is None:
             yield what, None, 0.0
             continue
-        yield what, plan_from_choice(structure, formulation, importance, found.choice), found.value
+        # A block that cannot go is worth the same in every plan, so the problem leaves it out.
+        always = sum(importance.blocks.values()) / importance.total if rules.exclude else 0.0
+        yield what, plan_from_choice(structure, formulation, importance, found.choice), found.value + always
 
 
 def _planned(contest: Contest, table: LatencyTable, ratio: float) -> Iterator[Row]:

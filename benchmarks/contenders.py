@@ -23,9 +23,10 @@ from onnx_mdp.running.runtime import Runtime, open_session
 from onnx_mdp.running.timing import random_feeds
 from onnx_mdp.tables.latency import LatencyTable
 
-__all__ = ["METHODS", "OURS", "PEERS", "REFITTED", "Contest", "Likeness"]
+__all__ = ["FOR_REFIT", "METHODS", "OURS", "PEERS", "REFITTED", "Contest", "Likeness"]
 
 OURS, REFITTED = "mdp", "mdp_lstsq"
+FOR_REFIT = "mdp_refit"  # planned for weights that are refitted, and refitted
 _PLANNED = ("greedy", "linear")  # our program, with another solver
 PEERS = ("onnxsim", *(f"tp_{k}" for k in KINDS))
 METHODS = (
@@ -69,13 +70,20 @@ class Contest:
             Exception: whatever the tool raises.
         """
         if method == REFITTED:
-            fast = self.fast(OURS, speedup)
-            return replace(fast, model=self._ours.refitted(fast.model, self._feeds))
+            return self._refitted(self.fast(OURS, speedup), self._ours)
+        if method == FOR_REFIT:
+            planner = self._planner("exact", score(self.structure, "refit", self._feeds))
+            return self._refitted(self._at_speed([planner], speedup), planner)
         if (method, speedup) not in self._made:
             pruners = [self._ours] if method == OURS else self._pruners(method)
-            made = at_speed(pruners, self.base, self.shapes, speedup, self.runtime, self.seed)
-            self._made[method, speedup] = made
+            self._made[method, speedup] = self._at_speed(pruners, speedup)
         return self._made[method, speedup]
+
+    def _at_speed(self, pruners: Sequence[Pruner], speedup: float) -> Fast:
+        return at_speed(pruners, self.base, self.shapes, speedup, self.runtime, self.seed)
+
+    def _refitted(self, fast: Fast, planner: Planner) -> Fast:
+        return replace(fast, model=planner.refitted(fast.model, self._feeds))
 
     def likeness(self, model: bytes) -> Likeness:
         """The pruned model beside the original on the samples."""
@@ -98,16 +106,16 @@ class Contest:
             return torch_prunings(self.name, shape, kind, self._batches)
         if method == "uniform":
             return uniforms(self.structure, self.importance, self.table)
-        return [self._planner(method)]
+        return [self._planner(method, self.importance)]
 
     @cached_property
     def _ours(self) -> Planner:
         """One for all, for it refits only plans that it made."""
-        return self._planner("exact")
+        return self._planner("exact", self.importance)
 
-    def _planner(self, solver: str) -> Planner:
-        formulation = formulate(self.structure, self.importance, self.table)
-        return Planner(self.structure, formulation, self.importance, self.table, solver)
+    def _planner(self, solver: str, importance: Importance) -> Planner:
+        formulation = formulate(self.structure, importance, self.table)
+        return Planner(self.structure, formulation, importance, self.table, solver)
 
     def _batches(self) -> list[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]]:
         """The calibration images with their labels: more than the others are told."""

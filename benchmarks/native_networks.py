@@ -4,8 +4,8 @@ Claim: without any training, labels or choice of hyperparameters, EfficientNet-L
 latency of MobileNetV2 is at least as accurate as MobileNetV2. What ResNet-56 pruned to the latency of
 ResNet-20 keeps is shown beside it and claimed of nothing: that asks for training (`cifar_accuracy`).
 
-The latency of the small network is measured beside the large one; then the dial of our plan, refitted by
-``lstsq`` on 64 unlabelled images, is turned until its file takes the same time. Published weights of the
+The latency of the small network is measured beside the large one; then the dial of our plan by ``refit``,
+with ``lstsq`` on 64 unlabelled images, is turned until its file takes the same time. Published weights of the
 development zoo; top-1 on 500 ImageNet images of classes that nothing was calibrated on (mostly training
 images, the same for both), or on 9,000 CIFAR-10 test images.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.contenders import REFITTED, Contest
+from benchmarks.contenders import FOR_REFIT, Contest
 from benchmarks.harness import Verdict, arguments, combined, judge, note, print_table, publish, run_main
 from benchmarks.model_files import model_path
 from benchmarks.samples import samples_for, top1
@@ -56,7 +56,7 @@ def _row(large: str, small: str, claimed: bool, threads: int, seed: int) -> Row:
     runtime = Runtime(threads=threads)
     timing = measure_models([contest.base, native], contest.shapes, runtime, seed=seed, budget_s=_MEASURE_S)
     ratio = timing.ms[1] / timing.ms[0]
-    fast = contest.fast(REFITTED, 1 / ratio)
+    fast = contest.fast(FOR_REFIT, 1 / ratio)
     images = samples_for(large)
     return Row(
         model=large,

@@ -314,6 +314,8 @@ def test_prune_repairs_once_the_law_was_verified(run: Callable[..., Outcome], tm
     refused = run(*command)
     assert refused.code == 2
     assert "--repair needs calibration inputs" in refused.err
+    refused = run("prune", str(DEMO), "--target-ratio", "0.7", "--criterion", "refit", "--data", str(tmp_path / "x.npz"))
+    assert "pass --repair lstsq too" in refused.err
     pruned = patiently(lambda: run(*command, "--data", "inputs.npz", "--json"))
     assert pruned.code == 0, pruned.err
     before, after = pruned.document["repair"]["output_drifts"]
