@@ -314,7 +314,8 @@ def test_prune_repairs_once_the_law_was_verified(run: Callable[..., Outcome], tm
     refused = run(*command)
     assert refused.code == 2
     assert "--repair needs calibration inputs" in refused.err
-    refused = run("prune", str(DEMO), "--target-ratio", "0.7", "--criterion", "refit", "--data", str(tmp_path / "x.npz"))
+    refused = run(*command[:-2], "--criterion", "refit", "--data", "inputs.npz")
+    assert refused.code == 2
     assert "pass --repair lstsq too" in refused.err
     pruned = patiently(lambda: run(*command, "--data", "inputs.npz", "--json"))
     assert pruned.code == 0, pruned.err
@@ -324,6 +325,10 @@ def test_prune_repairs_once_the_law_was_verified(run: Callable[..., Outcome], tm
     asked = (str(DEMO), "plain.onnx", "slim.plan.json", "--data", "inputs.npz", "-o", "again.onnx")
     assert run("repair", *asked, "--repair", "lstsq").code == 0
     assert Path("again.onnx").read_bytes() == Path("slim.onnx").read_bytes()
+    asked = (*command, "--criterion", "refit", "--data", "inputs.npz", "--overwrite", "--json")
+    planned = patiently(lambda: run(*asked))
+    assert planned.code == 0, planned.err
+    assert planned.document["repair"]["output_drifts"][-1] < 1.2 * after
 
 
 FORMS = {

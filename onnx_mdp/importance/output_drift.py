@@ -118,12 +118,13 @@ class _Drift:
     """Runs pruned models on the same inputs and compares their outputs with the unpruned model's."""
 
     def __init__(self, structure: Structure, feeds: Feeds, refitted: bool = False) -> None:
-        places = np.unique(np.linspace(0, len(feeds) - 1, min(_FEEDS, len(feeds))).round().astype(int))
+        count = min(_FEEDS, len(feeds) // 2 if refitted else len(feeds))
+        places = np.unique(np.linspace(0, len(feeds) - 1, count).round().astype(int))
         self.structure = structure
         self.names = structure.shadow.outputs
         self.feeds = [feeds[place] for place in places]
         others = [feed for place, feed in enumerate(feeds) if place not in set(places.tolist())]
-        self.fitting = (others if len(others) >= len(places) else feeds)[:_FITTED] if refitted else ()
+        self.fitting = others[:_FITTED] if refitted else []
         self.reference = self._run(structure.shadow.model, self.feeds)
 
     def of(self, plan: PruningPlan) -> float:

@@ -204,11 +204,15 @@ def refit(structure: Structure, feeds: Feeds, progress: Progress) -> Scores:
     """Activation's order of units, scaled by the drift that is left after a refit.
 
     Raises:
-        UsageError: no calibration data.
+        UsageError: too little calibration data.
         UnsupportedModelError: the model is not in float32.
     """
     if not feeds:
         raise UsageError("criterion 'refit' needs calibration inputs; pass --data")
+    if len(feeds) < _LEAST_TO_REFIT:
+        raise UsageError(
+            f"criterion 'refit' needs {_LEAST_TO_REFIT} calibration inputs or more, not {len(feeds)}"
+        )
     if not structure.shadow.plain:
         raise UnsupportedModelError("criterion 'refit' is for models in float32; use drift")
     return _anchored(structure, activation(structure, feeds, progress), feeds, progress, refitted=True)
@@ -290,6 +294,7 @@ CRITERIA: dict[str, Criterion] = {
     "refit": refit,
     "taylor": taylor,
 }
+_LEAST_TO_REFIT = 4  # two to refit on, one of them held out, and two to compare
 MEASURED = frozenset(("drift", "hessian", "refit", "taylor"))  # scaled by what the outputs do
 _WEIGHTED = frozenset(("Conv", "ConvTranspose", "Einsum", "GRU", "Gemm", "LSTM", "MatMul", "RNN"))
 
