@@ -18,11 +18,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
@@ -41,6 +42,7 @@ _MODELS = (
     "deit_small_torchscript",
     "yolov8n_torchscript",
 )
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _LONGEST = 90
 _TIED = {"agreement": 0.02, "cosine": 0.01}  # 4 of 200 images
 _CLOSE = 0.03  # how far from the asked latency counts as equal
@@ -49,14 +51,19 @@ _CLOSE = 0.03  # how far from the asked latency counts as equal
 def kept_energy(base: bytes, model: bytes) -> float:
     """The share of the squared weights of layers that is left."""
     before, after = (
-        sum(
-            float(np.square(numpy_helper.to_array(tensor).astype(np.float64)).sum())
-            for tensor in onnx.load_from_string(data).graph.initializer
-            if len(tensor.dims) >= 2 and tensor.data_type == onnx.TensorProto.FLOAT
-        )
+        sum(float(np.square(weight.astype(np.float64)).sum()) for weight in _layer_weights(data))
         for data in (base, model)
     )
     return after / before
+
+
+def _layer_weights(model: bytes) -> Iterator[npt.NDArray[np.generic]]:
+    """What is stored and read by layers; tables of places and anchors are none."""
+    graph = onnx.load_from_string(model).graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    stored |= {n.output[0]: n.attribute[0].t for n in graph.node if n.op_type == "Constant"}
+    read = {name for n in graph.node if n.op_type in _LAYERS for name in n.input[:2]}
+    return (numpy_helper.to_array(stored[name]) for name in sorted(read & stored.keys()))
 
 
 def _row(contest: Contest, ratio: float, method: str) -> Row:
