@@ -15,13 +15,14 @@ take gradients of a random projection of the outputs, with ``--labels`` of the l
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from benchmarks.harness import (
+    Printed,
     Verdict,
     arguments,
     combined,
@@ -30,6 +31,7 @@ from benchmarks.harness import (
     print_table,
     publish,
     run_main,
+    side_by_side,
 )
 from benchmarks.measuring import measured_ratios, table_from_nothing
 from benchmarks.model_files import model_path
@@ -165,7 +167,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = [f"{r.model} {r.accuracy:.1%} at {r.ratio:g} (bar {r.bar:.0%})" for r in results if r.bar]
     summary = " · ".join([*parts, f"largest measured ratio {max(r.measured for r in results):.3f}"])
     verdict = combined([result.verdict for result in results])
-    return publish(__file__, given, results, table, verdict, summary)
+    overview = _overview(results)
+    return publish(__file__, given, results, table, verdict, summary, overview)
+
+
+def _overview(results: Sequence[Result]) -> Printed:
+    """Accuracies by criterion, a line for each model and ratio."""
+    keys: dict[str, Callable[[Result], str]] = {
+        "model": lambda r: r.model,
+        "ratio": lambda r: f"{r.ratio:g}",
+        "dense": lambda r: f"{r.dense:.1%}",
+    }
+    return side_by_side(
+        "top-1 by criterion", keys, lambda r: r.criterion, lambda r: f"{r.accuracy:.1%}", results
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +28,16 @@ from onnx import numpy_helper
 
 from benchmarks.attempts import Attempts, Row
 from benchmarks.contenders import METHODS, REFITTED, Contest
-from benchmarks.harness import Printed, Verdict, arguments, combined, judge, print_table, publish, run_main
+from benchmarks.harness import (
+    Verdict,
+    arguments,
+    combined,
+    judge,
+    print_table,
+    publish,
+    run_main,
+    side_by_side,
+)
 
 __all__ = ["kept_energy", "main", "verdict_of"]
 
@@ -45,6 +53,10 @@ _MODELS = (
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _LONGEST = 90
 _TIED = {"agreement": 0.02, "cosine": 0.01}  # 4 of 200 images
+_CELL: Mapping[str, Callable[[Row], str]] = {
+    "model": lambda r: r.model,
+    "asked": lambda r: f"{r.ratio:g}",
+}
 _CLOSE = 0.03  # how far from the asked latency counts as equal
 
 
@@ -120,8 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cell = found.cell(name, ratio)
         rows += [replace(row, verdict=verdict_of(row, cell)) for row in cell]
     columns: Mapping[str, Callable[[Row], str]] = {
-        "model": lambda r: r.model,
-        "asked": lambda r: f"{r.ratio:g}",
+        **_CELL,
         "pruner": lambda r: r.method,
         "measured": lambda r: _shown(r.measured, ".3f"),
         "F": lambda r: f"{r.noise:.1%}",
@@ -135,26 +146,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = print_table("at equal measured latency, before fine-tuning", columns, rows)
     judged = [row.verdict for row in rows if row.method == REFITTED]
     summary = f"best or tied in {judged.count('pass')} of {len(judged)} cells"
-    overview = _beside_each_other(rows, given.methods)
+    title = "the same answers in % of images, or the cosine; in brackets what misses the latency"
+    overview = side_by_side(title, _CELL, lambda r: r.method, _likeness, rows)
     return publish(__file__, given, rows, table, combined(judged), summary, overview)
 
 
-def _beside_each_other(rows: Sequence[Row], methods: Sequence[str]) -> Printed:
-    """One line for each cell, with what the claim is about of every pruner."""
-    cells = {(row.model, row.ratio): dict[str, Row]() for row in rows}
-    for row in rows:
-        cells[row.model, row.ratio][row.method] = row
-    columns: dict[str, Callable[[Mapping[str, Row]], str]] = {
-        "model": lambda cell: cell[methods[0]].model,
-        "asked": lambda cell: f"{cell[methods[0]].ratio:g}",
-    }
-    columns |= {method: partial(_likeness, method) for method in methods}
-    title = "the same answers in % of images, or the cosine; in brackets what misses the latency"
-    return print_table(title, columns, list(cells.values()))
-
-
-def _likeness(method: str, cell: Mapping[str, Row]) -> str:
-    row = cell[method]
+def _likeness(row: Row) -> str:
     if row.measured is None:
         return row.remark.partition(":")[0] or "nothing"
     shown = _shown(row.cosine, ".3f") if row.agreement is None else f"{100 * row.agreement:.1f}"

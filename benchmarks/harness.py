@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -35,6 +36,7 @@ __all__ = [
     "print_table",
     "publish",
     "run_main",
+    "side_by_side",
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,6 +124,31 @@ def print_table(title: str, columns: Mapping[str, Callable[[_Row], str]], rows: 
     console = Console()
     Console(width=console.width if console.is_terminal else 400).print(table)
     return Printed(title, tuple(columns), cells)
+
+
+def side_by_side(
+    title: str,
+    keys: Mapping[str, Callable[[_Row], str]],
+    column: Callable[[_Row], str],
+    cell: Callable[[_Row], str],
+    rows: Sequence[_Row],
+) -> Printed:
+    """Print what ``cell`` says of rows with the same ``keys`` on one line, under what ``column`` says.
+
+    >>> rows = [("a", 1, "x"), ("a", 2, "y"), ("b", 2, "z")]
+    >>> side_by_side("", {"name": lambda r: r[0]}, lambda r: str(r[1]), lambda r: r[2], rows).cells[1]
+    ┏...
+    ('b', '', 'z')
+    """
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        lines.setdefault(tuple(show(row) for show in keys.values()), {})[column(row)] = cell(row)
+    columns: dict[str, Callable[[tuple[str, ...]], str]] = {
+        name: partial(lambda place, line: line[place], place) for place, name in enumerate(keys)
+    }
+    for name in dict.fromkeys(map(column, rows)):
+        columns[name] = partial(lambda name, line: lines[line].get(name, ""), name)
+    return print_table(title, columns, list(lines))
 
 
 def publish(
