@@ -15,7 +15,7 @@ import onnx
 from benchmarks.harness import note
 from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import UsageError
-from onnx_mdp.importance.scoring import Feeds, Importance, ranking
+from onnx_mdp.importance.scoring import Feeds, Importance, ranked_rows
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.planning.formulation import Formulation, to_ns
@@ -132,7 +132,8 @@ def _uniform(structure: Structure, importance: Importance, choices: Mapping[int,
             dimension = structure.dimensions[index]
             wanted = dial * dimension.count
             count = min(choices[index], key=lambda kept: abs(kept - wanted))
-            keep[dimension.name] = tuple(sorted(ranking(importance, index)[:count].tolist()))
+            rows = ranked_rows(structure, importance, index)[:, :count]
+            keep[dimension.name] = tuple(sorted(rows.reshape(-1).tolist()))
         return model_bytes(rewrite(structure, PruningPlan(keep=keep)))
 
     return pruned
