@@ -43,7 +43,7 @@ README = "README.md"
 PAGES = {path.name: path for path in (ROOT / README, *sorted(DOCS.glob("*.md")))}
 EXAMPLES = sorted(path.name for path in (DOCS / "examples").glob("*.py"))
 PYTHON_IN_SECONDS = {"new-rule.md"}
-MOST_LINES = {README: 200}
+MOST_LINES = {README: 200, "results-equal-latency.md": 180}
 
 
 # Commands whose options are checked, and which are not run here, each with the reason.
