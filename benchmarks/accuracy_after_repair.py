@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from benchmarks.accuracy_before_finetuning import CELL
 from benchmarks.harness import (
-    Printed,
     Verdict,
     arguments,
     combined,
@@ -158,24 +158,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     best = [r for r in results if r.repair == "lstsq"]
     parts = (f"{r.model} at {r.ratio:g} by {r.criterion} {r.unrepaired:.1%} → {r.accuracy:.1%}" for r in best)
     summary = " · ".join(parts)
-    verdict = combined([r.verdict for r in results])
-    return publish(__file__, given, results, table, verdict, summary, _overview(results))
-
-
-def _overview(results: Sequence[Result]) -> Printed:
-    """Accuracies by plan and repair, a line for each model and ratio."""
-    keys: dict[str, Callable[[Result], str]] = {
-        "model": lambda r: r.model,
-        "ratio": lambda r: f"{r.ratio:g}",
-        "dense": lambda r: f"{r.dense:.1%}",
-    }
-    return side_by_side(
+    overview = side_by_side(
         "top-1 by plan and repair",
-        keys,
+        CELL,
         lambda r: f"{r.criterion}, {r.repair}",
         lambda r: f"{r.accuracy:.1%}",
         results,
     )
+    verdict = combined([r.verdict for r in results])
+    return publish(__file__, given, results, table, verdict, summary, overview)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,14 @@ take gradients of a random projection of the outputs, with ``--labels`` of the l
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from benchmarks.harness import (
-    Printed,
     Verdict,
     arguments,
     combined,
@@ -46,10 +46,18 @@ from onnx_mdp.planning.closed_loop import tolerance
 from onnx_mdp.running.runtime import Runtime
 from onnx_mdp.surgery.rewriting import rewrite
 
-__all__ = ["Result", "main"]
+__all__ = ["CELL", "Result", "main"]
 
 _CRITERIA = ("magnitude", "activation", "drift", "taylor", "hessian")
 _BARS = {("mobilenet_v2", 0.8): 0.80, ("resnet56", 0.65): 0.85}
+
+
+# What a line of a short table is about.
+CELL: Mapping[str, Callable[[Any], str]] = {
+    "model": lambda r: r.model,
+    "ratio": lambda r: f"{r.ratio:g}",
+    "dense": lambda r: f"{r.dense:.1%}",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     results = [result for name in given.models for result in _results(name, given)]
     columns = {
-        "model": lambda r: r.model,
+        **CELL,
         "criterion": lambda r: r.criterion,
-        "ratio": lambda r: f"{r.ratio:g}",
-        "dense": lambda r: f"{r.dense:.1%}",
         "accuracy": lambda r: f"{r.accuracy:.1%}",
         "bar": lambda r: "" if r.bar is None else f"{r.bar:.0%}",
         "predicted": lambda r: f"{r.predicted:.3f}",
@@ -167,20 +173,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = [f"{r.model} {r.accuracy:.1%} at {r.ratio:g} (bar {r.bar:.0%})" for r in results if r.bar]
     summary = " · ".join([*parts, f"largest measured ratio {max(r.measured for r in results):.3f}"])
     verdict = combined([result.verdict for result in results])
-    overview = _overview(results)
-    return publish(__file__, given, results, table, verdict, summary, overview)
-
-
-def _overview(results: Sequence[Result]) -> Printed:
-    """Accuracies by criterion, a line for each model and ratio."""
-    keys: dict[str, Callable[[Result], str]] = {
-        "model": lambda r: r.model,
-        "ratio": lambda r: f"{r.ratio:g}",
-        "dense": lambda r: f"{r.dense:.1%}",
-    }
-    return side_by_side(
-        "top-1 by criterion", keys, lambda r: r.criterion, lambda r: f"{r.accuracy:.1%}", results
+    overview = side_by_side(
+        "top-1 by criterion", CELL, lambda r: r.criterion, lambda r: f"{r.accuracy:.1%}", results
     )
+    return publish(__file__, given, results, table, verdict, summary, overview)
 
 
 if __name__ == "__main__":
