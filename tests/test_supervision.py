@@ -57,7 +57,9 @@ def children(pid: int) -> list[int]:
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_both(number: signal.Signals) -> None:
-    code = f"{START}supervise(lambda: (print(flush=True), time.sleep(60)))"
+    # Tests that run under nohup inherit that a hang-up is ignored.
+    heard = "signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+    code = f"{START}{heard}; supervise(lambda: (print(flush=True), time.sleep(60)))"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         parent.stdout.readline()
