@@ -22,7 +22,7 @@ from onnx_mdp.rules import Labelling
 from onnx_mdp.tables.nonnegative import nonnegative_least_squares
 
 # What a board lacks; a package that is imported all the same is an error that names it.
-LACKING = ("PIL", "highspy", "matplotlib", "platformdirs", "pyomo", "scipy", "torch", "yaml")
+LACKING = ("PIL", "highspy", "matplotlib", "platformdirs", "pyomo", "scipy", "threadpoolctl", "torch", "yaml")
 LACKING_TO_A_LIBRARY = (*LACKING, "pydantic", "rich", "typer")
 BOARD = """
 import sys

@@ -11,6 +11,7 @@ steps of majorisation fit ``y₀``, there replaced by what the layer gives, or b
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ _MOST_NUMBERS = 2**27  # of all samples: half a gigabyte
 _MOST_UNKNOWNS = 8192  # of an output: a matrix of half a gigabyte
 _UNCHANGED = 1e-10  # of the variance
 _DEAD = 1e-6  # of the largest gain
+_LARGE = 1024  # unknowns from which on a product is worth several threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +94,13 @@ class _Problem:
 
     def solve(self, gram: Wide, cross: Wide, penalty: float) -> Wide:
         """The best change of the weights, ``float64[groups, unknowns, outputs]``."""
-        diagonal = np.einsum("gii->gi", gram)
+        system = gram.copy()
+        diagonal = np.einsum("gii->gi", system)
         added = penalty * np.maximum(diagonal.mean(1, keepdims=True), 1e-30) * np.ones_like(diagonal)
         if self.shifts:
             added[:, -1] = 0.0
-        return np.linalg.solve(gram + added[:, :, None] * np.eye(diagonal.shape[1]), cross)
+        diagonal += added
+        return np.asarray(np.linalg.solve(system, cross))
 
 
 def _total(arrays: Iterator[Array]) -> Wide:
@@ -108,7 +112,24 @@ def _total(arrays: Iterator[Array]) -> Wide:
 
 def refit(model: ir.Model, layer: Layer, dense: Walk, slim: Walk) -> LayerRepair:
     """Fit the weights and the bias of a layer to the original's outputs, unless that does not help."""
-    found = _why_not(layer, dense) or _gather(layer, dense, slim)
+    reason = _why_not(layer, dense)
+    if reason is not None:
+        return LayerRepair("lstsq", layer.name, kept=reason)
+    threads = None if weight_matrix(layer).shape[2] >= _LARGE else 1
+    with _libraries().limit(limits=threads, user_api="blas"):
+        return _refit(model, layer, dense, slim)
+
+
+@functools.cache
+def _libraries() -> Any:
+    """The matrix libraries: on busy cores, threads of small products mostly wait for each other."""
+    import threadpoolctl  # a board may lack it, and repairs nothing
+
+    return threadpoolctl.ThreadpoolController()
+
+
+def _refit(model: ir.Model, layer: Layer, dense: Walk, slim: Walk) -> LayerRepair:
+    found = _gather(layer, dense, slim)
     if isinstance(found, str):
         return LayerRepair("lstsq", layer.name, kept=found)
     shifts = layer.fixed is None
