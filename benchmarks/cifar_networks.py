@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.cifar_images import PREPROCESSING, Cifar
+from benchmarks.contenders import FOR_REFIT
 from benchmarks.finetuned import finetuned
 from benchmarks.harness import note
 from benchmarks.kept_models import Kept, Made
@@ -34,7 +35,7 @@ __all__ = ["METHODS", "REFITTED", "SHAPES", "CifarNetwork"]
 
 SHAPES = {"input": (1, 3, 32, 32)}
 REFITTED = "mdp_lstsq"
-METHODS = ("mdp", REFITTED, "linear", "greedy", "uniform", "torch_pruning")
+METHODS = ("mdp", REFITTED, FOR_REFIT, "linear", "greedy", "uniform", "torch_pruning")
 _PLANNED = {"mdp": "exact", "linear": "linear", "greedy": "greedy"}
 
 
@@ -78,9 +79,12 @@ class CifarNetwork:
         pruners = self._pruners[method]
         fast = at_speed(pruners, self.base, SHAPES, speedup, self._runtime, self._given.seed)
         numbers = {"speedup": fast.speedup, "noise": fast.noise}
-        if method == "mdp" and isinstance(pruners[0], Planner):
-            refitted = pruners[0].refitted(fast.model, self._feeds)
-            self._kept.made(self._label(REFITTED, speedup), lambda: (refitted, numbers))
+        if method not in ("mdp", FOR_REFIT) or not isinstance(pruners[0], Planner):
+            return fast.model, numbers
+        refitted = pruners[0].refitted(fast.model, self._feeds)
+        if method == FOR_REFIT:
+            return refitted, numbers
+        self._kept.made(self._label(REFITTED, speedup), lambda: (refitted, numbers))
         return fast.model, numbers
 
     @cached_property
@@ -88,11 +92,14 @@ class CifarNetwork:
         structure = self._structure
         importance = self._importance()
         table = table_from_nothing(structure, self._runtime, self._given.seed)
-        formulation = formulate(structure, importance, table)
+
+        def planner(solver: str, importance: Importance) -> Planner:
+            return Planner(structure, formulate(structure, importance, table), importance, table, solver)
+
         pruners: dict[str, Sequence[Pruner]] = {
-            method: [Planner(structure, formulation, importance, table, solver)]
-            for method, solver in _PLANNED.items()
+            method: [planner(solver, importance)] for method, solver in _PLANNED.items()
         }
+        pruners[FOR_REFIT] = [planner("exact", score(structure, "refit", self._feeds))]
         pruners["uniform"] = uniforms(structure, importance, table)
         pruners["torch_pruning"] = torch_prunings(self.name, SHAPES["input"], "taylor", self._images.batches)
         return pruners

@@ -14,14 +14,23 @@ checks gaps and agreement only, on all instances for `exact` and on small ones f
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from benchmarks.harness import Verdict, arguments, combined, note, print_table, publish, run_main
+from benchmarks.harness import (
+    Printed,
+    Verdict,
+    arguments,
+    combined,
+    note,
+    print_table,
+    publish,
+    run_main,
+    side_by_side,
+)
 from benchmarks.instances import INSTANCES
 from benchmarks.metered import run_metered
 from benchmarks.roofline import Device
@@ -42,6 +51,7 @@ _LIMITS_S = {
 }
 _DEVICES: tuple[Device, ...] = ("gpu", "cpu")
 _OTHERS = ("highs", "mindtpy", "greedy", "linear")
+_SAME = 1e-6  # of the value
 _HARDEST = {"highs": "resnet50 by 8", "mindtpy": "resnet50 by 128"}  # larger ones exceed any patience
 
 
@@ -108,7 +118,7 @@ def _other_row(name: str, solver: str, given: argparse.Namespace) -> Row:
         max(seconds, default=float("nan")),
         max(gaps, default=float("nan")),
         max(below, default=float("nan")),
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+        0.0,
         0.0,
         trouble,
         sound,
@@ -129,6 +139,17 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "trouble": lambda r: r.trouble,
     "verdict": lambda r: r.verdict,
 }
+
+
+def _overview(rows: Sequence[Row]) -> Printed:
+    """Median seconds of each solver and task on one line for each instance."""
+    return side_by_side(
+        "median seconds",
+        {"instance": lambda r: r.instance},
+        lambda r: r.solver if r.task == "solve" else r.task,
+        lambda r: f"{r.median_s:.2f}" + (f" (-{r.below:.1%})" if r.below > _SAME else ""),
+        rows,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,7 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{r.instance} {r.median_s:.2f} s" for r in exact
     )
     summary += f"; failing: {', '.join(slow)}" if slow else ""
-    return publish(__file__, given, rows, table, combined([row.verdict for row in rows]), summary)
+    return publish(
+        __file__, given, rows, table, combined([row.verdict for row in rows]), summary, _overview(rows)
+    )
 
 
 if __name__ == "__main__":
