@@ -23,7 +23,17 @@ import numpy as np
 
 from benchmarks.configurations import measured_configurations
 from benchmarks.contenders import Contest
-from benchmarks.harness import Verdict, arguments, combined, judge, note, print_table, publish, run_main
+from benchmarks.harness import (
+    Verdict,
+    arguments,
+    combined,
+    judge,
+    note,
+    print_table,
+    publish,
+    run_main,
+    side_by_side,
+)
 from benchmarks.measuring import measured_ratios
 from benchmarks.rival_predictions import table_ratios
 from onnx_mdp.analysis.structure import Structure
@@ -41,7 +51,7 @@ __all__ = ["Row", "main", "verdicts"]
 
 _WHOLE, _LINEAR = "everything", "linear latency"
 _VARIANTS = (4, 8, 16, 32)
-_CONFIGURATIONS = 24
+_TRIED = 24  # configurations
 _LEAST = 1e-6
 
 
@@ -76,12 +86,12 @@ def _plans(
     for what, (rules, solver) in cases.items():
         formulation = formulate(structure, importance, table, rules)
         found = solve(formulation.problem, budget, solver)
-        if found.choice is None:
-            yield what, None, 0.0
-            continue
-        # A block that cannot go is worth the same in every plan, so the problem leaves it out.
-        always = sum(importance.blocks.values()) / importance.total if rules.exclude else 0.0
-        yield what, plan_from_choice(structure, formulation, importance, found.choice), found.value + always
+        plan, always = None, 0.0
+        if found.choice is not None:
+            plan = plan_from_choice(structure, formulation, importance, found.choice)
+        if rules.exclude:  # a block that cannot go is worth the same in every plan: the problem leaves it out
+            always = sum(importance.blocks.values()) / importance.total
+        yield what, plan, found.value + always
 
 
 def _planned(contest: Contest, table: LatencyTable, ratio: float) -> Iterator[Row]:
@@ -91,15 +101,8 @@ def _planned(contest: Contest, table: LatencyTable, ratio: float) -> Iterator[Ro
     ratios = measured_ratios(contest.base, contest.structure, plans, contest.runtime, seed=contest.seed)
     measured = iter(ratios.values)
     for what, plan, value in made:
-        reached = plan is not None
-        yield Row(
-            contest.name,
-            what,
-            ratio,
-            value if reached else None,
-            next(measured) if reached else None,
-            noise=ratios.noise,
-        )
+        numbers = (None, None) if plan is None else (value, next(measured))
+        yield Row(contest.name, what, ratio, *numbers, noise=ratios.noise)
 
 
 def _tables(contest: Contest, counts: Sequence[int]) -> Iterator[Row]:
@@ -113,9 +116,7 @@ def _tables(contest: Contest, counts: Sequence[int]) -> Iterator[Row]:
         ):
             tables[count] = build_table(structure, contest.runtime, store, variants=count, seed=contest.seed)
     some = next(iter(tables.values()))
-    variants, ratios = measured_configurations(
-        structure, some.choices, contest.runtime, _CONFIGURATIONS, contest.seed
-    )
+    variants, ratios = measured_configurations(structure, some.choices, contest.runtime, _TRIED, contest.seed)
     for count, table in tables.items():
         errors = np.abs(np.asarray(table_ratios(structure, table, variants)) / np.asarray(ratios.values) - 1)
         yield Row(
@@ -130,7 +131,7 @@ def _tables(contest: Contest, counts: Sequence[int]) -> Iterator[Row]:
 def verdicts(rows: Sequence[Row]) -> Iterator[Row]:
     """The claim, in the rows that it is about: of plans the whole one's, of tables that of 16 variants."""
     kept = {(row.ratio, row.what): row for row in rows if row.importance is not None}
-    errors = {row.what: row.median_error for row in rows if row.median_error is not None}
+    errors = {row.what: row.median_error for row in rows}
     for row in rows:
         if row.what == _WHOLE and row.importance is not None:
             others = [
@@ -162,17 +163,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "model": lambda r: r.model,
         "of latency": lambda r: _shown(r.ratio, "g"),
         "with": lambda r: r.what,
-        "importance": lambda r: "out of reach" if _unreached(r) else _shown(r.importance, ".4f"),
+        "importance": lambda r: "" if r.ratio is None else _cell(r),
         "measured": lambda r: _shown(r.measured, ".3f"),
-        "median error": lambda r: _shown(r.median_error, ".1%"),
-        "worst error": lambda r: _shown(r.worst_error, ".1%"),
+        "error": lambda r: "" if r.median_error is None else _cell(r),
         "F": lambda r: f"{r.noise:.1%}",
         "verdict": lambda r: r.verdict,
     }
     table = print_table("one part taken away", columns, rows)
+    keys = {name: columns[name] for name in ("model", "of latency")}
+    overview = side_by_side("importance, or error", keys, columns["with"], _cell, rows)
     whole = [row.verdict for row in rows if row.what == _WHOLE]
     summary = f"the whole method keeps the most in {whole.count('pass')} of {len(whole)} cells"
-    return publish(__file__, given, rows, table, combined([row.verdict for row in rows]), summary)
+    return publish(__file__, given, rows, table, combined([row.verdict for row in rows]), summary, overview)
 
 
 def _rows(name: str, given: argparse.Namespace) -> Iterator[Row]:
@@ -183,8 +185,10 @@ def _rows(name: str, given: argparse.Namespace) -> Iterator[Row]:
         yield from _tables(contest, given.variants)
 
 
-def _unreached(row: Row) -> bool:
-    return row.ratio is not None and row.importance is None
+def _cell(row: Row) -> str:
+    if row.ratio is None:
+        return f"{row.median_error:.1%} / {row.worst_error:.1%}"
+    return "out of reach" if row.importance is None else f"{row.importance:.4f}"
 
 
 def _shown(value: float | None, form: str) -> str:

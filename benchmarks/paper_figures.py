@@ -77,7 +77,8 @@ def _tables() -> Iterator[Row]:
 
 
 def _structure() -> Iterator[Row]:
-    stages = [r for r in _kept("pruned_structure") if r["model"].startswith("resnet50")]
+    kept = _kept("pruned_structure")
+    stages = [r for r in kept if r["model"].startswith("resnet50") and r["blocks"]]
     shallow, deep = (stages[0], stages[-1]) if stages else (None, None)
     shown = ", ".join(f"{r['work']:.0%} of MACs stay at {r['side']}²" for r in (shallow, deep) if r)
     holds = shallow["work"] < deep["work"] if shallow and deep else None

@@ -594,10 +594,13 @@ def test_what_was_not_run_is_missing_beside_the_paper(
     (tmp_path / "all" / "latency_prediction.json").write_text(json.dumps({"rows": rows}))
     paper_figures.main(["--output", str(tmp_path / "out")])
     assert "2 of 2 that can be compared" in capsys.readouterr().out
-    stages = [{"model": "resnet50_torchscript", "side": s, "work": w} for s, w in ((112, 0.4), (7, 0.3))]
+    stages = [
+        {"model": "resnet50_torchscript", "side": side, "work": work, "blocks": blocks}
+        for side, work, blocks in ((112, 1.0, 0), (56, 0.4, 2), (7, 0.3, 2))
+    ]
     (tmp_path / "all" / "pruned_structure.json").write_text(json.dumps({"rows": stages}))
     assert paper_figures.main(["--output", str(tmp_path / "out")]) == 1
-    assert "40% of MACs stay at 112², 30% of MACs stay at 7²" in capsys.readouterr().out
+    assert "40% of MACs stay at 56², 30% of MACs stay at 7²" in capsys.readouterr().out
 
 
 def test_pruners_stand_side_by_side_with_what_they_missed(
@@ -623,6 +626,17 @@ def test_each_resolution_has_the_share_that_stays(demo: Structure) -> None:
     assert min(row.work for row in rows) < 0.6
     whole = list(pruned_structure.stages_of("demo", demo, PruningPlan(keep={})))
     assert all(row.channels == row.work == 1 and row.blocks == row.blocks_kept for row in whole)
+
+
+def test_a_stem_does_not_count_as_a_resolution_with_blocks() -> None:
+    stem, large, small = (
+        pruned_structure.Row("m", side, blocks, blocks, 1.0, work)
+        for side, blocks, work in ((112, 0, 1.0), (56, 2, 0.1), (7, 2, 0.2))
+    )
+    assert {row.verdict for row in pruned_structure.judged([stem, large, small])} == {"pass"}
+    assert {row.verdict for row in pruned_structure.judged([stem, replace(large, work=0.3), small])} == {
+        "fail"
+    }
 
 
 def test_the_verdict_asks_for_the_best_among_those_that_are_as_fast() -> None:
