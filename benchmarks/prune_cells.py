@@ -157,6 +157,9 @@ _COLUMNS = {
 }
 
 
+_OVERVIEW = {name: show for name, show in _COLUMNS.items() if name not in ("base ms", "loops", "stages, s")}
+
+
 def summary(rows: Sequence[Row]) -> str:
     """Cells and rows that hold: a cell is an architecture at a ratio, whatever the exporter."""
     cells: dict[tuple[str, float], list[Verdict]] = {}
@@ -179,7 +182,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows:
         for flaw in row.flaws:
             print(f"{row.model} at {row.ratio:g}: {flaw}")
-    return publish(__file__, given, rows, table, combined([row.verdict for row in rows]), summary(rows))
+    overview = print_table("onnx-mdp prune", _OVERVIEW, rows)
+    verdict = combined([row.verdict for row in rows])
+    return publish(__file__, given, rows, table, verdict, summary(rows), overview)
 
 
 if __name__ == "__main__":
