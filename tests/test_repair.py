@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 from command_line import Outcome, patiently
+from threadpoolctl import threadpool_info, threadpool_limits
 from zoo import analyse, text_model
 
 import onnx_mdp
@@ -20,6 +21,7 @@ from onnx_mdp.large_models import for_session, save_model
 from onnx_mdp.model_io import clone, content_hash, load_model
 from onnx_mdp.pipeline import analyze
 from onnx_mdp.plan import PruningPlan, plan_json, removed_classes
+from onnx_mdp.repairing import least_squares
 from onnx_mdp.repairing.layer_samples import inputs_at, outputs_at, store_matrix, weight_matrix
 from onnx_mdp.repairing.linear_layers import Layer, linear_layers, numbers, store
 from onnx_mdp.repairing.repair import METHODS, repair
@@ -420,3 +422,26 @@ def test_units_that_others_can_replace_are_not_missed() -> None:
     wanted, before, after = (values(m, feeds, ["y"])["y"] for m in (model, slim, repaired.model))
     assert np.abs(before - wanted).max() > 0.1 * np.abs(wanted).max()
     assert np.abs(after - wanted).max() < 1e-3 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(("large", "inside"), [(10**9, {1}), (0, {2})])
+def test_only_large_products_take_several_threads(
+    large: int, inside: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    structure, plan, slim, feeds = case(PLAIN)
+    used: list[int] = []
+    gather = least_squares._gather
+
+    def threads() -> list[int]:
+        return [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]
+
+    def watched(*arguments: Any) -> Any:
+        used.extend(threads())
+        return gather(*arguments)
+
+    monkeypatch.setattr(least_squares, "_LARGE", large)
+    monkeypatch.setattr(least_squares, "_gather", watched)
+    with threadpool_limits(2, user_api="blas"):
+        repair(structure, plan, slim, feeds, ["lstsq"])
+        assert set(used) == inside
+        assert set(threads()) == {2}
