@@ -12,7 +12,7 @@ import numpy.typing as npt
 from benchmarks.measuring import table_from_nothing
 from benchmarks.model_files import model_path
 from benchmarks.pruners import Fast, Planner, Pruner, at_speed, onnxsim, uniforms
-from benchmarks.samples import Samples, samples_for
+from benchmarks.samples import CALIBRATION, Samples, samples_for
 from benchmarks.torch_pruning_peer import KINDS, torch_prunings
 from onnx_mdp.errors import UsageError
 from onnx_mdp.importance.scoring import Importance, score
@@ -56,8 +56,10 @@ class Likeness:
 class Contest:
     """A model, and everything that its pruners share; feeds without images are random."""
 
-    def __init__(self, name: str, threads: int, seed: int) -> None:
+    def __init__(self, name: str, threads: int, seed: int, calibration: int = CALIBRATION) -> None:
+        """Rank and refit on ``calibration`` unlabelled images, where the model has some."""
         self.name, self.seed, self.runtime = name, seed, Runtime(threads=threads)
+        self._calibration = calibration
         model = load_model(model_path(name))
         self.structure, self.base = analyze(model, {}), model_bytes(model)
         self._made: dict[tuple[str, float], Fast] = {}
@@ -132,7 +134,7 @@ class Contest:
     @cached_property
     def _samples(self) -> Samples | None:
         try:
-            return samples_for(self.name, _COMPARED)
+            return samples_for(self.name, _COMPARED, self._calibration)
         except UsageError:
             return None
 

@@ -102,7 +102,7 @@ def _accuracy() -> Iterator[Row]:
         f"{r['model']} {r['pruned']:.1%}, {r['native']} {r['native_accuracy']:.1%}" for r in native
     )
     holds = all(r["pruned"] >= r["native_accuracy"] for r in native) if native else None
-    why = "untrained and refitted on 64 images; fine-tuned there"
+    why = "untrained and refitted on 500 images; fine-tuned there"
     yield Row("figure 8", "pruned against natively small", "pruned is ahead", shown or _MISSING, holds, why)
     why = "needs ImageNet's training set, which is not at hand"
     yield Row("table 7", "MobileNetV2", "72.6 % at 2.63×", _MISSING, None, why)

@@ -445,3 +445,24 @@ def test_only_large_products_take_several_threads(
         repair(structure, plan, slim, feeds, ["lstsq"])
         assert set(used) == inside
         assert set(threads()) == {2}
+
+
+def test_more_inputs_are_more_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    structure, plan, slim, feeds = case(PLAIN)
+    for name, number in (("_ROWS", 1), ("_ROWS_FOR_EACH", 0), ("_ROWS_OF_EACH", 5)):
+        monkeypatch.setattr(least_squares, name, number)
+    drawn: list[int] = []
+    gather = least_squares._gather
+
+    def watched(*arguments: Any) -> Any:
+        parts = gather(*arguments)
+        drawn.append(sum(part.x.shape[1] for part in parts))
+        return parts
+
+    monkeypatch.setattr(least_squares, "_gather", watched)
+    for count in (4, 8):
+        drawn.clear()
+        repair(structure, plan, slim, feeds[:count], ["lstsq"])
+        assert drawn
+        assert min(drawn) == 4 * count  # of the last layer, which has 4 places
+        assert max(drawn) == 6 * count

@@ -33,7 +33,8 @@ Wide = npt.NDArray[np.float64]
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # of the mean square of the inputs
 _STEPS = 4
 _HELD_OUT = 5  # of so many inputs one
-_ROWS = 8192
+_ROWS = 8192  # samples at least
+_ROWS_OF_EACH = 64  # of an input: more inputs are more samples
 _ROWS_FOR_EACH = 16  # samples for each unknown of an output
 _MOST_NUMBERS = 2**27  # of all samples: half a gigabyte
 _MOST_UNKNOWNS = 8192  # of an output: a matrix of half a gigabyte
@@ -190,7 +191,8 @@ def _gather(layer: Layer, dense: Walk, slim: Walk) -> list[_Part] | str:
     alive = np.isfinite(gain)
     product = weights * np.where(alive, gain, 0.0).reshape(groups, outputs, 1)
     matrix = product.transpose(0, 2, 1).astype(np.float32)
-    rows = min(max(_ROWS, _ROWS_FOR_EACH * unknowns), _MOST_NUMBERS // (groups * unknowns))
+    rows = max(_ROWS, _ROWS_OF_EACH * dense.count, _ROWS_FOR_EACH * unknowns)
+    rows = min(rows, _MOST_NUMBERS // (groups * unknowns))
     parts = []
     for x, other, wanted in _drawn(layer, rows // dense.count + 1, dense, slim):
         if wanted.shape != (x.shape[1], groups * outputs):
