@@ -155,8 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "verdict": lambda r: r.verdict,
     }
     table = print_table("top-1 after repair", columns, results)
-    best = [r for r in results if r.repair == "lstsq"]
-    parts = (f"{r.model} at {r.ratio:g} by {r.criterion} {r.unrepaired:.1%} → {r.accuracy:.1%}" for r in best)
+    told = [r for r in results if r.bar is not None] or [r for r in results if r.repair == "lstsq"]
+    parts = (f"{r.model} at {r.ratio:g} by {r.criterion} {r.unrepaired:.1%} → {r.accuracy:.1%}" for r in told)
     summary = " · ".join(parts)
     overview = side_by_side(
         "top-1 by plan and repair",
