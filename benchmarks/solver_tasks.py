@@ -37,7 +37,7 @@ class Row:
     """What one solver did on one network: medians and worst of its runs.
 
     ``below`` is the largest relative distance of its value to that of `exact`, ``gap`` the largest proven
-    one; ``limit_s`` is 0 where nothing is claimed.
+    one; ``limit_s`` is 0 where nothing is claimed, ``peak_mb`` where no process of its own was measured.
     """
 
     task: str
