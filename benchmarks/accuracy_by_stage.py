@@ -3,11 +3,12 @@
 Claim: at 0.9, 0.8 and 0.7 of the measured latency each stage raises the top-1 of the stage before, and units
 ranked by ``taylor`` give a higher top-1 than units ranked by ``magnitude``.
 
-Each model is pruned by the closed loop of ``onnx-mdp prune`` until it measures what was asked. ``lstsq``
-refits its layers on 64 unlabelled images; then it is trained by the original's outputs alone, on crops of
-500. Images are those of the zoo, mostly of the training set: look at differences. Those of even classes rank,
-refit and distil, those of odd classes test, so no class that is tested was seen. All measuring of a model
-comes before its training, so only its first minutes need a quiet machine.
+Each model is pruned by the closed loop of ``onnx-mdp prune`` until it measures what was asked, its units
+ranked on 64 unlabelled images. ``lstsq`` refits its layers on 500 of them; then it is trained by the
+original's outputs alone, on crops of these. Images are those of the zoo, mostly of the training set: look at
+differences. Those of even classes rank, refit and distil, those of odd classes test, so no class that is
+tested was seen. All measuring of a model comes before its training, so only its first minutes need a quiet
+machine; with ``--kept``, another machine goes on from there.
 """
 
 from __future__ import annotations
@@ -16,27 +17,15 @@ import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
-from benchmarks.finetuned import finetuned
-from benchmarks.harness import Verdict, arguments, combined, judge, note, print_table, publish, run_main
-from benchmarks.model_files import model_path
-from benchmarks.samples import Samples, samples_for, save_training_images, top1
-from onnx_mdp.analysis.structure import Structure
-from onnx_mdp.errors import UsageError
-from onnx_mdp.importance.gradient_scores import GRADIENT_CRITERIA
-from onnx_mdp.importance.scoring import gradient_criterion
-from onnx_mdp.model_io import load_model, model_bytes
-from onnx_mdp.pipeline import PruneResult, analyze, prune
-from onnx_mdp.planning.closed_loop import Request
-from onnx_mdp.repairing.repair import repair
-from onnx_mdp.running.runtime import Runtime
-from onnx_mdp.tables.lut_store import open_store
-from onnx_mdp.torch_backend import require_torch
+from benchmarks.harness import Verdict, arguments, combined, judge, print_table, publish, run_main
+from benchmarks.kept_models import Kept
+from benchmarks.samples import samples_for, top1
+from benchmarks.staged_networks import StagedNetwork
 
 __all__ = ["Result", "main"]
-
-_BATCH = 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,65 +59,31 @@ class Result:
         return all(after > before for before, after in zip(self.stages, self.stages[1:], strict=False))
 
 
-def _results(name: str, given: argparse.Namespace, folder: Path) -> Iterator[Result]:
-    require_torch("distillation")
-    from onnx_mdp.training.data import DataOptions
-    from onnx_mdp.training.finetuning import FinetuneRequest
-    from onnx_mdp.training.recipes import recipe
-
-    model, data = load_model(model_path(name)), samples_for(name, given.images)
-    structure, base = analyze(model, {}), model_bytes(model)
-    dense = top1(base, data, given.threads)
-    pruned = list(_pruned(name, structure, data, given, folder))
-    archive, preprocess = save_training_images(name, folder / f"{name}.npz")
-    chosen = recipe("default", {"steps": given.steps, "batch": _BATCH, "lr": given.lr})
-    options = DataOptions(str(archive), preprocess=preprocess, augment="crop", seed=given.seed)
-    shapes = structure.shadow.inputs
-    for criterion, ratio, found in pruned:
-        assert found.plan is not None
-        assert found.model is not None
-        assert found.measured_ms is not None
-        note(f"{name}, {criterion} at {ratio:g}: lstsq")
-        refit = repair(structure, found.plan, found.model, data.calibration, ("lstsq",))
-        refitted = model_bytes(refit.model)
+def _results(name: str, given: argparse.Namespace, kept: Kept, folder: Path) -> Iterator[Result]:
+    network, data = StagedNetwork(name, given, kept, folder), samples_for(name, given.images)
+    chosen = list(product(given.criteria, given.ratios))
+    for criterion, ratio in chosen:
+        network.pruned(criterion, ratio)
+    dense = top1(network.base, data, given.threads)
+    for criterion, ratio in chosen:
+        slim, numbers = network.pruned(criterion, ratio)
         distilled, seconds = None, 0.0
         if criterion in given.trained:
-            note(f"{name}, {criterion} at {ratio:g}: {given.steps} steps")
-            trained, seconds = finetuned(refitted, base, shapes, FinetuneRequest(chosen, options))
+            trained, seconds = network.distilled(criterion, ratio)
             distilled = top1(trained, data, given.threads)
         yield Result(
             model=name,
             criterion=criterion,
             ratio=ratio,
-            measured=found.measured_ms / found.base_ms,
-            noise=found.noise,
+            measured=numbers["measured"],
+            noise=numbers["noise"],
             images=len(data.labels),
             dense=dense,
-            pruned=top1(model_bytes(found.model), data, given.threads),
-            repaired=top1(refitted, data, given.threads),
+            pruned=top1(slim, data, given.threads),
+            repaired=top1(network.refitted(criterion, ratio), data, given.threads),
             distilled=distilled,
             seconds=seconds,
         )
-
-
-def _pruned(
-    name: str, structure: Structure, data: Samples, given: argparse.Namespace, folder: Path
-) -> Iterator[tuple[str, float, PruneResult]]:
-    model = load_model(model_path(name))
-    with open_store(folder / "store.sqlite") as store:
-        for criterion in given.criteria:
-            for ratio in given.ratios:
-                note(f"{name}, {criterion} at {ratio:g}: prune")
-                request = Request(
-                    target_ratio=ratio,
-                    runtime=Runtime(threads=given.threads),
-                    criterion=gradient_criterion(criterion) if criterion in GRADIENT_CRITERIA else criterion,
-                    seed=given.seed,
-                )
-                found = prune(model, structure, request, store, feeds=data.calibration)
-                if found.plan is None:
-                    raise UsageError(f"no plan of {name} reaches {ratio:g} of the latency")
-                yield criterion, ratio, found
 
 
 def _judged(results: Sequence[Result]) -> Iterator[Result]:
@@ -145,16 +100,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit code."""
     parser = arguments(__doc__, ("mobilenet_v2", "efficientnet_lite0"))
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.9, 0.8, 0.7])
-    parser.add_argument("--criteria", nargs="+", default=["taylor", "magnitude"], metavar="NAME")
-    parser.add_argument("--trained", nargs="*", default=["taylor"], metavar="NAME", help="criteria to distil")
-    parser.add_argument("--steps", type=int, default=400, help=f"of {_BATCH} images each (default: 400)")
+    parser.add_argument("--criteria", nargs="+", default=["taylor", "refit", "magnitude"], metavar="NAME")
+    parser.add_argument("--trained", nargs="*", default=["taylor", "refit"], metavar="NAME", help="to distil")
+    parser.add_argument("--steps", type=int, default=40, help="of the distillation (default: 40)")
+    parser.add_argument("--batch", type=int, default=25, help="images of a step (default: 25)")
     parser.add_argument("--lr", type=float, default=3e-5)
+    parser.add_argument(
+        "--kept", type=Path, metavar="DIR", help="of pruned and trained models, to go on from"
+    )
     parser.add_argument("--images", type=int, help="evaluate on the first of them only (default: all)")
     given = parser.parse_args(argv)
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="onnx-mdp-") as folder:
+        kept = Kept(given.kept or Path(folder) / "kept")
         for name in given.models:
-            results += _results(name, given, Path(folder))
+            results += _results(name, given, kept, Path(folder))
     results = list(_judged(results))
     columns: dict[str, Callable[[Result], str]] = {
         "model": lambda r: r.model,

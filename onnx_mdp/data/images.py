@@ -185,8 +185,8 @@ def pixels_of_file(
 def pixels_of_array(
     levels: npt.NDArray[np.uint8], target: ImageInput, recipe: Preprocessing, framing: Framing | None = None
 ) -> Pixels:
-    """The same of levels ``uint8[h, w, c]``."""
-    whole = levels.shape == (target.height, target.width, target.channels)
+    """The same of levels ``uint8[h, w, c]``; of many, ``[n, h, w, c]``, if they are as large as the input."""
+    whole = levels.shape[-3:] == (target.height, target.width, target.channels)
     if whole and recipe.crop is None and framing is None:  # Pillow would copy it
         return _standardised(levels, target, recipe)
     from PIL import Image
@@ -209,15 +209,20 @@ def _prepared(
 
 
 def _standardised(levels: npt.NDArray[np.uint8], target: ImageInput, recipe: Preprocessing) -> Pixels:
-    mean, std = _of_levels(recipe)
-    pixels = (np.float32(levels[..., :: -1 if recipe.order == "bgr" else 1]) - mean) / std
-    return pixels if target.channels_last else pixels.transpose(2, 0, 1)
+    mean, std = _of_levels(recipe, target)
+    pixels = levels[..., :: -1 if recipe.order == "bgr" else 1].astype(np.float32, order="C")
+    lines = pixels.reshape(*pixels.shape[:-2], -1)
+    lines -= mean
+    lines /= std
+    return pixels if target.channels_last else np.moveaxis(pixels, -1, -3)
 
 
 @cache
-def _of_levels(recipe: Preprocessing) -> tuple[Pixels, Pixels]:
-    """Mean and standard deviation of levels of 0 to 255."""
-    mean, std = (255 * np.array(numbers) for numbers in (recipe.mean, recipe.std))
+def _of_levels(recipe: Preprocessing, target: ImageInput) -> tuple[Pixels, Pixels]:
+    """Mean and standard deviation of the levels, 0 to 255, of a line: NumPy repeats three numbers slowly."""
+    shape = target.width, target.channels
+    of_line = (np.broadcast_to(numbers, shape).reshape(-1) for numbers in (recipe.mean, recipe.std))
+    mean, std = (255 * numbers for numbers in of_line)
     return mean.astype(np.float32), std.astype(np.float32)
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from onnx_mdp.data.images import Box, Framing, ImageInput
 from onnx_mdp.errors import UsageError
 
-__all__ = ["AUGMENTATIONS", "Augmentation", "augmentation"]
+__all__ = ["AUGMENTATIONS", "Augmentation", "Draws", "augmentation"]
 
 Array = npt.NDArray[Any]
 AUGMENTATIONS = ("none", "flip", "crop")
@@ -35,21 +35,35 @@ class Augmentation:
     target: ImageInput
     crop: Literal["none", "shift", "box"]
 
-    def framing(self, draw: np.random.Generator) -> Framing | None:
-        """The box of the source that fills the input, where the recipe does not say."""
-        if self.crop != "box":
-            return None
-        return lambda held: _random_box(held, draw)
+    def draws(self, key: tuple[int, ...], rows: int) -> Draws:
+        """What is drawn in an epoch for each of so many images."""
+        return Draws(self, key, np.random.default_rng(key).random((rows, 3), np.float32))
 
-    def finish(self, pixels: Array, draw: np.random.Generator) -> Array:
-        """Mirror and shift one input without its batch axis."""
-        rows, columns = (0, 1) if self.target.channels_last else (1, 2)
-        if draw.random() < 0.5:
-            pixels = np.flip(pixels, columns)
-        if self.crop == "shift":
-            for axis in (rows, columns):
-                most = pixels.shape[axis] // 8
-                pixels = _shifted(pixels, axis, int(draw.integers(-most, most + 1)))
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """The draws of an epoch: three ``numbers[rows, 3]`` of 0 to 1 for an image, and a stream where it has a
+    box.
+    """
+
+    augmentation: Augmentation
+    key: tuple[int, ...]
+    numbers: npt.NDArray[np.float32]
+
+    def framing(self, row: int) -> Framing | None:
+        """The box of an image that fills the input, where the recipe does not say."""
+        if self.augmentation.crop != "box":
+            return None
+        return lambda held: _random_box(held, np.random.default_rng((*self.key, row)))
+
+    def finish(self, pixels: Array, rows: npt.NDArray[np.int64]) -> Array:
+        """The inputs of some images, mirrored and shifted."""
+        channels_last, numbers = self.augmentation.target.channels_last, self.numbers[rows]
+        mirrored = numbers[:, 0] < 0.5
+        pixels = np.array(pixels, order="C")
+        pixels[mirrored] = np.flip(pixels[mirrored], 2 if channels_last else 3)
+        if self.augmentation.crop == "shift":
+            _shift(pixels if channels_last else np.moveaxis(pixels, 1, 3), numbers[:, 1:])
         return pixels
 
 
@@ -71,14 +85,14 @@ def augmentation(kind: str, target: ImageInput | None, *, pictures: bool) -> Aug
     return Augmentation(target, "box" if boxed else "shift")
 
 
-def _shifted(pixels: Array, axis: int, by: int) -> Array:
-    moved = np.zeros_like(pixels)
-    length = pixels.shape[axis]
-    into = slice(max(by, 0), length + min(by, 0))
-    from_ = slice(max(-by, 0), length + min(-by, 0))
-    whole = (slice(None),) * axis
-    moved[(*whole, into)] = pixels[(*whole, from_)]
-    return moved
+def _shift(images: Array, draws: npt.NDArray[np.float32]) -> None:
+    """Move each of ``images[n, h, w, c]`` down and to the right, or up and to the left, in place."""
+    height, width = images.shape[1:3]
+    down, right = height // 8, width // 8
+    padded = np.pad(images, ((0, 0), (down, down), (right, right), (0, 0)))
+    starts = (draws * (2 * down + 1, 2 * right + 1)).astype(int)
+    for image, held, (top, left) in zip(images, padded, starts, strict=True):
+        image[...] = held[top : top + height, left : left + width]
 
 
 def _random_box(held: tuple[int, int], draw: np.random.Generator) -> Box:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from onnx_mdp.data.images import ImageInput, image_input
 from onnx_mdp.data.targets import Targets
 from onnx_mdp.errors import UsageError
-from onnx_mdp.training.augmentation import Augmentation, augmentation
+from onnx_mdp.training.augmentation import Augmentation, Draws, augmentation
 from onnx_mdp.training.batches import Batch, Share
 from onnx_mdp.training.loaders import LoaderData, is_loader, loader_name, open_loader
 from onnx_mdp.training.sources import Source, open_source
@@ -30,6 +30,7 @@ from onnx_mdp.training.sources import Source, open_source
 __all__ = ["DataOptions", "StoredData", "TrainingData", "open_data"]
 
 Array = npt.NDArray[Any]
+Rows = npt.NDArray[np.int64]
 Loader = Callable[..., Any]
 _ORDER, _SPLIT, _SAMPLE = 1, 2, 3  # what a random stream is for
 _AHEAD = 3  # batches that are read while one is trained on
@@ -86,26 +87,22 @@ class _Part:
 
     source: Source
     targets: Targets | None
-    numbers: npt.NDArray[np.int64]
+    numbers: Rows
     group: int
 
-    def read(self, number: int, augment: Augmentation | None, key: Sequence[int]) -> list[dict[str, Array]]:
-        rows = range(number * self.group, (number + 1) * self.group)
-        return [self._row(row, augment, key) for row in rows]
+    def rows(self, numbers: Rows) -> Rows:
+        """The rows of samples."""
+        return (numbers[:, None] * self.group + np.arange(self.group)).reshape(-1)
 
-    def _row(self, row: int, augment: Augmentation | None, key: Sequence[int]) -> dict[str, Array]:
-        if augment is None:
-            return self.source.read(row, None)
-        draw = np.random.default_rng((*key, row))
-        sample = self.source.read(row, augment.framing(draw))
-        return {name: augment.finish(array, draw) for name, array in sample.items()}
+    def pieces(self, rows: Rows) -> Sequence[Rows]:
+        """What one thread reads at a time: an image that it decodes, or all where nothing is decoded."""
+        return list(rows.reshape(-1, 1)) if self.source.pictures else [rows]
 
-    def batch(self, numbers: Sequence[int], rows: Sequence[Mapping[str, Array]]) -> Batch:
-        inputs = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        if self.targets is None:
-            return Batch(inputs, None)
-        chosen = (np.asarray(numbers)[:, None] * self.group + np.arange(self.group)).reshape(-1)
-        return Batch(inputs, self.targets.values[chosen])
+    def read(self, rows: Rows, draws: Draws | None) -> dict[str, Array]:
+        """Rows, by input."""
+        if draws is None:
+            return self.source.read(rows, None)
+        return {name: draws.finish(a, rows) for name, a in self.source.read(rows, draws.framing).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,34 +130,28 @@ class StoredData:
         order = np.random.default_rng((self.seed, _ORDER, epoch)).permutation(self.learn.numbers)
         stops = range((start + 1) * self.batch, len(order) + 1, self.batch)
         batches = (self.share.part(order[stop - self.batch : stop]) for stop in stops)
-        key = (self.seed, _SAMPLE, epoch)
-        return _read_ahead(self.learn, batches, self.augment, key)
+        draws = None
+        if self.augment is not None:
+            draws = self.augment.draws((self.seed, _SAMPLE, epoch), self.learn.source.size)
+        return _read_ahead(self.learn, batches, draws)
 
     def validation(self) -> Iterator[Batch]:
         starts = range(self.share.rank * self.batch, len(self.check.numbers), self.share.size * self.batch)
         batches = (self.check.numbers[start : start + self.batch] for start in starts)
-        return _read_ahead(self.check, batches, None, ())
+        return _read_ahead(self.check, batches, None)
 
     def probe(self) -> Batch:
-        return next(_read_ahead(self.check, iter([self.check.numbers[: self.batch]]), None, ()))
+        return next(_read_ahead(self.check, iter([self.check.numbers[: self.batch]]), None))
 
 
-def _read_ahead(
-    part: _Part, batches: Iterator[npt.NDArray[np.int64]], augment: Augmentation | None, key: Sequence[int]
-) -> Iterator[Batch]:
-    """Read samples in threads where they are decoded; batches come in order, whatever is ready first."""
-    if not part.source.pictures:
-        for numbers in batches:
-            yield part.batch(
-                numbers.tolist(), [r for n in numbers.tolist() for r in part.read(n, augment, key)]
-            )
-        return
-    waiting: deque[tuple[list[int], list[Future[list[dict[str, Array]]]]]] = deque()
-    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS))
+def _read_ahead(part: _Part, batches: Iterator[Rows], draws: Draws | None) -> Iterator[Batch]:
+    """Read in threads; batches come in order, whatever is ready first."""
+    waiting: deque[tuple[Rows, list[Future[dict[str, Array]]]]] = deque()
+    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS) if part.source.pictures else 1)
     try:
         for numbers in batches:
-            chosen = numbers.tolist()
-            waiting.append((chosen, [pool.submit(part.read, n, augment, key) for n in chosen]))
+            rows = part.rows(numbers)
+            waiting.append((rows, [pool.submit(part.read, piece, draws) for piece in part.pieces(rows)]))
             if len(waiting) > _AHEAD:
                 yield _gathered(part, *waiting.popleft())
         while waiting:
@@ -169,8 +160,10 @@ def _read_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _gathered(part: _Part, numbers: list[int], futures: list[Future[list[dict[str, Array]]]]) -> Batch:
-    return part.batch(numbers, [row for future in futures for row in future.result()])
+def _gathered(part: _Part, rows: Rows, pieces: Sequence[Future[dict[str, Array]]]) -> Batch:
+    read = [piece.result() for piece in pieces]
+    inputs = {name: np.concatenate([piece[name] for piece in read]) for name in read[0]}
+    return Batch(inputs, None if part.targets is None else part.targets.values[rows])
 
 
 def open_data(

@@ -1,4 +1,4 @@
-"""Where training samples lie: arrays of an .npz archive, or images of a folder, read one sample at a time.
+"""Where training samples lie: arrays of an .npz archive, or images of a folder.
 
 Arrays that `numpy.savez` stored are mapped from the file and need no memory; those of
 `numpy.savez_compressed` are held as they are stored (50,000 CIFAR images: 154 MB of uint8). A folder is read
@@ -34,6 +34,8 @@ from onnx_mdp.errors import UsageError
 __all__ = ["Source", "open_source"]
 
 Array = npt.NDArray[Any]
+Rows = npt.NDArray[np.int64]
+Framings = Callable[[int], Framing | None]
 _MAX_BYTES = 4 * 10**9
 _SMALL = 64  # pixels: a side up to which an image takes less time than handing it to a thread
 _LOCAL_HEADER = struct.Struct("<26xHH")  # what precedes a member: its name and extra field have these lengths
@@ -50,8 +52,8 @@ class Source(Protocol):
     def pictures(self) -> bool:
         """Whether a sample is decoded and resized, so that threads help and a framing counts."""
 
-    def read(self, index: int, framing: Framing | None) -> dict[str, Array]:
-        """One sample, by input, without the batch axis."""
+    def read(self, rows: Rows, framing: Framings | None) -> dict[str, Array]:
+        """Some samples, by input; of images, the boxes that ``framing`` gives by their numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +65,29 @@ class _Arrays:
     size: int
     pictures: bool = False
 
-    def read(self, index: int, framing: Framing | None) -> dict[str, Array]:
+    def read(self, rows: Rows, framing: Framings | None) -> dict[str, Array]:
         del framing
-        return {name: fitted(array[index], name, self.dtypes[name]) for name, array in self.arrays.items()}
+        return {name: fitted(array[rows], name, self.dtypes[name]) for name, array in self.arrays.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Levels:
+    """Small images ``uint8[n, h, w, c]``, as large as the input."""
+
+    levels: npt.NDArray[np.uint8]
+    target: ImageInput
+    recipe: Preprocessing
+    dtype: np.dtype[Any]
+    pictures: bool = False
+
+    @property
+    def size(self) -> int:
+        return len(self.levels)
+
+    def read(self, rows: Rows, framing: Framings | None) -> dict[str, Array]:
+        del framing
+        made = pixels_of_array(self.levels[rows], self.target, self.recipe)
+        return {self.target.name: made.astype(self.dtype, copy=False)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +105,12 @@ class _Pictures:
     def size(self) -> int:
         return len(self.images)
 
-    def read(self, index: int, framing: Framing | None) -> dict[str, Array]:
-        made = self.pixels(self.images[index], self.target, self.recipe, framing)
-        return {self.target.name: made.astype(self.dtype)}
+    def read(self, rows: Rows, framing: Framings | None) -> dict[str, Array]:
+        made = [
+            self.pixels(self.images[row], self.target, self.recipe, None if framing is None else framing(row))
+            for row in rows.tolist()
+        ]
+        return {self.target.name: np.stack(made, dtype=self.dtype, casting="same_kind")}
 
 
 def open_source(
@@ -158,8 +183,9 @@ def _levels_source(
             f"{list(levels.shape)}; leave it out if these are the model's inputs"
         )
     as_stored = levels.shape[1:3] == (target.height, target.width) and recipe.crop is None
-    small = as_stored and max(target.height, target.width) <= _SMALL
-    return _Pictures(levels, pixels_of_array, target, recipe, dtypes[target.name], pictures=not small)
+    if as_stored and max(target.height, target.width) <= _SMALL:
+        return _Levels(levels, target, recipe, dtypes[target.name])
+    return _Pictures(levels, pixels_of_array, target, recipe, dtypes[target.name])
 
 
 def _read_archive(path: Path) -> dict[str, Array]:
