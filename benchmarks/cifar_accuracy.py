@@ -1,13 +1,15 @@
 """CIFAR-10 accuracy after fine-tuning, at equal measured speed: ours, what else one would do, Torch-Pruning.
 
 Claim: at 3 times the measured speed of the original and after the same fine-tuning, our plan, refitted by
-``lstsq``, is the most accurate, by at least half a point over Torch-Pruning; at twice the speed it is at most
-half a point below the original.
+``lstsq``, is more accurate than every other pruner's, by at least half a point over Torch-Pruning; at twice
+the speed it is at most half a point below the original. Below another by less than the standard error of a
+difference on the test images, it is neither shown nor refuted.
 
 Every pruner of benchmarks/pruners.py is turned until its file, measured beside the original, is as
 fast as asked. Then all are trained alike by `onnx_mdp.training`: labels and the original as teacher,
 BatchNorm inserted and folded away again, SGD, random crops and flips, the same seed and number of steps, on
-45,000 training images; the weights that are best on the other 5,000 are tested on the 10,000 test images.
+45,000 training images; the last weights are tested on the 10,000 test images. (Not those that are best on the
+other 5,000 training images: the original learned from these, which flatters weights that resemble it.)
 All measuring comes before all training, so only the first minutes need a quiet machine; with ``--kept``,
 another machine goes on from there, or several processes that each are given one method, and a training that
 was interrupted is resumed. The training
@@ -18,19 +20,21 @@ images come from ``get_cifar10.py`` of the zoo: ``python ../shared/zoo/get_cifar
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.cifar_images import BATCH, Cifar
-from benchmarks.cifar_networks import METHODS, REFITTED, CifarNetwork
+from benchmarks.cifar_networks import METHODS, OURS, REFITTED, CifarNetwork
 from benchmarks.harness import Verdict, arguments, combined, judge, note, print_table, publish, run_main
 from benchmarks.kept_models import Kept
 
 __all__ = ["Result", "main"]
 
 _MARGIN = 0.005
+_IMAGES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +89,15 @@ def _verdict(one: Result, found: Mapping[str, Result]) -> Verdict:
     """What the claim asks of ours; of the others nothing."""
     if one.method != REFITTED:
         return "pass"
-    others = {method: other.after for method, other in found.items() if method != REFITTED}
-    holds = one.after >= max(others.values(), default=0.0)
+    others = {method: other.after for method, other in found.items() if method not in OURS}
+    best, holds = max(others.values(), default=0.0), True
     if one.asked >= 3:
-        holds &= one.after >= others.get("torch_pruning", 0.0) + _MARGIN
+        holds = one.after >= others.get("torch_pruning", 0.0) + _MARGIN
     elif one.asked <= 2:
-        holds &= one.after >= one.dense - _MARGIN
-    return judge(holds, max(other.noise for other in found.values()))
+        holds = one.after >= one.dense - _MARGIN
+    if holds and best - math.sqrt(2 * best * (1 - best) / _IMAGES) <= one.after < best:
+        return "inconclusive"
+    return judge(holds and one.after >= best, max(other.noise for other in found.values()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

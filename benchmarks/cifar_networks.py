@@ -31,11 +31,12 @@ if TYPE_CHECKING:
 
 Feed = dict[str, npt.NDArray[np.float32]]
 
-__all__ = ["METHODS", "REFITTED", "SHAPES", "CifarNetwork"]
+__all__ = ["METHODS", "OURS", "REFITTED", "SHAPES", "CifarNetwork"]
 
 SHAPES = {"input": (1, 3, 32, 32)}
 REFITTED = "mdp_lstsq"
-METHODS = ("mdp", REFITTED, FOR_REFIT, "linear", "greedy", "uniform", "torch_pruning")
+OURS = ("mdp", REFITTED, FOR_REFIT)
+METHODS = (*OURS, "linear", "greedy", "uniform", "torch_pruning")
 _PLANNED = {"mdp": "exact", "linear": "linear", "greedy": "greedy"}
 
 
@@ -129,6 +130,5 @@ class CifarNetwork:
             batch=given.batch,
         )
         asked = {"steps": given.steps, "lr": given.lr, "batch": given.batch, "precision": given.precision}
-        return FinetuneRequest(
-            recipe("default", asked | {"optimizer": "sgd", "weight_decay": 5e-4}), options, insert_norms=True
-        )
+        fixed = {"optimizer": "sgd", "weight_decay": 5e-4, "weights": "last"}
+        return FinetuneRequest(recipe("default", asked | fixed), options, insert_norms=True)

@@ -16,7 +16,7 @@ from benchmarks.samples import samples_for, save_training_images
 from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import UsageError
 from onnx_mdp.importance.gradient_scores import GRADIENT_CRITERIA
-from onnx_mdp.importance.scoring import Feeds, gradient_criterion
+from onnx_mdp.importance.scoring import CRITERIA, Feeds, gradient_criterion
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.pipeline import analyze, prune
 from onnx_mdp.planning.closed_loop import Request
@@ -85,7 +85,9 @@ class StagedNetwork:
         request = Request(
             target_ratio=ratio,
             runtime=Runtime(threads=self._given.threads),
-            criterion=gradient_criterion(criterion) if criterion in GRADIENT_CRITERIA else criterion,
+            criterion=gradient_criterion(criterion)
+            if criterion in GRADIENT_CRITERIA
+            else CRITERIA[criterion],
             seed=self._given.seed,
         )
         ranked = self._feeds[:: _UNLABELLED // _RANKED_BY][:_RANKED_BY]

@@ -175,6 +175,14 @@ def test_the_best_weights_are_left_even_if_they_are_the_first(data: TrainingData
     assert bits(run) == at_its_best != before
 
 
+def test_the_last_weights_are_left_if_asked_for(data: TrainingData) -> None:
+    harmful = replace(QUICK, lr=5.0, ema=0.0, clip=0.0, optimizer="sgd")
+    best, last = (trained(a_run(data, replace(harmful, weights=w)), data) for w in ("best", "last"))
+    assert best.best_step < best.steps == last.best_step == last.steps
+    assert last.after.loss > best.after.loss
+    assert best.history == last.history
+
+
 def test_patience_ends_a_run_that_gets_no_better(data: TrainingData) -> None:
     result = trained(a_run(data, replace(QUICK, steps=500, lr=0.0, patience=2)), data)
     assert result.stopped_early
@@ -318,6 +326,8 @@ def test_a_recipe_is_a_preset_and_what_overrides_it() -> None:
         ("default", {"epochs": 1.0, "steps": 3}, "not both"),
         ("default", {"optimizer": "adam"}, "choose one of adamw, sgd"),
         ("default", {"lr": math.nan}, "--lr nan is not between"),
+        ("default", {"weights": "first"}, "--weights 'first' is unknown; choose one of best, last"),
+        ("default", {"weights": "last", "patience": 3}, "leave it out, or --weights last"),
         ("default", {"label_smoothing": 2.0}, "--label-smoothing 2.0 is not between 0 and 1"),
         ("default", {"epochs": 0.0}, "--epochs must be larger than 0"),
     ],

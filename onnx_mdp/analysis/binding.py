@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_mdp.errors import UsageError
 from onnx_mdp.untrusted import MOST_TENSOR_BYTES
 
-__all__ = ["bind_shapes", "bind_states", "doubled_shapes", "graph_inputs"]
+__all__ = ["bind_shapes", "bind_states", "doubled_shapes", "graph_inputs", "with_batch"]
 
 
 def graph_inputs(model: ir.Model) -> tuple[ir.Value, ...]:
@@ -94,6 +94,17 @@ def bind_states(
                 f"{outputs[target].dtype} {None if after is None else list(after)}; a state is one memory"
             )
     return dict(states)
+
+
+def with_batch(
+    model: ir.Model, shapes: Mapping[str, tuple[int, ...]], most: int
+) -> dict[str, tuple[int, ...]]:
+    """The input shapes with at most so many rows, where a symbolic first dimension is common to all."""
+    inputs = {str(v.name): v.shape[0] if v.shape else 1 for v in graph_inputs(model)}
+    common = len({(str(first), *shapes[name][:1]) for name, first in inputs.items()}) == 1
+    if not common or any(isinstance(first, int) for first in inputs.values()):
+        return dict(shapes)
+    return {name: (min(most, shape[0]), *shape[1:]) for name, shape in shapes.items()}
 
 
 def doubled_shapes(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -234,24 +234,30 @@ def training_summary(
 ) -> tuple[str, dict[str, Any]]:
     """A line and a document for what a run came to."""
     place = {"device": str(group.device), "processes": group.share.size}
-    return _line(result, str(group.device)), _document(result, request) | place
+    return _line(result, request, str(group.device)), _document(result, request) | place
 
 
 def _metric(result: FinetuneResult) -> str:
     return "top-1" if result.labelled else "agreement with the original"
 
 
-def _line(result: FinetuneResult, device: str) -> str:
+def _line(result: FinetuneResult, request: FinetuneRequest, device: str) -> str:
     run = result.run
     before, after = run.before, run.after
     scores = f"validation loss {before.loss:.4g} → {after.loss:.4g}"
     if before.accuracy is not None and after.accuracy is not None:
         scores = f"{_metric(result)} {before.accuracy:.2%} → {after.accuracy:.2%} · {scores}"
-    best = f"best at step {run.best_step} of {run.steps}" if run.best_step else "no step was better"
+    if request.recipe.weights == "last":
+        written = f"the last of {run.steps} steps"
+    elif run.best_step:
+        written = f"best at step {run.best_step} of {run.steps}"
+    else:
+        written = "no step was better (images of the original's training flatter what came: --val, --weights)"
     early = ", stopped early" if run.stopped_early else ""
     return (
-        f"{'FINETUNED' if run.best_step else 'NO BETTER'}  {scores} · {best}{early} · {run.seconds:.1f} s, "
-        f"{run.samples_per_second:.0f} samples/s on {device} · ONNX Runtime = torch to {result.error:.1e}"
+        f"{'FINETUNED' if run.best_step else 'NO BETTER'}  {scores} · {written}{early} · "
+        f"{run.seconds:.1f} s, {run.samples_per_second:.0f} samples/s on {device} · "
+        f"ONNX Runtime = torch to {result.error:.1e}"
     )
 
 

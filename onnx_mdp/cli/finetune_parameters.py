@@ -51,6 +51,9 @@ Compiled = Annotated[
     bool, typer.Option("--compile", help="Let torch.compile make the steps: minutes once, then faster.")
 ]
 Patience = Annotated[int | None, typer.Option(help="Validations without a better one before it ends.")]
+Weights = Annotated[
+    str | None, typer.Option(help="Which are written: best (in validation; the default) or last.")
+]
 CheckpointFolder = Annotated[
     Path | None, typer.Option("--checkpoint", metavar="DIR", help="Where the run is kept, to go on from.")
 ]
@@ -86,6 +89,7 @@ def training_options(
     insert_bn: InsertNorm = False,
     compiled: Compiled = False,
     patience: Patience = None,
+    weights: Weights = None,
     checkpoint: CheckpointFolder = None,
     checkpoint_every: Every = None,
     device: Device = "auto",
@@ -111,6 +115,7 @@ def training_options(
         "temperature": temperature,
         "features": feature_weight,
         "patience": patience,
+        "weights": weights,
     }
     return FinetuneOptions(
         validation=val,

@@ -89,6 +89,7 @@ LAYOUT: _Layout = {
         "insert_bn": "insert_bn",
         "compile": "compiled",
         "patience": "patience",
+        "weights": "weights",
         "checkpoint": "checkpoint",
         "checkpoint_every": "checkpoint_every",
         "device": "device",

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from onnx_mdp.analysis.binding import doubled_shapes, graph_inputs
+from onnx_mdp.analysis.binding import doubled_shapes, graph_inputs, with_batch
 from onnx_mdp.analysis.states import kept_part, resize_states
 from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import VerificationError
@@ -42,6 +42,7 @@ _DOUBLE_TOLERANCE = 1e-6  # masks hold ratios in float32
 _NOISE_LIMIT = 1e-2  # of the scale; a runtime that is worse than this proves nothing
 _NOISE_FACTOR = 4.0
 _FRAMES = 3
+_ROWS = 4  # of a symbolic batch; the law is about each row alone
 _CONSTANT = 1e-3  # of the scale; an output that varies by less over the inputs hides what was cut
 
 Feeds = Mapping[str, npt.NDArray[Any]]
@@ -99,8 +100,9 @@ def verify(
     Half precision is compared in float32, which holds every half number, and the file itself is run as well.
     Activations that are rounded to integers are compared without this rounding, which both hides and makes
     differences, and the files themselves are run as well.
-    Where the model has symbolic dimensions, one more random input has all of them doubled. A model with
-    states is fed with what it returned: the pruned one with what is kept of it.
+    Of a symbolic batch a few rows are compared, however many latency was measured with, and where the model
+    has symbolic dimensions, one more random input has all of them doubled. A model with states is fed with
+    what it returned: the pruned one with what is kept of it.
 
     Raises:
         VerificationError: the pruned model does not load or run, or its signature changed.
@@ -170,6 +172,10 @@ def _dense_outputs(
     """
     dense = Computation(original)
     shapes = dict(structure.shadow.inputs)
+    few = with_batch(original, shapes, _ROWS)
+    if few != shapes and _runs(dense, random_feeds(dense.inputs, few, 0)):
+        shapes = few
+        feeds = [{name: array[: few[name][0]] for name, array in feed.items()} for feed in feeds]
     drawn = list(seeds)
     if structure.shadow.states:
         drawn += range(max(drawn) + 1, max(drawn) + 1 + _FRAMES - len(drawn))

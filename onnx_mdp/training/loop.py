@@ -239,7 +239,7 @@ class _Trainer:
         progress("train", step, self.steps)
 
     def finish(self) -> TrainResult:
-        """Leave the best weights in the network."""
+        """Leave the best weights in the network, or the last if the recipe says so."""
         self._put(self.best)
         self.run.student.eval()
         state = self.state
@@ -287,7 +287,8 @@ class _Trainer:
         scores = {entry["step"]: Score(entry["loss"], entry["accuracy"]) for entry in state.scores}
         settled = 0 if self.run.masks is None else self.run.masks.settled
         held = scores.get(state.best_step) if state.best_step >= settled else None
-        if state.step < settled or score.better(held, labelled=self.labelled):
+        anyway = state.step < settled or self.run.recipe.weights == "last"
+        if anyway or score.better(held, labelled=self.labelled):
             self.best, state.best_step, state.stale = self._taken(), state.step, 0
         else:
             state.stale += 1

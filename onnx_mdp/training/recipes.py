@@ -30,6 +30,7 @@ _DECAYS: Mapping[str, Callable[[float], float]] = {
 }
 _OPTIMIZERS = ("adamw", "sgd")
 _PRECISIONS = ("bfloat16", "float32")
+_WRITTEN = ("best", "last")
 _LIMITS: Mapping[str, tuple[float, float]] = {
     "alpha": (0, 1),
     "batch": (1, 1e6),
@@ -56,7 +57,7 @@ class Recipe:
     average of the weights (0: none) and ``clip`` the largest norm of the gradient (0: any). Norm and bias
     vectors are never decayed. ``alpha`` weighs distillation against labels where there are both,
     ``temperature`` softens class probabilities, and ``features`` weighs intermediate tensors that are
-    matched.
+    matched. ``weights`` says which are written: those that were ``best`` in validation, or the ``last``.
     """
 
     optimizer: str = "adamw"
@@ -76,6 +77,7 @@ class Recipe:
     temperature: float = 2.0
     features: float = 1.0
     patience: int = 0
+    weights: str = "best"
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -122,9 +124,12 @@ def _check(chosen: Recipe) -> None:
         ("--optimizer", chosen.optimizer, _OPTIMIZERS),
         ("--decay", chosen.decay, tuple(_DECAYS)),
         ("--precision", chosen.precision, _PRECISIONS),
+        ("--weights", chosen.weights, _WRITTEN),
     ):
         if value not in known:
             raise UsageError(f"{option} {value!r} is unknown; choose one of {', '.join(known)}")
+    if chosen.patience and chosen.weights == "last":
+        raise UsageError("--patience ends a run after its best weights; leave it out, or --weights last")
     for field in fields(chosen):
         value = getattr(chosen, field.name)
         if field.name in _LIMITS and value is not None:
