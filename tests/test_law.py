@@ -29,12 +29,14 @@ from zoo import (
 
 from onnx_mdp.analysis.structure import Dimension, Structure
 from onnx_mdp.errors import VerificationError
-from onnx_mdp.model_io import model_bytes
+from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.numerics.double_precision import run_in_double
+from onnx_mdp.pipeline import analyze
 from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.reports.documents import verify_document
 from onnx_mdp.running.runtime import Runtime, open_session
 from onnx_mdp.running.timing import random_feeds
+from onnx_mdp.surgery import verification
 from onnx_mdp.surgery.masking import masked_model
 from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.surgery.verification import TOLERANCE, Evidence, require, verify
@@ -291,6 +293,36 @@ def test_a_batch_is_as_good_as_single_images(name: str, exporter: str, exported:
     singles = np.concatenate([run(pruned, {"image": image[None]})[0] for image in images])
     assert batch.shape[0] == 3
     assert np.abs(batch - singles).max() <= 1e-5 * np.abs(singles).max()
+
+
+@pytest.mark.parametrize(("sizes", "rows"), [("0, -1", 4), ("64, 72", 64)])
+def test_of_a_batch_a_few_rows_are_verified_where_the_file_runs_so_few(
+    sizes: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Reshape may hold the batch where the input promises any."""
+    model = load_model(
+        text_model(
+            "(float[N,3,6,6] x) => (float[N,5] y)"
+            f" <float[8,3,3,3] w, int64[2] to = {{{sizes}}}, float[72,5] v>"
+            "{ a = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (x, w)  b = Relu(a)"
+            "  c = Reshape(b, to)  y = MatMul(c, v) }"
+        )
+    )
+    structure = analyze(model, {}, 64)
+    seen: list[int] = []
+    drawn = verification.random_feeds
+
+    def counted(inputs: object, shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+        seen.append(shapes["x"][0])
+        return drawn(inputs, shapes, seed)
+
+    monkeypatch.setattr(verification, "random_feeds", counted)
+    images = np.random.default_rng(0).standard_normal((64, 3, 6, 6)).astype(np.float32)
+    plan = PruningPlan(keep={structure.dimensions[structure.prunable[0]].name: (0, 2, 5)})
+    evidence = verify(model, structure, rewrite(structure, plan), plan, feeds=[{"x": images}])
+    assert evidence.verified
+    assert evidence.inputs_tried == (6 if rows == 4 else 5)
+    assert {n for n in seen if n not in (4, 8)} == (set() if rows == 4 else {64, 128})
 
 
 @pytest.mark.zoo

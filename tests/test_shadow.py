@@ -9,7 +9,7 @@ import pytest
 from onnx import helper, numpy_helper
 from zoo import CNNS, run, text_model, zoo_path
 
-from onnx_mdp.analysis.binding import bind_shapes, doubled_shapes, graph_inputs
+from onnx_mdp.analysis.binding import bind_shapes, doubled_shapes, graph_inputs, with_batch
 from onnx_mdp.analysis.shadow import Shadow, add_initializer, prepare
 from onnx_mdp.errors import MeasurementError, UnsupportedModelError, UsageError
 from onnx_mdp.model_io import load_model, model_bytes
@@ -209,6 +209,24 @@ def test_an_input_without_a_shape_must_be_given_one() -> None:
 
 def test_only_symbolic_sizes_are_doubled() -> None:
     assert doubled_shapes(model_with("N,3,H,6"), {"x": (2, 3, 5, 6)}) == {"x": (4, 3, 10, 6)}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "shapes", "few"),
+    [
+        ("float[N,3,6,6] x", {"x": (64, 3, 6, 6)}, {"x": (4, 3, 6, 6)}),
+        ("float[N,3,6,6] x", {"x": (2, 3, 6, 6)}, {"x": (2, 3, 6, 6)}),
+        ("float[64,3,6,6] x", {"x": (64, 3, 6, 6)}, {"x": (64, 3, 6, 6)}),
+        ("float[N,3] x, float[N,5] z", {"x": (8, 3), "z": (8, 5)}, {"x": (4, 3), "z": (4, 5)}),
+        ("float[N,3] x, float[M,3] z", {"x": (8, 3), "z": (8, 3)}, {"x": (8, 3), "z": (8, 3)}),
+        ("float[N,3] x, float z", {"x": (8, 3), "z": ()}, {"x": (8, 3), "z": ()}),
+    ],
+)
+def test_a_symbolic_batch_of_all_inputs_may_be_smaller(
+    inputs: str, shapes: dict[str, tuple[int, ...]], few: dict[str, tuple[int, ...]]
+) -> None:
+    model = load_model(text_model(f"({inputs}) => (int64 y) {{ y = Size(x) }}"))
+    assert with_batch(model, shapes, 4) == few
 
 
 # -- refusals -----------------------------------------------------------------------------------------------
