@@ -305,6 +305,17 @@ def test_what_went_never_comes_back_where_it_may_not(ratio: float) -> None:
         assert set(first.removed_blocks) <= set(masks.plan.removed_blocks)
 
 
+@pytest.mark.parametrize("ratio", [0.9, 0.7, 0.5, 0.3])
+def test_a_way_in_steps_ends_where_one_step_does_as_long_as_scores_stay(ratio: float) -> None:
+    decide = Budgets(net(), table(), Request(target_ratio=ratio))
+    at_once = decide(magnitudes(), 1.0, PruningPlan(keep={}), True)
+    plan = PruningPlan(keep={})
+    for share in (0.3, 0.6, 0.9, 1.0):
+        plan = decide(magnitudes(), share, plan, share == 1.0)
+    np.testing.assert_array_equal(kept(plan), kept(at_once))
+    assert set(plan.removed_blocks) == set(at_once.removed_blocks)
+
+
 def test_scores_are_slopes_of_the_loss_at_the_gates_open_or_shut() -> None:
     network = MaskedNetwork(net(), ALONE.device).eval().double()
     network.gates = network.gates.double()

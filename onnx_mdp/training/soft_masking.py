@@ -28,6 +28,7 @@ from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.planning.closed_loop import Clock, Loop, Request, close_loop
 from onnx_mdp.planning.formulation import formulate, to_ns
 from onnx_mdp.planning.solution_plan import plan_from_solution
+from onnx_mdp.planning.width_rules import WidthRules
 from onnx_mdp.solvers import solve
 from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.surgery.verification import Evidence, require, verify
@@ -87,22 +88,26 @@ class Budgets:
         Raises:
             MdpError: nothing is that fast.
         """
-        table = self.table
+        table, rules = self.table, self.request.rules
         if before is not None:
             importance, table = self._without(importance, before)
+            if share < 1:
+                table, rules = self._with_what_stays(self._solved(importance, table, rules, 1.0), table)
         plan = self._closed(importance, table) if last and self.base_ms else None
         if plan is None:
-            plan = self._solved(importance, table, share)
+            plan = self._solved(importance, table, rules, share)
         if before is not None:
             plan = replace(plan, removed_blocks=tuple(sorted({*plan.removed_blocks, *before.removed_blocks})))
         return plan
 
-    def _solved(self, importance: Importance, table: LatencyTable, share: float) -> PruningPlan:
+    def _solved(
+        self, importance: Importance, table: LatencyTable, rules: WidthRules, share: float
+    ) -> PruningPlan:
         start = self.base_ms or self.table.base_ms
         state = start / self.table.base_ms
         budget = start - share * max(0.0, start - self.goal_ms)
         request = self.request
-        formulation = formulate(self.structure, importance, table, request.rules, request.caps)
+        formulation = formulate(self.structure, importance, table, rules, request.caps)
         solution = solve(formulation.problem, to_ns(budget / state), request.solver, request.limits)
         if solution.choice is None:
             raise self._unreachable(
@@ -147,6 +152,17 @@ class Budgets:
             for index, widths in self.table.choices.items()
         }
         return replace(importance, units=units, blocks=blocks), replace(self.table, choices=choices)
+
+    def _with_what_stays(self, end: PruningPlan, table: LatencyTable) -> tuple[LatencyTable, WidthRules]:
+        """Let nothing go on the way that is there in the end, as seen from here: it could not come back."""
+        structure, gone, rules = self.structure, set(end.removed_blocks), self.request.rules
+        kept = variant_of_plan(structure, end).kept
+        choices = {
+            index: tuple(w for w in widths if structure.dimensions[index].block in gone or w >= kept[index])
+            for index, widths in table.choices.items()
+        }
+        blocks = rules.held.blocks | {block.name for block in structure.blocks if block.name not in gone}
+        return replace(table, choices=choices), replace(rules, held=replace(rules.held, blocks=blocks))
 
     def _unreachable(self, fastest_ms: float | None) -> MdpError:
         known = "" if fastest_ms is None else f"; the fastest that is possible takes {fastest_ms:.4g} ms"
