@@ -4,8 +4,8 @@ Claim: at 0.9, 0.8 and 0.7 of the measured latency each stage raises the top-1 o
 ranked by ``taylor`` give a higher top-1 than units ranked by ``magnitude``.
 
 Each model is pruned by the closed loop of ``onnx-mdp prune`` until it measures what was asked, its units
-ranked on 64 unlabelled images. ``lstsq`` refits its layers on 500 of them; then it is trained by the
-original's outputs alone, on crops of these. Images are those of the zoo, mostly of the training set: look at
+ranked on 64 unlabelled images. ``lstsq`` refits its layers on 500 of them; then it is trained to give the
+original's logits, on crops of these. Images are those of the zoo, mostly of the training set: look at
 differences. Those of even classes rank, refit and distil, those of odd classes test, so no class that is
 tested was seen. All measuring of a model comes before its training, so only its first minutes need a quiet
 machine; with ``--kept``, another machine goes on from there.
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__, ("mobilenet_v2", "efficientnet_lite0"))
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.9, 0.8, 0.7])
     parser.add_argument("--criteria", nargs="+", default=["taylor", "refit", "magnitude"], metavar="NAME")
-    parser.add_argument("--trained", nargs="*", default=["taylor", "refit"], metavar="NAME", help="to distil")
+    parser.add_argument("--trained", nargs="*", default=["taylor"], metavar="NAME", help="to distil")
     parser.add_argument("--steps", type=int, default=40, help="of the distillation (default: 40)")
     parser.add_argument("--batch", type=int, default=25, help="images of a step (default: 25)")
     parser.add_argument("--lr", type=float, default=3e-5)

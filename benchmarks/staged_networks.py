@@ -111,8 +111,9 @@ class StagedNetwork:
         options = DataOptions(
             str(archive), preprocess=preprocess, augment="crop", batch=given.batch, seed=given.seed
         )
-        chosen = recipe("default", {"steps": given.steps, "batch": given.batch, "lr": given.lr})
-        return FinetuneRequest(chosen, options)
+        asked = {"steps": given.steps, "batch": given.batch, "lr": given.lr, "weights": "last"}
+        # By KL divergence the network forgets the classes that no image is of; logits tell of all.
+        return FinetuneRequest(recipe("default", asked), options, distances="mse")
 
 
 def _never() -> Made:
