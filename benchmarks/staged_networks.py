@@ -107,7 +107,7 @@ class StagedNetwork:
         from onnx_mdp.training.recipes import recipe
 
         given = self._given
-        archive, preprocess = save_training_images(self._name, self._folder)
+        archive, preprocess = save_training_images(self._name, self._folder / f"{self._name}.npz")
         options = DataOptions(
             str(archive), preprocess=preprocess, augment="crop", batch=given.batch, seed=given.seed
         )
