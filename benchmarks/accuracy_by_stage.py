@@ -17,10 +17,20 @@ import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
-from benchmarks.harness import Verdict, arguments, combined, judge, print_table, publish, run_main
+from benchmarks.harness import (
+    Printed,
+    Verdict,
+    arguments,
+    combined,
+    judge,
+    print_table,
+    publish,
+    run_main,
+    side_by_side,
+)
 from benchmarks.kept_models import Kept
 from benchmarks.samples import samples_for, top1
 from benchmarks.staged_networks import StagedNetwork
@@ -49,14 +59,15 @@ class Result:
     verdict: Verdict = "inconclusive"
 
     @property
-    def stages(self) -> tuple[float, ...]:
+    def stages(self) -> dict[str, float]:
         """Accuracies in the order of the stages."""
-        return (self.pruned, self.repaired, *(() if self.distilled is None else (self.distilled,)))
+        held = {"pruned": self.pruned, "lstsq": self.repaired, "distilled": self.distilled}
+        return {stage: accuracy for stage, accuracy in held.items() if accuracy is not None}
 
     @property
     def rising(self) -> bool:
         """Whether each stage helps."""
-        return all(after > before for before, after in zip(self.stages, self.stages[1:], strict=False))
+        return all(after > before for before, after in pairwise(self.stages.values()))
 
 
 def _results(name: str, given: argparse.Namespace, kept: Kept, folder: Path) -> Iterator[Result]:
@@ -96,6 +107,21 @@ def _judged(results: Sequence[Result]) -> Iterator[Result]:
         yield replace(one, verdict=judge(holds and one.rising, max(r.noise for r in others)))
 
 
+def _overview(results: Sequence[Result]) -> Printed:
+    cells = [(result, stage, accuracy) for result in results for stage, accuracy in result.stages.items()]
+    return side_by_side(
+        "top-1 by plan and stage",
+        {
+            "model": lambda c: c[0].model,
+            "asked": lambda c: f"{c[0].ratio:g}",
+            "original": lambda c: f"{c[0].dense:.1%}",
+        },
+        lambda c: f"{c[0].criterion}, {c[1]}",
+        lambda c: f"{c[2]:.1%}",
+        cells,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit code."""
     parser = arguments(__doc__, ("mobilenet_v2", "efficientnet_lite0"))
@@ -130,8 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "verdict": lambda r: r.verdict,
     }
     table = print_table(f"top-1 after each stage, {given.steps} steps of distillation", columns, results)
-    ends = [f"{r.model} {r.dense:.1%} → {r.stages[-1]:.1%} at {r.ratio:g}" for r in results if r.distilled]
-    return publish(__file__, given, results, table, combined([r.verdict for r in results]), " · ".join(ends))
+    ends = [f"{r.model} {r.dense:.1%} → {r.distilled:.1%} at {r.ratio:g}" for r in results if r.distilled]
+    verdict = combined([r.verdict for r in results])
+    return publish(__file__, given, results, table, verdict, " · ".join(ends), _overview(results))
 
 
 if __name__ == "__main__":
