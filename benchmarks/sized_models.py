@@ -73,7 +73,7 @@ def made_up_table(structure: Structure) -> LatencyTable:
         key=table_key(structure),
         granularity=8,
         terms=terms,
-        coefficients={key: (1e-3, 1e-4, 1e-4, 1e-3) for key in keys},
+        coefficients={key: (1e-3, 1e-4, 1e-4, 1e-3, 1e-3, 1e-3) for key in keys},
         calibration=Calibration(1.0, 0.0, 1.0, 0.0, 0.0, 0.0),
         choices={i: unit_choices(structure.dimensions[i], 8, 16) for i in structure.prunable},
         measured=0,

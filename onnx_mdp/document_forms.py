@@ -60,7 +60,7 @@ class TableForm(_Strict):
     context: dict[str, str | int]
     key: str
     granularity: Annotated[int, Field(ge=1, le=2**16)]
-    coefficients: dict[str, tuple[Milliseconds, Milliseconds, Milliseconds, Milliseconds]]
+    coefficients: dict[str, tuple[Milliseconds, ...]]
     calibration: _Calibration
     choices: dict[str, list[int]]
 

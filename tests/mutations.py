@@ -297,7 +297,7 @@ def made_up_table(structure: Structure) -> LatencyTable:
         key=table_key(structure),
         granularity=2,
         terms=terms,
-        coefficients={term.key: (0.01, 0.002, 0.003, 0.004) for term in terms},
+        coefficients={term.key: (0.01, 0.002, 0.003, 0.004, 0.0, 0.0) for term in terms},
         calibration=Calibration(1.0, 0.05, 1.0, 0.01, 0.02, 0.0),
         choices={i: unit_choices(structure.dimensions[i], 2, 8) for i in structure.prunable},
         measured=0,

@@ -89,7 +89,7 @@ def synthetic(
 ) -> tuple[dict[str, tuple], list[Run]]:
     """True staircases of every key, and runs of 24 whole variants and 96 windows that follow from them."""
     terms = cost_terms(structure)
-    true = {term.key: tuple(rng.uniform(0.0, 0.02, 4)) for term in terms}
+    true = {term.key: tuple(rng.uniform(0.0, 0.02, 6)) for term in terms}
 
     def ms(rows: list[tuple[str, int, int]]) -> float:
         return sum(float(np.dot(true[key], features(key, a, b, STEP))) for key, a, b in rows)

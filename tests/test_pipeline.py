@@ -105,7 +105,7 @@ def biased_table(structure: Structure, bias: Callable[[], float], level: float =
         # A stem reads 3 channels, where layers of the same key read whole steps; the classifier makes 10.
         key = term.key if shape[1] >= STEP else f"{term.key}|a={shape[1]}"
         read, made = min(shape[1], STEP), shape[0] / -(-shape[0] // STEP)
-        coefficients.setdefault(key, (0.0, 0.0, 0.0, each * read * made * bias()))
+        coefficients.setdefault(key, (0.0, 0.0, 0.0, each * read * made * bias(), 0.0, 0.0))
     base_ms = true_ms(model_bytes(rewrite(structure, PruningPlan(keep={}))))
     return LatencyTable(
         context={"device": "ideal"},

@@ -45,7 +45,7 @@ def made_up_table(structure: Structure, device: str = "made up") -> LatencyTable
         key=table_key(structure),
         granularity=8,
         terms=terms,
-        coefficients={term.key: (0.01, 0.002, 0.003, 0.004) for term in terms},
+        coefficients={term.key: (0.01, 0.002, 0.003, 0.004, 0.0, 0.0) for term in terms},
         calibration=Calibration(1.0, 0.05, 0.0, 0.01, 0.02, 0.0),
         choices={i: unit_choices(structure.dimensions[i], 8, 16) for i in structure.prunable},
         measured=0,
@@ -93,8 +93,9 @@ def test_a_table_file_is_the_table(structure: Structure, table: LatencyTable, tm
         ({"key": "0"}, "another model"),
         ({"schema_version": 9}, "newer onnx-mdp"),
         ({"granularity": 0}, "not a latency table"),
-        ({"coefficients": {"k": [0, 0, 0]}}, "not a latency table"),
-        ({"coefficients": {"k": [0, 0, 0, -1.0]}}, "greater than or equal to 0"),
+        ({"schema_version": 1}, "older onnx-mdp"),
+        ({"coefficients": {"k": [0, 0, 0, 0]}}, "not a latency table"),
+        ({"coefficients": {"k": [0, 0, 0, 0, 0, -1.0]}}, "greater than or equal to 0"),
         ({"extra": 1}, "not a latency table"),
         ({"choices": {}}, "does not offer widths"),
     ],
@@ -107,7 +108,7 @@ def test_a_wrong_table_file_is_refused(
     is_refused(demo("solve", "net.onnx", "table.json", "--target-ratio", 0.5), 2, fragment)
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"coefficients": {"k": [NaN, 0, 0, 0]}}', "\x00"])
+@pytest.mark.parametrize("text", ["", "{", '{"coefficients": {"k": [NaN, 0, 0, 0, 0, 0]}}', "\x00"])
 def test_a_broken_table_file_is_refused(demo: Run, text: str) -> None:
     Path("table.json").write_text(text)
     is_refused(demo("pareto", "net.onnx", "table.json"), 2, "table.json")

@@ -91,7 +91,7 @@ def table() -> LatencyTable:
 
 def ideal(structure: Structure, areas: Mapping[str, float]) -> LatencyTable:
     """A table of an exact device; ``areas`` is what each pair of channels takes."""
-    coefficients = {key: (0.0, 0.0, 0.0, 1e-6 * STEP * STEP * area) for key, area in areas.items()}
+    coefficients = {key: (0.0, 0.0, 0.0, 1e-6 * STEP * STEP * area, 0.0, 0.0) for key, area in areas.items()}
     choices = {i: unit_choices(structure.dimensions[i], STEP, 16) for i in structure.prunable}
     exact = Calibration(1.0, 0.001, 1.0, 0.0, 0.0, 0.0)
     terms = cost_terms(structure)

@@ -47,6 +47,7 @@ _SIGNATURE = re.compile(r"^[^()]*\bonnxruntime::[^()]*\([^()]*\)(?: const)?\s*")
 _NO_KERNEL = re.compile(r"is not a registered function/op|Could not find an implementation for")
 _FALLBACK = "fallback to CPU EP has been explicitly disabled"
 _FATAL = 4
+_PROTOCOL = 2  # raised when latencies mean something else: before 2, models were timed half warm
 _MOST_SECONDS = 3600.0  # compilers of engines may take minutes
 
 
@@ -324,4 +325,5 @@ def context(runtime: Runtime) -> dict[str, str | int]:
         "precision": runtime.precision,
         "provider": runtime.provider,
         "threads": runtime.threads,
+        "timing": _PROTOCOL,
     }

@@ -29,16 +29,24 @@ __all__ = [
     "Samples",
     "Timing",
     "drift_correct",
+    "first_ms",
     "measure",
     "random_feeds",
     "run_times",
     "undisturbed",
+    "warm_up_runs",
 ]
 
 Feeds = Mapping[str, NDArray[np.generic]]
 
 # Below this share of CPU time, another process held the core during the run.
 _MIN_CPU_SHARE = 0.985
+# The model before has evicted this one's weights. Until it is as fast as in a loop of its own, a model of
+# 1 to 20 ms needs six runs (its second still takes up to a third longer), one of 50 ms two.
+_WARM_UP_RUNS = 6
+_WARM_UP_MS = 120.0
+_SAMPLE_RUNS = 3
+_SAMPLE_MS = 50.0
 _MIN_ROUNDS = 4
 _NEIGHBOURS = 4
 _ITERATIONS = 6
@@ -102,8 +110,8 @@ def measure(
 ) -> Timing:
     """Time all `sessions` interleaved, each on its own feed, and correct the drift.
 
-    Without `rounds`, the budget decides, between the rounds that the models' speed asks for (10 at
-    80 ms, 20 at 30 ms, 50 at 8 ms; more than the budget if need be) and 300; while the machine is
+    Without `rounds`, the budget decides, between the rounds that the models' speed asks for (6 at
+    60 ms, 9 at 30 ms, 23 at 8 ms; more than the budget if need be) and 300; while the machine is
     unsteady, F above 1 %, it takes three times as long. `threads` is the number
     that the sessions run on: the CPU-time filter against preemption needs one thread and a provider
     that computes `on_cpu` (None: if it is the CPU provider), and is off otherwise. `on_round` receives
@@ -117,19 +125,19 @@ def measure(
         )
     if rounds is not None and rounds < _MIN_ROUNDS:
         raise UsageError(f"{rounds} rounds are too few for a split-half error: use at least {_MIN_ROUNDS}.")
-    pairs = tuple(zip(sessions, feeds, strict=True))
-    first_ms = [_warm_ms(*pair) for pair in pairs]
-    repeats = [_repeats(ms) for ms in first_ms]
+    opened = tuple(zip(sessions, feeds, strict=True))
+    first = [first_ms(*pair) for pair in opened]
+    turns = [_Turn(*pair, warm_up_runs(ms), _repeats(ms)) for pair, ms in zip(opened, first, strict=True)]
     if on_cpu is None:
         on_cpu = all(session.get_providers() == ["CPUExecutionProvider"] for session in sessions)
     # Windows counts CPU time in ticks of 15.6 ms, longer than most samples.
     filtering = threads == 1 and on_cpu and os.name != "nt"
     rng = np.random.default_rng(seed)
-    count = _rounds(first_ms, repeats, budget_s) if rounds is None else rounds
-    samples = _visit(pairs, repeats, count, rng, on_round)
+    count = _rounds(first, turns, budget_s) if rounds is None else rounds
+    samples = _visit(turns, count, rng, on_round)
     timing = drift_correct(samples, filter_preempted=filtering)
     if rounds is None and timing.noise > _UNSTEADY:
-        more = _visit(pairs, repeats, 2 * count, rng, on_round)
+        more = _visit(turns, 2 * count, rng, on_round)
         timing = drift_correct(_joined(samples, more), filter_preempted=filtering)
     return timing
 
@@ -182,27 +190,43 @@ def _random_array(
     return np.asarray(values, dtype=dtype)
 
 
-def _warm_ms(session: InferenceSession, feeds: Feeds) -> float:
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """What one model does when its turn comes: untimed runs, then ``repeats`` runs that are one sample."""
+
+    session: InferenceSession
+    feeds: Feeds
+    warm_up: int
+    repeats: int
+
+
+def first_ms(session: InferenceSession, feeds: Feeds) -> float:
+    """Milliseconds of the first runs of a session, the best of three after two that are not timed."""
     # Two untimed runs: the first allocates the arena, the second still grows it on some providers.
     for _ in range(2):
         run_model(session, feeds)
     return float(run_times(session, feeds, 3)[0].min())
 
 
+def warm_up_runs(ms: float) -> int:
+    """How many untimed runs a session of ``ms`` milliseconds needs after another one ran."""
+    return int(np.clip(np.ceil(_WARM_UP_MS / ms), 1, _WARM_UP_RUNS))
+
+
 def _repeats(ms: float) -> int:
-    return int(min(_MAX_REPEATS, max(1.0, np.ceil(_MIN_SAMPLE_MS / ms))))
+    several = np.clip(np.ceil(_SAMPLE_MS / ms), 1, _SAMPLE_RUNS)
+    return int(min(_MAX_REPEATS, max(several, np.ceil(_MIN_SAMPLE_MS / ms))))
 
 
-def _rounds(first_ms: Sequence[float], repeats: Sequence[int], budget_s: float) -> int:
-    round_ms = sum(ms * (count + 1) for ms, count in zip(first_ms, repeats, strict=True))
-    # Power law through the counts that sufficed: 10 at 80 ms, 20 at 30 ms, 50 at 8 ms.
-    enough = float(np.clip(220.0 * np.median(first_ms) ** -0.7, 6, 60))
+def _rounds(first: Sequence[float], turns: Sequence[_Turn], budget_s: float) -> int:
+    round_ms = sum(ms * (turn.warm_up + turn.repeats) for ms, turn in zip(first, turns, strict=True))
+    # Power law through the counts that sufficed: 6 at 60 ms, 9 at 30 ms, 23 at 8 ms.
+    enough = float(np.clip(100.0 * np.median(first) ** -0.7, 6, 25))
     return round(float(np.clip(1e3 * budget_s / round_ms, enough, _MAX_ROUNDS)))
 
 
 def _visit(
-    pairs: Sequence[tuple[InferenceSession, Feeds]],
-    repeats: Sequence[int],
+    turns: Sequence[_Turn],
     rounds: int,
     rng: np.random.Generator,
     on_round: Callable[[int, int], None] | None,
@@ -210,12 +234,12 @@ def _visit(
     order: list[int] = []
     times: list[tuple[float, float]] = []
     for done in range(1, rounds + 1):
-        for model in rng.permutation(len(pairs)).tolist():
-            session, feeds = pairs[model]
-            # The model before has evicted this one's weights: small models ran 0.2-0.4 ms slow.
-            session.run(None, feeds)
+        for model in rng.permutation(len(turns)).tolist():
+            turn = turns[model]
+            for _ in range(turn.warm_up):
+                turn.session.run(None, turn.feeds)
             order.append(model)
-            times.append(_sample_ms(session, feeds, repeats[model]))
+            times.append(_sample_ms(turn.session, turn.feeds, turn.repeats))
         if on_round is not None:
             on_round(done, rounds)
     wall_ms, cpu_ms = np.array(times, dtype=np.float64).T

@@ -25,7 +25,7 @@ from onnx_mdp.files import scratch_folder
 from onnx_mdp.large_models import for_session
 from onnx_mdp.running.placement import open_placed
 from onnx_mdp.running.runtime import Runtime
-from onnx_mdp.running.timing import random_feeds, run_times, undisturbed
+from onnx_mdp.running.timing import first_ms, random_feeds, run_times, undisturbed, warm_up_runs
 from onnx_mdp.tables.cost_terms import CONTRACTIONS, CostTerm, anchors, width
 from onnx_mdp.tables.lut_store import Run, Sample
 
@@ -35,7 +35,7 @@ _TAG = re.compile(r"mdp(\d+)(?!\d)")
 _QUANTILE = 40  # of the runs kept; below the median, because disturbances only ever add time
 _CHARGED_SHARE = 0.98
 _ADDS_UP = 0.25  # how far the times of nodes and of the whole may differ
-_BLOCK = 4  # runs in a row of one session; the first of a block re-warms the caches
+_BLOCK = 6  # most runs in a row that count, after those that re-warm the caches
 _CONVOLUTIONS = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
 
 
@@ -76,16 +76,17 @@ def profile_variant(
         plain = open_placed(data, runtime, inputs)
         feeds = random_feeds(plain, inputs, seed)
         walls: dict[str, list[npt.NDArray[Any]]] = {"profiled": [], "plain": []}
-        blocks = 2
-        while len(walls["plain"]) < blocks:
-            walls["profiled"].append(np.stack(run_times(profiled, feeds, _BLOCK)))
-            walls["plain"].append(np.stack(run_times(plain, feeds, _BLOCK))[:, 1:])
-            wanted = _runs(float(np.median(walls["plain"][0][0]))) if runs is None else runs
-            blocks = max(2, -(-wanted // (_BLOCK - 1)))
+        first = first_ms(plain, feeds)
+        wanted, warm_up = _runs(first) if runs is None else runs, warm_up_runs(first)
+        blocks = max(2, -(-wanted // _BLOCK))
+        in_a_row = warm_up + -(-wanted // blocks)
+        for _ in range(blocks):
+            walls["profiled"].append(np.stack(run_times(profiled, feeds, in_a_row)))
+            walls["plain"].append(np.stack(run_times(plain, feeds, in_a_row))[:, warm_up:])
         events = _events(json.loads(Path(profiled.end_profiling()).read_text()))
     wall = np.concatenate(walls["profiled"], axis=1)
     keep = _kept_runs(wall, runtime)
-    keep &= np.arange(wall.shape[1]) % _BLOCK > 0
+    keep &= np.arange(wall.shape[1]) % in_a_row >= warm_up
     totals, counts = _charge(structure, events, wall.shape[1])
     samples = tuple(_sample(t, kept, totals, counts, keep) for t in terms if t.operation in totals)
     everything = np.sum([event.ms for event in events], axis=0)
@@ -107,7 +108,7 @@ def profile_variant(
 
 def _runs(ms: float) -> int:
     """How many runs of so many milliseconds give a steady quantile."""
-    return 6 if ms > 25 else 12 if ms > 8 else 24
+    return 8 if ms > 25 else 16 if ms > 8 else 24
 
 
 def shows_nodes(

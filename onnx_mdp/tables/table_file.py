@@ -13,13 +13,14 @@ from onnx_mdp.errors import UsageError
 from onnx_mdp.files import write_text
 from onnx_mdp.tables.cost_terms import cost_terms
 from onnx_mdp.tables.latency import Calibration, LatencyTable, table_key
+from onnx_mdp.tables.staircases import COEFFICIENTS
 
 if TYPE_CHECKING:
     from onnx_mdp.document_forms import TableForm
 
 __all__ = ["load_table", "save_table", "table_json"]
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2  # 1: four coefficients, and models timed before they were warm
 
 
 def table_json(structure: Structure, table: LatencyTable) -> str:
@@ -30,7 +31,7 @@ def table_json(structure: Structure, table: LatencyTable) -> str:
         "context": dict(table.context),
         "key": table.key,
         "granularity": table.granularity,
-        "coefficients": {key: list(four) for key, four in table.coefficients.items()},
+        "coefficients": {key: list(values) for key, values in table.coefficients.items()},
         "calibration": {name: getattr(calibration, name) for name in Calibration.__slots__},
         "choices": {structure.dimensions[i].name: list(widths) for i, widths in table.choices.items()},
     }
@@ -52,13 +53,20 @@ def load_table(path: str | os.PathLike[str], structure: Structure) -> LatencyTab
     """Read a table file for the model that it was measured on.
 
     Raises:
-        UsageError: missing, not a table, of a newer schema, or of another model or other input shapes.
+        UsageError: missing, not a table, of another schema, or of another model or other input shapes.
     """
     from onnx_mdp.document_forms import TableForm, read_document
 
     document = read_document(Path(path), TableForm, "a latency table", "`onnx-mdp profile -o` writes one")
     if document.schema_version > _SCHEMA_VERSION:
         raise UsageError(f"{path} was written by a newer onnx-mdp; upgrade")
+    if document.schema_version < _SCHEMA_VERSION:
+        raise UsageError(
+            f"{path} was written by an older onnx-mdp, which timed models otherwise: write it again with "
+            "`onnx-mdp profile -o`"
+        )
+    if any(len(values) != COEFFICIENTS for values in document.coefficients.values()):
+        raise UsageError(f"{path} is not a latency table: each layer takes {COEFFICIENTS} coefficients")
     if document.key != table_key(structure):
         raise UsageError(f"{path} was measured on another model or at other input shapes")
     return LatencyTable(

@@ -23,7 +23,7 @@ from onnx_mdp.errors import MeasurementError
 from onnx_mdp.tables.cost_terms import CostTerm, width
 from onnx_mdp.tables.lut_records import Run
 from onnx_mdp.tables.nonnegative import nonnegative_least_squares
-from onnx_mdp.tables.staircases import features
+from onnx_mdp.tables.staircases import COEFFICIENTS, UNREADABLE, features
 
 __all__ = ["WindowFit", "fit_windows"]
 
@@ -36,7 +36,7 @@ Vector = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class WindowFit:
-    """Coefficients by shape key, four each, and the milliseconds of calling a whole model.
+    """Coefficients by shape key, as `features` takes them, and the milliseconds of calling a whole model.
 
     ``predicted`` and ``measured`` are the milliseconds of the whole variants, the unpruned model first.
     """
@@ -56,28 +56,26 @@ def fit_windows(structure: Structure, terms: Sequence[CostTerm], runs: Sequence[
     try:
         return _fit(structure, terms, runs, step)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise MeasurementError(
-            "the store holds measurements of this model that this version cannot read: choose another store"
-        ) from error
+        raise MeasurementError(UNREADABLE) from error
 
 
 def _fit(structure: Structure, terms: Sequence[CostTerm], runs: Sequence[Run], step: int) -> WindowFit:
-    keys = {key: 4 * i for i, key in enumerate(dict.fromkeys(term.key for term in terms))}
+    keys = {key: COEFFICIENTS * i for i, key in enumerate(dict.fromkeys(term.key for term in terms))}
     names = dict.fromkeys(str(b[0]) for run in runs for b in run.payload.get("borders", ()))
-    borders = {name: 4 * len(keys) + i for i, name in enumerate(names)}
+    borders = {name: COEFFICIENTS * len(keys) + i for i, name in enumerate(names)}
     whole = np.asarray(["kept" in run.payload for run in runs])
-    design = np.zeros((len(runs), 4 * len(keys) + len(borders) + 2))
+    design = np.zeros((len(runs), COEFFICIENTS * len(keys) + len(borders) + 2))
     for row, run in zip(design, runs, strict=True):
         held = _held(structure, terms, run.payload) if "kept" in run.payload else run.payload["terms"]
         for key, a, b in held:
             if key in keys:
-                row[keys[key] : keys[key] + 4] += features(key, a, b, step)
+                row[keys[key] : keys[key] + COEFFICIENTS] += features(key, a, b, step)
         for name, channels in run.payload.get("borders", ()):
             row[borders[name]] += -(-channels // step)
         row[-1 if "kept" in run.payload else -2] = 1.0
     ms = np.asarray([run.plain_ms for run in runs])
     found = _solve(design, ms, whole)
-    coefficients = {key: tuple(found[i : i + 4].tolist()) for key, i in keys.items()}
+    coefficients = {key: tuple(found[i : i + COEFFICIENTS].tolist()) for key, i in keys.items()}
     return WindowFit(coefficients, float(found[-1]), (design @ found)[whole], ms[whole])
 
 
