@@ -44,9 +44,9 @@ _MIN_CPU_SHARE = 0.985
 # The model before has evicted this one's weights. Until it is as fast as in a loop of its own, a model of
 # 1 to 20 ms needs six runs (its second still takes up to a third longer), one of 50 ms two.
 _WARM_UP_RUNS = 6
-_WARM_UP_MS = 120.0
+_WARM_UP_MS = 80.0
 _SAMPLE_RUNS = 3
-_SAMPLE_MS = 50.0
+_SAMPLE_MS = 40.0
 _MIN_ROUNDS = 4
 _NEIGHBOURS = 4
 _ITERATIONS = 6
