@@ -156,7 +156,7 @@ class Simulated:
         self.machine.run(self, self.ms)
 
 
-@pytest.mark.parametrize("ms", [(0.3, 2.0, 4.0), (6.0, 12.0, 20.0)])
+@pytest.mark.parametrize("ms", [(0.3, 2.0, 4.0), (6.0, 12.0, 16.0)])
 def test_models_beside_each_other_take_what_each_takes_in_a_loop_of_its_own(
     ms: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
