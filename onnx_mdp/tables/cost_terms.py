@@ -4,9 +4,9 @@ Runtimes fuse a convolution with what follows it (normalisation, activation, res
 element-wise operation is charged to the operation that computes its largest-index input of equal shape, its
 **anchor**; what remains are convolutions, linear layers, pools, concats, resizes: one `CostTerm` each, with
 the widths it reads (``a``) and makes (``b``). Terms of equal `key` are the same computation at other widths.
-Projections read or make heads × width; products of query and key, or scores and value, are terms of the
-width ``a`` and the number of heads ``b``: together the tables C_qk(embedding, heads, qk),
-C_v(embedding, heads, value) and C_mlp(embedding, mlp) of the paper.
+Projections read or make heads × width; products of query and key, or scores and value, and what moves
+either, are terms of the width ``a`` and the number of heads ``b``: together the tables
+C_qk(embedding, heads, qk), C_v(embedding, heads, value) and C_mlp(embedding, mlp) of the paper.
 """
 
 from __future__ import annotations
@@ -155,7 +155,23 @@ def _widths(structure: Structure, operation: Operation) -> tuple[Extent, Extent,
     kind = HEADS if _counts_heads(structure, operation.outputs[0]) else "moves"
     if not makes.terms and source:
         return one, _width(structure, source), "moves"
-    return one, makes, kind
+    return _heads_apart(structure, operation.outputs[0]) or (one, makes, kind)
+
+
+def _heads_apart(structure: Structure, name: str) -> tuple[Extent, Extent, str] | None:
+    """The width of each head and the number of heads, where these are axes of their own.
+
+    What moves such a tensor copies a piece for each head, and short pieces cost more than their length.
+    """
+    extents = [extent(structure, name, axis) for axis in _width_axes(structure, name)]
+    counted = [_of_heads(structure, each) for each in extents]
+    if sorted(counted) != [False, True] or not all(each.terms for each in extents):
+        return None
+    return extents[counted.index(False)], extents[counted.index(True)], HEADS
+
+
+def _of_heads(structure: Structure, made: Extent) -> bool:
+    return any(structure.dimensions[index].kind == "heads" for scope, _ in made.terms for index in scope)
 
 
 def _product_widths(structure: Structure, operation: Operation) -> tuple[Extent, Extent, str]:
