@@ -24,7 +24,7 @@ from onnx_mdp.pipeline import analyze
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.running.placement import open_placed
 from onnx_mdp.running.runtime import InferenceSession, Runtime
-from onnx_mdp.running.timing import Feeds, Samples, drift_correct, random_feeds, run_times
+from onnx_mdp.running.timing import Feeds, Samples, drift_correct, random_feeds, run_times, warm_up_runs
 from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.tables.granularity import unit_choices
 from onnx_mdp.tables.variants import plan_of_variant
@@ -54,7 +54,14 @@ class Row:
 
 
 def _one_after_the_other(pairs: Pairs) -> Wide:
-    return np.array([np.median(run_times(session, feeds, _SAMPLES + 1)[0][1:]) for session, feeds in pairs])
+    return np.array([np.median(_warm(*pair, _SAMPLES)[0]) for pair in pairs])
+
+
+def _warm(session: InferenceSession, feeds: Feeds, count: int) -> tuple[Wide, Wide]:
+    """Wall and CPU milliseconds of ``count`` runs, after as many as bring the weights back to the caches."""
+    untimed = warm_up_runs(float(run_times(session, feeds, 1)[0][0]))
+    wall, cpu = run_times(session, feeds, untimed - 1 + count)
+    return wall[-count:], cpu[-count:]
 
 
 def _interleaved(pairs: Pairs, rng: np.random.Generator) -> Samples:
@@ -62,10 +69,9 @@ def _interleaved(pairs: Pairs, rng: np.random.Generator) -> Samples:
     times: list[tuple[float, float]] = []
     for _ in range(_SAMPLES):
         for model in rng.permutation(len(pairs)).tolist():
-            session, feeds = pairs[model]
-            wall, cpu = run_times(session, feeds, 2)  # the first brings the weights back to the caches
+            wall, cpu = _warm(*pairs[model], 1)
             order.append(model)
-            times.append((wall[1], cpu[1]))
+            times.append((wall[0], cpu[0]))
     wall_ms, cpu_ms = np.array(times).T
     return Samples(np.array(order, dtype=np.int64), wall_ms, cpu_ms)
 

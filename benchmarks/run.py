@@ -50,6 +50,7 @@ _WHOLE = (
     "related_networks",
     "scaling",
     "torch_roundtrip",
+    "warm_up",
     "zoo_coverage",
     "fleet_cost",  # these two read what the others found
     "paper_figures",

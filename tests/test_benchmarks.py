@@ -34,6 +34,7 @@ from benchmarks import (
     result_tables,
     sized_models,
     targets,
+    warm_up,
     zoo_coverage,
 )
 from benchmarks import run as suite
@@ -108,6 +109,7 @@ def test_the_benchmarks_are_scripts() -> None:
         "solver",
         "targets",
         "torch_roundtrip",
+        "warm_up",
         "zoo_coverage",
     ]
 
@@ -658,6 +660,23 @@ def test_a_way_to_measure_is_asked_to_repeat_as_well_as_the_simpler_one() -> Non
     worse = replace(rows[2], median=0.03)
     assert [row.verdict for row in drift_correction.judged([*rows[:2], worse])] == ["pass", "pass", "fail"]
     assert drift_correction.spreads(np.array([[10.0, 5.0], [12.0, 6.0], [10.0, 5.5]])).round(3) == [0.05]
+
+
+def test_what_is_left_of_a_cold_start_is_judged_where_the_tool_begins_to_time() -> None:
+    cold = [1.5, 1.4, 1.3, 1.2, 1.1, 1.05, *[1.0] * 14]
+    row = warm_up.row_of("m", 1.0, cold)
+    assert (row.ms, row.untimed, row.verdict) == (1.0, 6, "pass")
+    assert warm_up.row_of("m", 1.0, [1.5] * 8 + [1.0] * 12).verdict == "fail"
+    large = warm_up.row_of("m", 1.0, [100 * ms for ms in cold])
+    assert (large.untimed, large.verdict) == (1, "fail")
+
+
+@pytest.mark.slow
+def test_a_cold_start_is_measured(tmp_path: Path) -> None:
+    code = warm_up.main(["--models", str(DEMO), "--turns", "2", "--output", str(tmp_path)])
+    document = json.loads((tmp_path / "warm_up.json").read_text())
+    assert code == (document["verdict"] == "fail")
+    assert [len(row["excess"]) for row in document["rows"]] == [20] * 3
 
 
 @pytest.mark.slow
