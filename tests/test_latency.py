@@ -236,6 +236,15 @@ def test_a_table_is_monotone_in_both_widths_whatever_was_measured(seed: int) -> 
         assert (ms >= 0).all()
 
 
+@pytest.mark.parametrize(
+    "key", ["", "pool", "[]", '{"in":3}', '{"in":["x"]}', '{"weight":[1e999]}', "[" * 10**5]
+)
+def test_keys_of_another_kind_of_store_are_one_sentence(key: str) -> None:
+    run = Run(0, 0, 1.0, 1.0, 1, 1.0, (Sample(key, 8, 8, 1.0, 1),))
+    with pytest.raises(MeasurementError, match="choose another store"):
+        fit_runs([run], STEP)
+
+
 def test_widths_between_two_steps_cost_as_much_as_the_next() -> None:
     table = table_of({KEYS[5]: (0.0, 1.0, 10.0, 100.0, 1e3, 1e3)})
     assert term_ms(table, term_of(KEYS[5]), 9, 17) == term_ms(table, term_of(KEYS[5]), 16, 24) == 632.0

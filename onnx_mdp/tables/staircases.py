@@ -7,8 +7,8 @@ For every shape key the time of a term is fitted as
 where ``a`` and ``b`` are the widths read and made and B is the provider's granularity; m and w are the
 megabytes of the feature maps read and made and of the weights. About one stays in the cache of a core: wide
 layers cost up to a third more than their narrow variants say. What weights cost beyond it grows with the
-whole model, and so with their square. In products of heads, ``b`` counts heads one by
-one, the width ``a`` of query and key, which is summed over, counts half blocks, and megabytes are left out.
+whole model, and so with their square. Where heads are an axis of their own, ``b`` counts them one by one, the
+width ``a`` of query and key, which products sum over, counts half blocks, and megabytes are left out.
 The fit is monotone in both widths by construction.
 """
 
@@ -60,15 +60,19 @@ def _channel_mb(key: str) -> tuple[float, float, float]:
 
     An operation on each channel alone makes as many as it reads, and its key has the width made only.
     """
-    described = json.loads(key)
-    kind, maps = described.get("kind", ""), (described.get("in", []), described.get("out", []))
-    read, made = (1e-6 * _BYTES * math.prod(abs(size) for size in shape) for shape in maps)
+    try:
+        described = json.loads(key)
+        shapes = [described.get(name, []) for name in ("in", "out")]
+        read, made = (1e-6 * _BYTES * math.prod(abs(size) for size in shape) for shape in shapes)
+        weight = 1e-6 * _BYTES * math.prod(described["weight"]) if "weight" in described else 0.0
+        kind = described.get("kind", "")
+        if not math.isfinite(read + made + weight):
+            raise ValueError("sizes without end")
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise MeasurementError(UNREADABLE) from error
     if kind in (HEADS, SUMMED_HEADS):
         return 0.0, 0.0, 0.0
-    if kind in ("depthwise", "moves"):
-        return 0.0, read + made, 0.0
-    weight = 1e-6 * _BYTES * math.prod(described["weight"]) if "weight" in described else 0.0
-    return read, made, weight
+    return (0.0, read + made, 0.0) if kind in ("depthwise", "moves") else (read, made, weight)
 
 
 def regime(key: str, a: float, b: float, step: int) -> str:
@@ -86,13 +90,6 @@ def fit_runs(runs: Sequence[Run], step: int) -> dict[str, tuple[float, ...]]:
     Raises:
         MeasurementError: the runs came from another store, and their keys are none of ours.
     """
-    try:
-        return _fit_runs(runs, step)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise MeasurementError(UNREADABLE) from error
-
-
-def _fit_runs(runs: Sequence[Run], step: int) -> dict[str, tuple[float, ...]]:
     inflation = float(np.median([(run.sum_ms - run.plain_ms) / run.nodes for run in runs]))
     inflation = min(max(inflation, 0.0), _PROFILER_LIMIT_MS)
     rows: dict[str, list[tuple[int, tuple[float, ...], float]]] = {}
