@@ -85,8 +85,8 @@ def profile_variant(
             walls["plain"].append(np.stack(run_times(plain, feeds, in_a_row))[:, warm_up:])
         events = _events(json.loads(Path(profiled.end_profiling()).read_text()))
     wall = np.concatenate(walls["profiled"], axis=1)
-    keep = _kept_runs(wall, runtime)
-    keep &= np.arange(wall.shape[1]) % in_a_row >= warm_up
+    keep = np.arange(wall.shape[1]) % in_a_row >= warm_up
+    keep[keep] = _kept_runs(wall[:, keep], runtime)
     totals, counts = _charge(structure, events, wall.shape[1])
     samples = tuple(_sample(t, kept, totals, counts, keep) for t in terms if t.operation in totals)
     everything = np.sum([event.ms for event in events], axis=0)
