@@ -7,18 +7,24 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from benchmarks.measuring import Ratios, measured_ratios
+from benchmarks.model_files import model_path
 from onnx_mdp.analysis.structure import Structure
-from onnx_mdp.model_io import model_bytes
+from onnx_mdp.model_io import load_model, model_bytes
+from onnx_mdp.pipeline import analyze
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.running.runtime import Runtime
+from onnx_mdp.running.placement import open_placed
+from onnx_mdp.running.runtime import InferenceSession, Runtime
+from onnx_mdp.running.timing import Feeds, random_feeds
 from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.tables.granularity import unit_choices
 from onnx_mdp.tables.variants import Variant, full_variant, plan_of_variant
 
-__all__ = ["heterogeneous_variant", "measured_configurations"]
+__all__ = ["heterogeneous_variant", "measured_configurations", "opened_variants"]
 
 _LEVELS = (0.25, 0.5, 0.8)
 _STAGE_FACTORS = (0.3, 0.6, 1.0, 1.6, 2.0)
 _DROPS = (0.0, 0.3, 0.6)
+_MOST_CHOICES = 16
 
 
 def measured_configurations(
@@ -46,6 +52,20 @@ def measured_configurations(
         on_group=on_group,
     )
     return variants, ratios
+
+
+def opened_variants(
+    name: str, count: int, runtime: Runtime, step: int, seed: int
+) -> list[tuple[InferenceSession, Feeds]]:
+    """Sessions and feeds of an unpruned model and of ``count`` random variants in multiples of ``step``."""
+    structure = analyze(load_model(model_path(name)), {})
+    rng = np.random.default_rng(seed)
+    choices = {i: unit_choices(structure.dimensions[i], step, _MOST_CHOICES) for i in structure.prunable}
+    variants = [heterogeneous_variant(structure, choices, rng) for _ in range(count)]
+    plans = [PruningPlan(keep={}), *(plan_of_variant(structure, variant) for variant in variants)]
+    shapes = structure.shadow.inputs
+    sessions = [open_placed(model_bytes(rewrite(structure, plan)), runtime, shapes) for plan in plans]
+    return [(session, random_feeds(session, shapes, seed)) for session in sessions]
 
 
 def heterogeneous_variant(

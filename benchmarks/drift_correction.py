@@ -16,18 +16,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.configurations import heterogeneous_variant
+from benchmarks.configurations import opened_variants
 from benchmarks.harness import Verdict, arguments, combined, note, print_table, publish, run_main
-from benchmarks.model_files import model_path
-from onnx_mdp.model_io import load_model, model_bytes
-from onnx_mdp.pipeline import analyze
-from onnx_mdp.plan import PruningPlan
-from onnx_mdp.running.placement import open_placed
 from onnx_mdp.running.runtime import InferenceSession, Runtime
-from onnx_mdp.running.timing import Feeds, Samples, drift_correct, random_feeds, run_times, warm_up_runs
-from onnx_mdp.surgery.rewriting import rewrite
-from onnx_mdp.tables.granularity import unit_choices
-from onnx_mdp.tables.variants import plan_of_variant
+from onnx_mdp.running.timing import Feeds, Samples, drift_correct, run_times, warm_up_runs
 
 __all__ = ["Row", "judged", "main", "spreads"]
 
@@ -35,7 +27,7 @@ _AFTER, _MEDIANS, _CORRECTED = "one after the other", "interleaved, medians", "i
 _VARIANTS = 6
 _SAMPLES = 20
 _ALIKE = 1e-3
-_STEP, _MOST_CHOICES = 8, 16
+_STEP = 8
 
 Pairs = Sequence[tuple[InferenceSession, Feeds]]
 Wide = npt.NDArray[np.float64]
@@ -78,15 +70,8 @@ def _interleaved(pairs: Pairs, rng: np.random.Generator) -> Samples:
 
 def _measured(name: str, turns: int, runtime: Runtime, seed: int) -> dict[str, Wide]:
     """Milliseconds ``[turns, 1 + variants]`` by way, the unpruned model first."""
-    structure = analyze(load_model(model_path(name)), {})
     rng = np.random.default_rng(seed)
-    choices = {i: unit_choices(structure.dimensions[i], _STEP, _MOST_CHOICES) for i in structure.prunable}
-    variants = [heterogeneous_variant(structure, choices, rng) for _ in range(_VARIANTS)]
-    plans = [PruningPlan(keep={}), *(plan_of_variant(structure, variant) for variant in variants)]
-    sessions = [
-        open_placed(model_bytes(rewrite(structure, plan)), runtime, structure.shadow.inputs) for plan in plans
-    ]
-    pairs = [(session, random_feeds(session, structure.shadow.inputs, seed)) for session in sessions]
+    pairs = opened_variants(name, _VARIANTS, runtime, _STEP, seed)
     _one_after_the_other(pairs)
     found: dict[str, list[Wide]] = {_AFTER: [], _MEDIANS: [], _CORRECTED: []}
     for turn in range(turns):

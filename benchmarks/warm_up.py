@@ -9,23 +9,16 @@ row. The time of a place in the row is the median over the turns; that of the lo
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
-from benchmarks.configurations import heterogeneous_variant
+from benchmarks.configurations import opened_variants
 from benchmarks.harness import Verdict, arguments, combined, note, print_table, publish, run_main
-from benchmarks.model_files import model_path
-from onnx_mdp.model_io import load_model, model_bytes
-from onnx_mdp.pipeline import analyze
-from onnx_mdp.plan import PruningPlan
-from onnx_mdp.running.placement import open_placed
 from onnx_mdp.running.runtime import Runtime
-from onnx_mdp.running.timing import random_feeds, run_times, warm_up_runs
-from onnx_mdp.surgery.rewriting import rewrite
-from onnx_mdp.tables.granularity import unit_choices
-from onnx_mdp.tables.variants import plan_of_variant
+from onnx_mdp.running.timing import run_times, warm_up_runs
 
 __all__ = ["Row", "main", "row_of"]
 
@@ -34,7 +27,7 @@ _VARIANTS = 2
 _IN_A_ROW, _LAST = 20, 8
 _SHOWN = (1, 2, 3, 4, 6)
 _MOST = 0.02
-_STEP, _MOST_CHOICES = 16, 16
+_STEP = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +43,10 @@ class Row:
     verdict: Verdict
 
 
-def row_of(model: str, share: float, times: Sequence[float]) -> Row:
+def row_of(model: str, times: Sequence[float], share: float = 1.0) -> Row:
     """The row of a network that takes ``times`` milliseconds in the places of a row.
 
-    >>> row_of("m", 1.0, [3.0, 2.2, *[2.0] * 18]).excess[:3]
+    >>> row_of("m", [3.0, 2.2, *[2.0] * 18]).excess[:3]
     (0.5, 0.1, 0.0)
     """
     loop = float(np.median(times[-_LAST:]))
@@ -63,24 +56,16 @@ def row_of(model: str, share: float, times: Sequence[float]) -> Row:
     return Row(model, share, loop, excess, untimed, left, "pass" if left <= _MOST else "fail")
 
 
-def _rows(name: str, given: argparse.Namespace) -> Iterator[Row]:
+def _rows(name: str, given: argparse.Namespace) -> list[Row]:
     note(f"{name}: {given.turns} turns")
-    structure, runtime = analyze(load_model(model_path(name)), {}), Runtime(threads=given.threads)
     rng = np.random.default_rng(given.seed)
-    choices = {i: unit_choices(structure.dimensions[i], _STEP, _MOST_CHOICES) for i in structure.prunable}
-    variants = [heterogeneous_variant(structure, choices, rng) for _ in range(_VARIANTS)]
-    plans = [PruningPlan(keep={}), *(plan_of_variant(structure, variant) for variant in variants)]
-    sessions = [
-        open_placed(model_bytes(rewrite(structure, plan)), runtime, structure.shadow.inputs) for plan in plans
-    ]
-    feeds = [random_feeds(session, structure.shadow.inputs, given.seed) for session in sessions]
-    times: list[list[np.ndarray]] = [[] for _ in sessions]
+    pairs = opened_variants(name, _VARIANTS, Runtime(threads=given.threads), _STEP, given.seed)
+    times: list[list[npt.NDArray[np.float64]]] = [[] for _ in pairs]
     for _ in range(given.turns):
-        for place in rng.permutation(len(sessions)).tolist():
-            times[place].append(run_times(sessions[place], feeds[place], _IN_A_ROW)[0])
-    rows = [row_of(name, 1.0, np.median(each, axis=0).tolist()) for each in times]
-    for row in rows:
-        yield row_of(name, row.ms / rows[0].ms, [row.ms * (1 + e) for e in row.excess])
+        for place in rng.permutation(len(pairs)).tolist():
+            times[place].append(run_times(*pairs[place], _IN_A_ROW)[0])
+    rows = [row_of(name, np.median(each, axis=0).tolist()) for each in times]
+    return [replace(row, share=row.ms / rows[0].ms) for row in rows]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

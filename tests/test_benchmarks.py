@@ -664,10 +664,10 @@ def test_a_way_to_measure_is_asked_to_repeat_as_well_as_the_simpler_one() -> Non
 
 def test_what_is_left_of_a_cold_start_is_judged_where_the_tool_begins_to_time() -> None:
     cold = [1.5, 1.4, 1.3, 1.2, 1.1, 1.05, *[1.0] * 14]
-    row = warm_up.row_of("m", 1.0, cold)
+    row = warm_up.row_of("m", cold)
     assert (row.ms, row.untimed, row.verdict) == (1.0, 6, "pass")
-    assert warm_up.row_of("m", 1.0, [1.5] * 8 + [1.0] * 12).verdict == "fail"
-    large = warm_up.row_of("m", 1.0, [100 * ms for ms in cold])
+    assert warm_up.row_of("m", [1.5] * 8 + [1.0] * 12).verdict == "fail"
+    large = warm_up.row_of("m", [100 * ms for ms in cold])
     assert (large.untimed, large.verdict) == (1, "fail")
 
 
