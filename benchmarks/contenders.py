@@ -32,6 +32,7 @@ PEERS = ("onnxsim", *(f"tp_{k}" for k in KINDS))
 METHODS = (
     OURS,
     REFITTED,
+    FOR_REFIT,
     *_PLANNED,
     "uniform",
     *PEERS,
@@ -74,8 +75,7 @@ class Contest:
         if method == REFITTED:
             return self._refitted(self.fast(OURS, speedup), self._ours)
         if method == FOR_REFIT:
-            planner = self._planner("exact", score(self.structure, "refit", self._feeds))
-            return self._refitted(self._at_speed([planner], speedup), planner)
+            return self._refitted(self._at_speed([self._for_refit], speedup), self._for_refit)
         if (method, speedup) not in self._made:
             pruners = [self._ours] if method == OURS else self._pruners(method)
             self._made[method, speedup] = self._at_speed(pruners, speedup)
@@ -114,6 +114,12 @@ class Contest:
     def _ours(self) -> Planner:
         """One for all, for it refits only plans that it made."""
         return self._planner("exact", self.importance)
+
+    @cached_property
+    def _for_refit(self) -> Planner:
+        if self._samples is None:
+            raise UsageError(f"{self.name} has no images to rank units by what a refit brings back")
+        return self._planner("exact", score(self.structure, "refit", self._feeds))
 
     def _planner(self, solver: str, importance: Importance) -> Planner:
         formulation = formulate(self.structure, importance, self.table)

@@ -647,6 +647,7 @@ def test_the_verdict_asks_for_the_best_among_those_that_are_as_fast() -> None:
     assert equal_latency.verdict_of(own, [own]) == "pass"
     assert equal_latency.verdict_of(own, [own, better]) == "fail"
     assert equal_latency.verdict_of(own, [own, replace(better, measured=0.7)]) == "pass"  # it is slower
+    assert equal_latency.verdict_of(own, [own, replace(better, method="mdp_refit")]) == "pass"  # ours too
     assert equal_latency.verdict_of(own, [own, replace(better, agreement=0.81)]) == "pass"  # tied
     assert equal_latency.verdict_of(replace(own, measured=0.7), [own]) == "fail"
     assert equal_latency.verdict_of(replace(own, measured=None), [own]) == "fail"
