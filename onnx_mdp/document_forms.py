@@ -51,6 +51,8 @@ class _Calibration(_Strict):
     median_error: float
     worst_error: float
     noise: float
+    cache_mb: Annotated[float, Field(gt=0, le=_MOST_MS)]
+    ms_per_mb: Annotated[float, Field(ge=0, le=_MOST_MS)]
 
 
 class TableForm(_Strict):

@@ -30,7 +30,7 @@ from onnx_mdp.large_models import LargeModel, for_session
 from onnx_mdp.model_io import parameter_count
 from onnx_mdp.plan import PruningPlan, check_plan, plan_identity, removed_classes
 from onnx_mdp.planning.closed_loop import Clock, Loop, Request, Round, close_loop, tolerance
-from onnx_mdp.planning.formulation import Formulation, formulate
+from onnx_mdp.planning.programs import Programs
 from onnx_mdp.repairing.repair import Repaired, check_repair, repair
 from onnx_mdp.running.timing import Timing
 from onnx_mdp.surgery.changed_weights import (
@@ -60,7 +60,7 @@ class PruneResult:
     split-half error F of that measurement. ``model`` and ``plan`` are None where nothing was pruned.
     ``evidence`` is about the model as it was sliced, before it was ``repaired``, if it was. ``jobs`` are the
     models that the device has to measure first, where they were handed over; ``rounds`` are the candidates
-    that were measured, and ``formulation`` the problem that they solve.
+    that were measured, and ``programs`` the problems that they solve.
     """
 
     status: Status
@@ -83,7 +83,7 @@ class PruneResult:
     seconds: Mapping[str, float]
     jobs: int = 0
     rounds: tuple[Round, ...] = ()
-    formulation: Formulation | None = None
+    programs: Programs | None = None
 
 
 def analyze(
@@ -150,8 +150,8 @@ def prune(
             progress=progress,
         )
     clock.lap("profile")
-    formulation = formulate(structure, importance, table, request.rules, request.caps)
-    loop = Loop(structure, request, importance, table, formulation, data, clock)
+    programs = Programs(structure, importance, table, request.rules, request.caps)
+    loop = Loop(request, programs, data, clock)
     if handover is None:
         found = close_loop(loop, target, base_ms, progress)
     else:
@@ -171,7 +171,7 @@ def prune(
             status="infeasible",
             fastest_ms=found.fastest_ms,
             table=table,
-            formulation=formulation,
+            programs=programs,
         )
     best = found.best
     model = stamp(best.model, best.plan)
@@ -198,7 +198,7 @@ def prune(
         table=table,
         repaired=repaired,
         rounds=found.rounds,
-        formulation=formulation,
+        programs=programs,
     )
 
 

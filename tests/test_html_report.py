@@ -29,7 +29,8 @@ from onnx_mdp.pipeline import PruneResult, prune
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.planning import closed_loop
 from onnx_mdp.planning.closed_loop import Request
-from onnx_mdp.reports import report_contents, report_sections
+from onnx_mdp.planning.programs import Programs
+from onnx_mdp.reports import report_sections
 from onnx_mdp.reports.fidelity import fidelity
 from onnx_mdp.reports.html_page import html_page
 from onnx_mdp.reports.markdown_page import markdown_page
@@ -265,7 +266,7 @@ def test_a_front_that_cannot_be_solved_costs_nobody_the_model(monkeypatch: pytes
     def fail(*_: object, **__: object) -> None:
         raise SolverError("it ran out of time")
 
-    monkeypatch.setattr(report_contents, "solve_front", fail)
+    monkeypatch.setattr(Programs, "solve_front", fail)
     report = report_of(*pruned())
     assert report.front is None
     assert "there is no Pareto front: it ran out of time" in html_page(report_page(report))

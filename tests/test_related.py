@@ -52,7 +52,7 @@ def test_the_model_with_the_most_shape_keys_is_taken_and_kept(
         assert best() == ("most", len(most) / len(every))
         related = related_runs(store, HERE, "mine", terms, FIT)
         assert related is not None
-        assert {sample.key for run in related.runs for sample in run.samples} == set(most)
+        assert {sample.key for run in related.runs for sample in run.samples} > set(most)  # all that it ran
         store.put_calibration(HERE, FIT.name("mine", related), {"scale": 1.0})
         add(store, "all", every)
         assert best() == ("most", len(most) / len(every)), "a table does not change with what else is known"

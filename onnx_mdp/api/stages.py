@@ -28,14 +28,14 @@ from onnx_mdp.importance import scoring
 from onnx_mdp.importance.gradient_scores import GRADIENT_CRITERIA, GradientOptions
 from onnx_mdp.model_io import ModelLike, load_model
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.planning.formulation import Caps, formulate, to_ns
+from onnx_mdp.planning.formulation import Caps, to_ns
 from onnx_mdp.planning.ignored_scope import IgnoredScope, held_by
 from onnx_mdp.planning.problem import SolveLimits
+from onnx_mdp.planning.programs import Programs
 from onnx_mdp.planning.solution_plan import plan_from_solution
 from onnx_mdp.planning.width_rules import WidthRules
 from onnx_mdp.running.runtime import Runtime, runtime
 from onnx_mdp.solvers import SOLVERS
-from onnx_mdp.solvers.fronts import solve_front
 from onnx_mdp.surgery import rewriting
 from onnx_mdp.tables.latency import LatencyTable, build_table
 from onnx_mdp.tables.lut_store import open_store
@@ -194,17 +194,23 @@ def pareto(
         raise UsageError(f"unknown solver {solver!r}; choose one of {', '.join(sorted(SOLVERS))}")
     if not targets_ms or not min(targets_ms) > 0:
         raise UsageError("targets must be numbers larger than 0")
-    formulation = formulate(structure, importance, table, rules or WidthRules(), caps or Caps())
+    programs = Programs(structure, importance, table, rules or WidthRules(), caps or Caps())
     budgets = [to_ns(ms) for ms in targets_ms]
     plans = []
-    for solution in solve_front(formulation.problem, budgets, solver, limits or SolveLimits()):
+    for answer in programs.solve_front(budgets, solver, limits or SolveLimits()):
+        solution = answer.solution
         if solution.choice is None:
             least = None if solution.fastest_ns is None else solution.fastest_ns * 1e-6
             plans.append(PruningPlan(keep={}, status="infeasible", solver=solver, fastest_ms=least))
             continue
         plans.append(
             plan_from_solution(
-                structure, formulation, importance, table, solution, rescale_attention=rescale_attention
+                structure,
+                answer.formulation,
+                importance,
+                table,
+                solution,
+                rescale_attention=rescale_attention,
             )
         )
     return tuple(plans)

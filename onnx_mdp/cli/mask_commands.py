@@ -157,5 +157,5 @@ def _measured(model: ir.Model, result: PruneResult, request: Request, found: Mas
         measured_ms=measured,
         noise=timing.noise,
         rounds=(),
-        formulation=None,
+        programs=None,
     )

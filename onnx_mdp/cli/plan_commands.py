@@ -22,7 +22,8 @@ from onnx_mdp.files import check_output, write_text
 from onnx_mdp.importance.scoring import Importance, score
 from onnx_mdp.plan import plan_json
 from onnx_mdp.planning.explain import explain
-from onnx_mdp.planning.formulation import Formulation, formulate, to_ns
+from onnx_mdp.planning.formulation import to_ns
+from onnx_mdp.planning.programs import Programs
 from onnx_mdp.planning.solution_plan import plan_from_solution
 from onnx_mdp.reports.plan_report import (
     explanation_document,
@@ -33,8 +34,7 @@ from onnx_mdp.reports.plan_report import (
     front_table,
 )
 from onnx_mdp.reports.report import plan_table
-from onnx_mdp.solvers import cheapest, solve
-from onnx_mdp.solvers.fronts import solve_front
+from onnx_mdp.solvers import cheapest
 from onnx_mdp.tables.latency import LatencyTable
 from onnx_mdp.tables.table_file import load_table
 
@@ -68,12 +68,12 @@ class FrontOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """A model, its table, and the problem that both make."""
+    """A model, its table, and the problems that both make."""
 
     structure: Structure
     table: LatencyTable
     importance: Importance
-    formulation: Formulation
+    programs: Programs
 
 
 def run_solve(path: Path, table_path: Path, options: Options, wanted: SolveOptions) -> int:
@@ -86,25 +86,26 @@ def run_solve(path: Path, table_path: Path, options: Options, wanted: SolveOptio
     if wanted.output is not None:
         check_output(wanted.output, overwrite=wanted.overwrite)
     case = _case(path, table_path, options, wanted.plan)
-    problem, limits = case.formulation.problem, wanted.plan.limits
-    if wanted.min_importance is not None:
-        solution = cheapest(problem, wanted.min_importance, wanted.plan.solver, limits)
-        budget_ns = solution.cost_ns
+    solver, limits, least = wanted.plan.solver, wanted.plan.limits, wanted.min_importance
+    if least is not None:
+        answer = case.programs.answer(lambda p: cheapest(p, least, solver, limits), lambda s: -s.cost_ns)
+        budget_ns = answer.solution.cost_ns
     else:
         target_ms = wanted.target_ms or (wanted.target_ratio or 0.0) * case.table.base_ms
         budget_ns = to_ns(target_ms)
-        solution = solve(problem, budget_ns, wanted.plan.solver, limits)
+        answer = case.programs.solve(budget_ns, solver, limits)
+    solution = answer.solution
     if solution.note is not None:
         options.screen.warn(solution.note)
     if solution.choice is None:
-        least = None if solution.fastest_ns is None else solution.fastest_ns * 1e-6
-        document = {"schema_version": 1, "status": "infeasible", "fastest_ms": least}
-        why = "no plan meets the other limits" if least is None else f"smallest reachable {least:.3f} ms"
+        fastest = None if solution.fastest_ns is None else solution.fastest_ns * 1e-6
+        document = {"schema_version": 1, "status": "infeasible", "fastest_ms": fastest}
+        why = "no plan meets the other limits" if fastest is None else f"smallest reachable {fastest:.3f} ms"
         options.screen.result(f"INFEASIBLE  {why}; nothing was written", document)
         return 4
     plan = plan_from_solution(
         case.structure,
-        case.formulation,
+        answer.formulation,
         case.importance,
         case.table,
         solution,
@@ -112,7 +113,7 @@ def run_solve(path: Path, table_path: Path, options: Options, wanted: SolveOptio
         seed=options.seed,
         command=command_line(),
     )
-    why_so = explain(case.formulation, budget_ns, solution)
+    why_so = explain(answer.formulation, budget_ns, solution)
     if wanted.output is not None:
         write_text(plan_json(plan), wanted.output, overwrite=wanted.overwrite)
     if not options.screen.as_json:
@@ -151,7 +152,8 @@ def run_pareto(path: Path, table_path: Path, options: Options, wanted: FrontOpti
     base_ms = case.table.base_ms
     targets_ms = [target if wanted.milliseconds else target * base_ms for target in targets]
     budgets_ns = [to_ns(ms) for ms in targets_ms]
-    answers = solve_front(case.formulation.problem, budgets_ns, wanted.plan.solver, wanted.plan.limits)
+    front = case.programs.solve_front(budgets_ns, wanted.plan.solver, wanted.plan.limits)
+    answers = [answer.solution for answer in front]
     if output is not None:
         write_text(front_svg(base_ms, front_points(answers)), output, overwrite=wanted.overwrite)
     if not options.screen.as_json:
@@ -207,5 +209,5 @@ def _case(path: Path, table_path: Path, options: Options, plan: PlanOptions) -> 
     with options.screen.progress() as progress:
         criterion = plan.scorer(data, options.seed)
         importance = score(structure, criterion, data.feeds if data else (), progress)
-    formulation = formulate(structure, importance, table, rules, plan.caps(structure))
-    return _Case(structure, table, importance, formulation)
+    programs = Programs(structure, importance, table, rules, plan.caps(structure))
+    return _Case(structure, table, importance, programs)

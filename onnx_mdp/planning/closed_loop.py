@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from onnx_mdp.analysis.structure import Structure
-from onnx_mdp.importance.scoring import Criterion, Importance
+from onnx_mdp.importance.scoring import Criterion
 from onnx_mdp.large_models import LargeModel, for_session
 from onnx_mdp.plan import PruningPlan, plan_identity
-from onnx_mdp.planning.formulation import Caps, Formulation, to_ns
+from onnx_mdp.planning.formulation import Caps, to_ns
 from onnx_mdp.planning.problem import Solution, SolveLimits
+from onnx_mdp.planning.programs import Programs
 from onnx_mdp.planning.solution_plan import plan_from_solution
 from onnx_mdp.planning.width_rules import WidthRules
 from onnx_mdp.running.runtime import Runtime
-from onnx_mdp.solvers import solve
 from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.tables.latency import LatencyTable
 from onnx_mdp.tables.variants import measure_models
@@ -94,13 +94,20 @@ class Clock:
 class Loop:
     """What stays the same while the loop closes."""
 
-    structure: Structure
     request: Request
-    importance: Importance
-    table: LatencyTable
-    formulation: Formulation
+    programs: Programs
     base: bytes | LargeModel
     clock: Clock
+
+    @property
+    def structure(self) -> Structure:
+        """Of the unpruned model."""
+        return self.programs.structure
+
+    @property
+    def table(self) -> LatencyTable:
+        """The latency table that plans are made by."""
+        return self.programs.table
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,14 +201,15 @@ def rounds_of(candidates: Sequence[Candidate], delivered: Candidate | None) -> t
 
 def planned(loop: Loop, aim: float, state: float) -> tuple[Solution, PruningPlan | None]:
     """Solve for ``aim`` milliseconds on a machine that is ``state`` times as slow as the table says."""
-    solution = solve(loop.formulation.problem, to_ns(aim / state), loop.request.solver, loop.request.limits)
+    answer = loop.programs.solve(to_ns(aim / state), loop.request.solver, loop.request.limits)
+    solution = answer.solution
     loop.clock.lap("solve")
     if solution.choice is None:
         return solution, None
     plan = plan_from_solution(
         loop.structure,
-        loop.formulation,
-        loop.importance,
+        answer.formulation,
+        loop.programs.importance,
         loop.table,
         solution,
         state=state,

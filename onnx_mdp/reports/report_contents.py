@@ -40,7 +40,6 @@ from onnx_mdp.reports.report_file import (
 )
 from onnx_mdp.reports.time_shares import operation_ms
 from onnx_mdp.running.runtime import Runtime, context
-from onnx_mdp.solvers.fronts import solve_front
 from onnx_mdp.surgery.verification import TOLERANCE, Evidence
 from onnx_mdp.tables.latency import LatencyTable, predict_ms
 from onnx_mdp.tables.variants import full_variant, variant_of_plan
@@ -180,13 +179,14 @@ def _costs(structure: Structure, table: LatencyTable, plan: PruningPlan | None) 
 def _front(result: PruneResult) -> Front | None:
     """The front by the table, scaled to the unpruned latency that was measured first."""
     structure, table, plan = result.structure, result.table, result.plan
-    if table is None or result.formulation is None:
+    if table is None or result.programs is None:
         return None
     whole = predict_ms(table, structure, full_variant(structure))
     state = result.base_ms / whole
     rounding_ns = len(table.terms) + 1
     budgets = [to_ns(float(ratio) * whole) + rounding_ns for ratio in _RATIOS]
-    answers = solve_front(result.formulation.problem, budgets, "exact", _FRONT_LIMITS)
+    front = result.programs.solve_front(budgets, "exact", _FRONT_LIMITS)
+    answers = [answer.solution for answer in front]
     chosen = None
     if plan is not None and plan.importance_share is not None:
         chosen = state * predict_ms(table, structure, variant_of_plan(structure, plan)), plan.importance_share

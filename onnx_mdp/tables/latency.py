@@ -1,7 +1,8 @@
 """Structure to latency table: profile random variants in place, fit staircases, calibrate on whole models.
 
 The table is the fit evaluated at every choice: full in both widths, and monotone by construction. An affine
-map, fitted to the unpruned model and eight held-out variants, turns sums of terms into milliseconds.
+map, fitted to the unpruned model and eight held-out variants, turns sums of terms into milliseconds. What
+weights cost that are read from memory again depends on the whole model: a table holds for one share of them.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from onnx_mdp.tables.compiled_profiling import group_count, group_of, profile_gr
 from onnx_mdp.tables.cost_terms import CostTerm, cost_terms, width
 from onnx_mdp.tables.granularity import computed_in, granularity, unit_choices
 from onnx_mdp.tables.lut_store import LutStore, Run
+from onnx_mdp.tables.memory import Megabytes, Memory, megabytes, total
+from onnx_mdp.tables.memory_fit import Layer, fit_memory, sum_ms
 from onnx_mdp.tables.profiling import profile_variant, shows_nodes
 from onnx_mdp.tables.related import OWN_VARIANTS, Fit, related_runs
 from onnx_mdp.tables.session import session
-from onnx_mdp.tables.staircases import affine, features, fit_runs, regime
+from onnx_mdp.tables.staircases import Staircases, affine, height
 from onnx_mdp.tables.variants import (
     LEAST_LEVEL,
     Variant,
@@ -48,12 +51,16 @@ __all__ = [
     "LatencyTable",
     "build_table",
     "predict_ms",
+    "priced_at",
     "table_key",
     "term_ms",
+    "touched",
+    "valid_for",
 ]
 
 VARIANTS = 16
-_SHARES = tuple(n / 10 for n in range(1, 9))  # of the unpruned latency, of variants to calibrate with
+# Of the unpruned latency, of variants to calibrate with: relative errors are largest where little is left.
+_SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.6, 0.8)
 _DRAWN = 200  # to find variants of these shares among
 _CALIBRATION_S = 10.0
 _GROUPS = 2
@@ -66,7 +73,8 @@ class Calibration:
     """The affine map to whole-model milliseconds and how well it was known.
 
     ``median_error`` and ``worst_error`` are relative errors on the held-out variants when only the unpruned
-    model sets the scale; ``noise`` is the split-half error F of their measurement.
+    model sets the scale; ``noise`` is the split-half error F of their measurement. ``cache_mb`` and
+    ``ms_per_mb`` (before the map) are those of `Memory`.
     """
 
     scale: float
@@ -75,6 +83,13 @@ class Calibration:
     median_error: float
     worst_error: float
     noise: float
+    cache_mb: float = 1.0
+    ms_per_mb: float = 0.0
+
+    @property
+    def memory(self) -> Memory:
+        """Where weights are read from."""
+        return Memory(self.cache_mb, self.ms_per_mb)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +97,8 @@ class LatencyTable:
     """Fitted coefficients by shape key, and their calibration, for one model on one device.
 
     ``measured`` variants were profiled for it now; a related model had the share ``shared`` of its keys.
+    Its terms are those of a model that reads the share ``reread`` of its weights from memory in each run:
+    `build_table` takes that of the unpruned model, `valid_for` another.
     """
 
     context: Mapping[str, str | int]
@@ -94,6 +111,7 @@ class LatencyTable:
     measured: int
     seconds: float
     shared: float = 0.0
+    reread: float = 0.0
 
     @property
     def base_ms(self) -> float:
@@ -151,23 +169,23 @@ def build_table(
         progress("profile", len(missing), len(missing))
     runs = tuple(run for number, run in sorted(stored.items()) if group_of(number) < count)
     windows = None if in_place else fit_windows(structure, terms, runs, step)
-    if windows is None:
-        coefficients: Mapping[str, tuple[float, ...]]
-        coefficients = fit_runs(runs + (related.runs if related else ()), step)
-    else:
-        coefficients = windows.coefficients
+    staircases = None if windows else Staircases(runs + (related.runs if related else ()), step)
+    coefficients = windows.coefficients if windows else _own(staircases, terms)
     name = fit.name(key, related)
     saved = store.get_calibration(where, name)
     if saved is None or missing or not saved.keys() >= set(Calibration.__slots__):
         call = replace(_IDENTITY, offset_ms=windows.call_ms if windows else 0.0)
         draft = LatencyTable(where, key, step, terms, coefficients, call, choices, len(missing), 0.0)
-        calibration = _calibrate(structure, draft, runtime, seed, progress, windows)
+        calibration = _calibrate(structure, draft, runtime, seed, progress, windows, staircases)
         store.put_calibration(where, name, _payload(calibration) | {"session": session()})
     else:
         calibration = Calibration(**{name: float(saved[name]) for name in Calibration.__slots__})
+    if staircases is not None:
+        coefficients = _own(staircases, terms, calibration.memory)
     spent = time.perf_counter() - started
     found = (where, key, step, terms, coefficients, calibration, choices, len(missing), spent)
-    return LatencyTable(*found, related.share if related else 0.0)
+    table = LatencyTable(*found, related.share if related else 0.0)
+    return valid_for(table, structure, full_variant(structure))
 
 
 _IDENTITY = Calibration(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -175,6 +193,17 @@ _IDENTITY = Calibration(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 def _payload(calibration: Calibration) -> dict[str, Any]:
     return {name: getattr(calibration, name) for name in Calibration.__slots__}
+
+
+def _own(
+    staircases: Staircases | None,
+    terms: Sequence[CostTerm],
+    memory: Memory = Memory(),  # noqa: B008
+) -> Mapping[str, tuple[float, ...]]:
+    """What is fitted for the layers of a model, whatever a related one has besides."""
+    assert staircases is not None
+    keys = {term.key for term in terms}
+    return {key: c for key, c in staircases.fit(memory).items() if key.partition("|")[0] in keys}
 
 
 def table_key(structure: Structure) -> str:
@@ -230,27 +259,41 @@ def _profile(
 
 def term_ms(table: LatencyTable, term: CostTerm, a: float, b: float) -> float:
     """Calibrated milliseconds of one term at the widths ``a`` and ``b``."""
-    fitted = table.coefficients.get(regime(term.key, a, b, table.granularity)) or table.coefficients.get(
-        term.key
-    )
-    if fitted is None:  # never seen in a profile: the runtime removed it
+    ms = height(table.coefficients, term.key, a, b, table.granularity)
+    if ms is None:
         return 0.0
-    return table.calibration.scale * float(np.dot(fitted, features(term.key, a, b, table.granularity)))
+    again = table.reread and table.reread * megabytes(term.key, a, b, table.granularity).weights
+    return table.calibration.scale * (ms + table.calibration.ms_per_mb * again)
+
+
+def touched(table: LatencyTable, structure: Structure, variant: Variant) -> Megabytes:
+    """Megabytes that each run of a variant reads and makes."""
+    return total(_layers(structure, table.terms, variant), table.granularity)
+
+
+def valid_for(table: LatencyTable, structure: Structure, variant: Variant) -> LatencyTable:
+    """The table, for models that read as much of their weights from memory as a variant does."""
+    return priced_at(table, table.calibration.memory.share(touched(table, structure, variant)))
+
+
+def priced_at(table: LatencyTable, share: float) -> LatencyTable:
+    """The table, for models that read a share of their weights from memory in each run."""
+    return replace(table, reread=share)
 
 
 def predict_ms(table: LatencyTable, structure: Structure, variant: Variant) -> float:
     """Predicted latency of a variant in the machine state of the calibration."""
-    gone = {
-        index
-        for block in structure.blocks
-        if block.name in variant.removed_blocks
-        for index in (*block.operations, block.joint)
-    }
-    total = table.calibration.offset_ms
-    for term in table.terms:
-        if term.operation not in gone:
-            total += term_ms(table, term, width(term.reads, variant.kept), width(term.makes, variant.kept))
-    return total
+    memory, layers = table.calibration.memory, _layers(structure, table.terms, variant)
+    ms = sum_ms(table.coefficients, memory, layers, table.granularity)
+    return table.calibration.offset_ms + table.calibration.scale * ms
+
+
+def _layers(structure: Structure, terms: Sequence[CostTerm], variant: Variant) -> list[Layer]:
+    """The terms that a variant has, with the widths that they read and make."""
+    removed = [block for block in structure.blocks if block.name in variant.removed_blocks]
+    gone = {index for block in removed for index in (*block.operations, block.joint)}
+    kept = variant.kept
+    return [(t.key, width(t.reads, kept), width(t.makes, kept)) for t in terms if t.operation not in gone]
 
 
 def _of_any_scale(
@@ -267,9 +310,10 @@ def _calibrate(
     runtime: Runtime,
     seed: int,
     progress: Progress,
-    windows: WindowFit | None = None,
+    windows: WindowFit | None,
+    staircases: Staircases | None,
 ) -> Calibration:
-    """Measure the unpruned model and eight held-out variants, and fit the affine map.
+    """Measure the unpruned model and eight held-out variants, and fit memory and affine map.
 
     The whole variants of ``windows`` count as well, for they were not seen through a profiler.
     """
@@ -278,10 +322,19 @@ def _calibrate(
     expected = np.asarray([predict_ms(draft, structure, variant) for variant in pool])
     nearest = [int(np.abs(expected[1:] / expected[0] - share).argmin()) + 1 for share in _SHARES]
     picked = list(dict.fromkeys(nearest))  # a small model has few variants
-    base_ms, ratios, noise = _beside_the_unpruned(
-        structure, [pool[n] for n in picked], runtime, seed, progress
-    )
-    predicted, measured = expected[[0, *picked]], base_ms * np.asarray([1.0, *ratios])
+    chosen = [pool[n] for n in (0, *picked)]
+    base_ms, ratios, noise = _beside_the_unpruned(structure, chosen[1:], runtime, seed, progress)
+    measured, memory = base_ms * np.asarray([1.0, *ratios]), Memory()
+    predicted = expected[[0, *picked]]
+    if staircases is not None:
+        wholes = [_layers(structure, draft.terms, variant) for variant in chosen]
+        memory = fit_memory(staircases, wholes, measured, draft.granularity)
+        settled = replace(
+            draft,
+            coefficients=_own(staircases, draft.terms, memory),
+            calibration=replace(draft.calibration, cache_mb=memory.cache_mb, ms_per_mb=memory.ms_per_mb),
+        )
+        predicted = np.asarray([predict_ms(settled, structure, variant) for variant in chosen])
     errors = np.abs(predicted[1:] / measured[1:] * (measured[0] / predicted[0]) - 1.0)
     if windows is None:
         scale, offset = affine(predicted, measured)
@@ -297,6 +350,8 @@ def _calibrate(
         median_error=float(np.median(errors)),
         worst_error=float(errors.max()),
         noise=noise,
+        cache_mb=memory.cache_mb,
+        ms_per_mb=memory.ms_per_mb,
     )
 
 

@@ -1,14 +1,14 @@
 """What related networks share: a layer that another model of the same device has was measured already.
 
 Layers of one shape cost the same wherever they stand. Where another model in the store has most of a model's
-shape keys, as a ResNet-50 has of a ResNet-101, its runs join the fit, with the samples of the keys that both
-have, and few variants of the model itself are enough.
+shape keys, as a ResNet-50 has of a ResNet-101, its runs join the fit, and few variants of the model itself
+are enough.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from onnx_mdp.tables.cost_terms import CostTerm
 from onnx_mdp.tables.lut_store import LutStore, Run
@@ -33,7 +33,7 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Related:
-    """The model that shares the most, the share of the shape keys that it has, and its runs with these."""
+    """The model that shares the most, the share of the shape keys that it has, and its runs."""
 
     model_hash: str
     share: float
@@ -58,8 +58,7 @@ def related_runs(
         shared = wanted & {sample.key for run in runs for sample in run.samples}
         share = len(shared) / max(1, len(wanted))
         if other != key and len(runs) >= fit.variants and share >= _ENOUGH:
-            restricted = (replace(r, samples=tuple(s for s in r.samples if s.key in shared)) for r in runs)
-            found.append(Related(other, share, tuple(restricted)))
+            found.append(Related(other, share, runs))
     return max(found, key=lambda r: (_calibrated(store, context, key, fit, r), r.share), default=None)
 
 

@@ -6,34 +6,35 @@ For every shape key the time of a term is fitted as
 
 where ``a`` and ``b`` are the widths read and made and B is the provider's granularity; m and w are the
 megabytes of the feature maps read and made and of the weights. About one stays in the cache of a core: wide
-layers cost up to a third more than their narrow variants say. What weights cost beyond it grows with the
-whole model, and so with their square. Where heads are an axis of their own, ``b`` counts them one by one, the
-width ``a`` of query and key, which products sum over, counts half blocks, and megabytes are left out.
-The fit is monotone in both widths by construction.
+layers cost up to a third more than their narrow variants say. Where heads are an axis of their own, ``b``
+counts them one by one, the width ``a`` of query and key, which products sum over, counts half blocks, and
+megabytes are left out. The fit is monotone in both widths by construction. What weights cost beyond this
+depends on the whole model, and is taken off before: see `memory`.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from onnx_mdp.errors import MeasurementError
 from onnx_mdp.tables.cost_terms import HEADS, SUMMED_HEADS
 from onnx_mdp.tables.lut_records import Run
+from onnx_mdp.tables.memory import Memory, megabytes, total
 from onnx_mdp.tables.nonnegative import nonnegative_least_squares
 
-__all__ = ["COEFFICIENTS", "UNREADABLE", "affine", "features", "fit_runs", "regime"]
+__all__ = ["COEFFICIENTS", "Staircases", "affine", "features", "fit_runs", "height", "regime"]
 
 COEFFICIENTS = 6  # of a shape key
-UNREADABLE = "the store holds measurements of this model that this version cannot read: choose another store"
 _CACHED_MB = 1.0
-_BYTES = 4  # of an element; half as much in float16 moves the threshold, and the fit with it
 _PROFILER_LIMIT_MS = 6e-3  # the profiler adds 2 to 5 microseconds to each runtime node
+_RESOLUTION_MS = 6e-3  # it counts whole microseconds, beside what it adds: less is not known better
+_ROUNDS = 3
+
+Vector = npt.NDArray[np.float64]
+_Point = tuple[int, tuple[float, ...], float]  # the run, features, and the milliseconds
 
 
 def features(key: str, a: float, b: float, step: int) -> tuple[float, float, float, float, float, float]:
@@ -44,39 +45,14 @@ def features(key: str, a: float, b: float, step: int) -> tuple[float, float, flo
         u, v = -(-a // step), b
     else:
         u, v = -(-a // step), -(-b // step)
-    read, made, weight = _channel_mb(key)
-    reads, makes = _padded(a, step), _padded(b, step)
-    maps, weights = read * reads + made * makes, weight * reads * makes
+    maps, weights = megabytes(key, a, b, step)
     return (1.0, u, v, u * v, max(0.0, maps - _CACHED_MB), max(0.0, weights - _CACHED_MB) ** 2)
 
 
-def _padded(channels: float, step: int) -> float:
-    return channels if channels < step else -(-channels // step) * step
-
-
-@lru_cache(maxsize=4096)
-def _channel_mb(key: str) -> tuple[float, float, float]:
-    """Megabytes of a channel read, of one made, and of the weights between two.
-
-    An operation on each channel alone makes as many as it reads, and its key has the width made only.
-    """
-    try:
-        described = json.loads(key)
-        shapes = [described.get(name, []) for name in ("in", "out")]
-        read, made = (1e-6 * _BYTES * math.prod(abs(size) for size in shape) for shape in shapes)
-        weight = 1e-6 * _BYTES * math.prod(described["weight"]) if "weight" in described else 0.0
-        kind = described.get("kind", "")
-        if not math.isfinite(read + made + weight):
-            raise ValueError("sizes without end")
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise MeasurementError(UNREADABLE) from error
-    if kind in (HEADS, SUMMED_HEADS):
-        return 0.0, 0.0, 0.0
-    return (0.0, read + made, 0.0) if kind in ("depthwise", "moves") else (read, made, weight)
-
-
 def regime(key: str, a: float, b: float, step: int) -> str:
-    """Keys fall apart where the runtime takes another kernel: few inputs, or unaligned widths."""
+    """Keys fall apart where the runtime does something else: few inputs, unaligned widths, a single head."""
+    if f'"kind":"{HEADS}"' in key or f'"kind":"{SUMMED_HEADS}"' in key:
+        return f"{key}|one" if b == 1 else key  # what reorders one head only copies it
     if '"op":"Conv"' not in key:
         return key
     if 1 < a < step:
@@ -84,36 +60,105 @@ def regime(key: str, a: float, b: float, step: int) -> str:
     return f"{key}|odd" if (a > 1 and a % 4) or b % 4 else key
 
 
+def height(
+    coefficients: Mapping[str, tuple[float, ...]], key: str, a: float, b: float, step: int
+) -> float | None:
+    """What a fit says of one term; None where no profile showed it, for the runtime removed it."""
+    fitted = coefficients.get(regime(key, a, b, step)) or coefficients.get(key)
+    return None if fitted is None else float(np.dot(fitted, features(key, a, b, step)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One measured term: its run, its key and that of its regime, features, time, and weights."""
+
+    run: int
+    keys: tuple[str, str]
+    features: tuple[float, ...]
+    ms: float
+    weights_mb: float
+
+
+class Staircases:
+    """What several runs measured, to be fitted for any memory."""
+
+    def __init__(self, runs: Sequence[Run], step: int) -> None:
+        """Take off what the profiler added.
+
+        Raises:
+            MeasurementError: the runs came from another store, and their keys are none of ours.
+        """
+        inflation = float(np.median([(run.sum_ms - run.plain_ms) / run.nodes for run in runs]))
+        inflation = min(max(inflation, 0.0), _PROFILER_LIMIT_MS)
+        self._touched = [total(((s.key, s.a, s.b) for s in run.samples), step) for run in runs]
+        self._rows = [
+            _Row(
+                number,
+                (sample.key, regime(sample.key, sample.a, sample.b, step)),
+                features(sample.key, sample.a, sample.b, step),
+                max(sample.ms - inflation * sample.count, 0.1 * sample.ms),
+                megabytes(sample.key, sample.a, sample.b, step).weights,
+            )
+            for number, run in enumerate(runs)
+            for sample in run.samples
+        ]
+
+    def fit(self, memory: Memory = Memory(), drift: Vector | None = None) -> dict[str, tuple[float, ...]]:  # noqa: B008
+        """Coefficients by key, without what weights take that are read again.
+
+        ``drift`` says how slow the machine was in each run; by default it is found for this memory.
+        """
+        return _fits(self._by_key(memory), self.drift(memory) if drift is None else drift)
+
+    def drift(self, memory: Memory = Memory()) -> Vector:  # noqa: B008
+        """By which factor each run was slow."""
+        rows, drift = self._by_key(memory), np.ones(len(self._touched))
+        for _ in range(_ROUNDS):
+            drift = _drift(rows, _fits(rows, drift), len(drift))
+        return drift
+
+    def error(self, fits: Mapping[str, tuple[float, ...]], memory: Memory, drift: Vector) -> float:
+        """How far fits and memory are from the times of single terms, relative to their sum."""
+        read = self._read(memory)
+        apart = 0.0
+        for row in self._rows:
+            ms = np.dot(fits[row.keys[1]], row.features) + read[row.run] * row.weights_mb
+            apart += abs(float(ms * drift[row.run]) - row.ms)
+        return apart / sum(row.ms for row in self._rows)
+
+    def _read(self, memory: Memory) -> list[float]:
+        """Milliseconds for a megabyte of weights in each run."""
+        return [memory.ms_per_mb * memory.share(touched) for touched in self._touched]
+
+    def _by_key(self, memory: Memory) -> dict[str, list[_Point]]:
+        read = self._read(memory)
+        found: dict[str, list[_Point]] = {}
+        for row in self._rows:
+            ms = max(row.ms - read[row.run] * row.weights_mb, 0.1 * row.ms)
+            for key in dict.fromkeys(row.keys):
+                found.setdefault(key, []).append((row.run, row.features, ms))
+        return found
+
+
 def fit_runs(runs: Sequence[Run], step: int) -> dict[str, tuple[float, ...]]:
-    """Coefficients by key, with the profiler's inflation removed and one drift factor for each run.
+    """Coefficients by key, where weights cost the same in every model.
 
     Raises:
         MeasurementError: the runs came from another store, and their keys are none of ours.
     """
-    inflation = float(np.median([(run.sum_ms - run.plain_ms) / run.nodes for run in runs]))
-    inflation = min(max(inflation, 0.0), _PROFILER_LIMIT_MS)
-    rows: dict[str, list[tuple[int, tuple[float, ...], float]]] = {}
-    for number, run in enumerate(runs):
-        for sample in run.samples:
-            ms = max(sample.ms - inflation * sample.count, 0.1 * sample.ms)
-            row = (number, features(sample.key, sample.a, sample.b, step), ms)
-            for key in {sample.key, regime(sample.key, sample.a, sample.b, step)}:
-                rows.setdefault(key, []).append(row)
-    drift = np.ones(len(runs))
-    for _ in range(3):
-        fits = {key: _fit_one(found, drift) for key, found in rows.items()}
-        drift = _drift(rows, fits, len(runs))
+    return Staircases(runs, step).fit()
+
+
+def _fits(rows: Mapping[str, Sequence[_Point]], drift: Vector) -> dict[str, tuple[float, ...]]:
     return {key: _fit_one(found, drift) for key, found in rows.items()}
 
 
-def _fit_one(
-    rows: Sequence[tuple[int, tuple[float, ...], float]], drift: npt.NDArray[np.float64]
-) -> tuple[float, ...]:
+def _fit_one(rows: Sequence[_Point], drift: Vector) -> tuple[float, ...]:
     """Non-negative least squares of relative errors, reweighted once against outliers."""
     design = np.asarray([row[1] for row in rows])
     observed = np.asarray([row[2] / drift[row[0]] for row in rows])
     span = np.where(design.max(0) > 0.0, design.max(0), 1.0)
-    weight = 1.0 / np.maximum(observed, 0.1 * np.median(observed))
+    weight = 1.0 / np.maximum(observed, max(0.1 * float(np.median(observed)), _RESOLUTION_MS))
     system, target = design / span * weight[:, None], observed * weight
     solution = nonnegative_least_squares(system, target)
     residual = np.abs(system @ solution - target)
@@ -123,10 +168,10 @@ def _fit_one(
 
 
 def _drift(
-    rows: Mapping[str, Sequence[tuple[int, tuple[float, ...], float]]],
+    rows: Mapping[str, Sequence[_Point]],
     fits: Mapping[str, tuple[float, ...]],
     count: int,
-) -> npt.NDArray[np.float64]:
+) -> Vector:
     """The factor by which each run was slow: the weighted median of observed over fitted."""
     pairs: list[list[tuple[float, float]]] = [[] for _ in range(count)]
     for key, found in rows.items():
@@ -143,7 +188,7 @@ def _weighted_median(pairs: Sequence[tuple[float, float]]) -> float:
     return ordered[int(np.searchsorted(weights, weights[-1] / 2))][0]
 
 
-def affine(predicted: npt.NDArray[np.float64], measured: npt.NDArray[np.float64]) -> tuple[float, float]:
+def affine(predicted: Vector, measured: Vector) -> tuple[float, float]:
     """Scale and offset that minimise relative errors; the offset is what a call costs, and never negative."""
     system = np.stack([predicted, np.ones_like(predicted)], 1) / measured[:, None]
     scale, offset = nonnegative_least_squares(system, np.ones_like(predicted)).tolist()

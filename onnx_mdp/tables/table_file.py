@@ -12,15 +12,17 @@ from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import UsageError
 from onnx_mdp.files import write_text
 from onnx_mdp.tables.cost_terms import cost_terms
-from onnx_mdp.tables.latency import Calibration, LatencyTable, table_key
+from onnx_mdp.tables.latency import Calibration, LatencyTable, table_key, valid_for
 from onnx_mdp.tables.staircases import COEFFICIENTS
+from onnx_mdp.tables.variants import full_variant
 
 if TYPE_CHECKING:
     from onnx_mdp.document_forms import TableForm
 
 __all__ = ["load_table", "save_table", "table_json"]
 
-_SCHEMA_VERSION = 2  # 1: four coefficients, and models timed before they were warm
+# 1: four coefficients, and models timed before they were warm; 2: weights cost the same in every model.
+_SCHEMA_VERSION = 3
 
 
 def table_json(structure: Structure, table: LatencyTable) -> str:
@@ -69,7 +71,7 @@ def load_table(path: str | os.PathLike[str], structure: Structure) -> LatencyTab
         raise UsageError(f"{path} is not a latency table: each layer takes {COEFFICIENTS} coefficients")
     if document.key != table_key(structure):
         raise UsageError(f"{path} was measured on another model or at other input shapes")
-    return LatencyTable(
+    table = LatencyTable(
         context=document.context,
         key=document.key,
         granularity=document.granularity,
@@ -80,6 +82,7 @@ def load_table(path: str | os.PathLike[str], structure: Structure) -> LatencyTab
         measured=0,
         seconds=0.0,
     )
+    return valid_for(table, structure, full_variant(structure))
 
 
 def _choices(

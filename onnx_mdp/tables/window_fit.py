@@ -22,8 +22,9 @@ from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import MeasurementError
 from onnx_mdp.tables.cost_terms import CostTerm, width
 from onnx_mdp.tables.lut_records import Run
+from onnx_mdp.tables.memory import UNREADABLE
 from onnx_mdp.tables.nonnegative import nonnegative_least_squares
-from onnx_mdp.tables.staircases import COEFFICIENTS, UNREADABLE, features
+from onnx_mdp.tables.staircases import COEFFICIENTS, features
 
 __all__ = ["WindowFit", "fit_windows"]
 

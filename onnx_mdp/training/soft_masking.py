@@ -26,10 +26,10 @@ from onnx_mdp.importance.scoring import MEASURED, Importance, score
 from onnx_mdp.large_models import for_session
 from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.planning.closed_loop import Clock, Loop, Request, close_loop
-from onnx_mdp.planning.formulation import formulate, to_ns
+from onnx_mdp.planning.formulation import to_ns
+from onnx_mdp.planning.programs import Programs
 from onnx_mdp.planning.solution_plan import plan_from_solution
 from onnx_mdp.planning.width_rules import WidthRules
-from onnx_mdp.solvers import solve
 from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.surgery.verification import Evidence, require, verify
 from onnx_mdp.tables.latency import LatencyTable
@@ -107,15 +107,16 @@ class Budgets:
         state = start / self.table.base_ms
         budget = start - share * max(0.0, start - self.goal_ms)
         request = self.request
-        formulation = formulate(self.structure, importance, table, rules, request.caps)
-        solution = solve(formulation.problem, to_ns(budget / state), request.solver, request.limits)
+        programs = Programs(self.structure, importance, table, rules, request.caps)
+        answer = programs.solve(to_ns(budget / state), request.solver, request.limits)
+        solution = answer.solution
         if solution.choice is None:
             raise self._unreachable(
                 None if solution.fastest_ns is None else solution.fastest_ns * 1e-6 * state
             )
         return plan_from_solution(
             self.structure,
-            formulation,
+            answer.formulation,
             importance,
             table,
             solution,
@@ -129,9 +130,9 @@ class Budgets:
         """By the closed loop: solve, rewrite and measure until the target is met."""
         assert self.base_ms is not None
         request = self.request
-        formulation = formulate(self.structure, importance, table, request.rules, request.caps)
+        programs = Programs(self.structure, importance, table, request.rules, request.caps)
         data = for_session(self.structure.shadow.model)
-        loop = Loop(self.structure, request, importance, table, formulation, data, Clock())
+        loop = Loop(request, programs, data, Clock())
         found = close_loop(loop, self.goal_ms, self.base_ms, self.progress)
         if found.best is None:
             raise self._unreachable(found.fastest_ms)
