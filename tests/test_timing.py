@@ -294,6 +294,6 @@ def test_the_context_states_all_that_a_latency_depends_on() -> None:
         "precision": "float32",
         "provider": "CPUExecutionProvider",
         "threads": 1,
-        "timing": 2,
+        "timing": 3,
     }
     assert "cpus)" in device_name()

@@ -2,13 +2,12 @@
 
 What weights cost depends on how much of the model is left: a latency table, and so a problem, holds for one
 share of them that is read from memory in each run (`onnx_mdp.tables.memory`). The problem to solve is the one
-of the share that its own plan has: a fixed point, found in two to five solves. Plans that read more than
+of the share that its own plan has: a fixed point, found in a few solves. Plans that read more than
 their problem says count as too slow. Where weights cost the same in every model, there is one problem.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,8 +24,9 @@ from onnx_mdp.tables.variants import Variant, full_variant
 
 __all__ = ["Answer", "Programs"]
 
-_STEPS = 100  # in which shares count: a hundredth of what weights cost is a thousandth of a latency
-_MOST_SOLVES = 6
+_CLOSE = 0.01  # a hundredth of what weights cost is a thousandth of a latency
+_EQUAL = 1e-3
+_MOST_SOLVES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +87,20 @@ class Programs:
             found = tried[share] = Answer(self._at(share), solver(self._at(share).problem))
             choice = found.solution.choice
             if choice is None:  # at this price; at a lower one?
-                high = share
-                share = low if low not in tried else (low + high) / 2
+                high, own = share, low
             else:
                 own = self._share(variant_from_choice(self.structure, found.formulation, choice))
-                if own <= share:
+                if own > share:
+                    low = share
+                else:
                     high = share
                     if best is None or worth(found.solution) > worth(best.solution):
                         best = found
-                else:
-                    low = share
-                share = min(max(own, low), high)
-            share = _in_steps(share)
+                    if share - own <= _EQUAL:
+                        break
+            share = min(max(own, low), high)
+            if share in tried and high - low > _CLOSE:
+                share = (low + high) / 2
         return best or tried.get(self._least(), found)
 
     def _at(self, share: float) -> Formulation:
@@ -108,15 +110,10 @@ class Programs:
         return self._made[share]
 
     def _share(self, variant: Variant) -> float:
-        touches = touched(self.table, self.structure, variant)
-        return _in_steps(self.table.calibration.memory.share(touches))
+        return self.table.calibration.memory.share(touched(self.table, self.structure, variant))
 
     def _least(self) -> float:
         """No plan reads less: the narrowest widths, without any block that may go."""
         kept = dict(full_variant(self.structure).kept)
         kept |= {index: widths[0] for index, widths in self.table.choices.items()}
         return self._share(Variant(kept, frozenset(block.name for block in self.structure.blocks)))
-
-
-def _in_steps(share: float) -> float:
-    return math.ceil(share * _STEPS - 1e-9) / _STEPS

@@ -69,17 +69,19 @@ def anchors(structure: Structure) -> tuple[int, ...]:
 def cost_terms(structure: Structure) -> tuple[CostTerm, ...]:
     """One term for each anchor, in graph order."""
     charged = anchors(structure)
-    joined = {
-        charged[op.index]
+    added = [
+        op
         for op in structure.shadow.operations
         if op.op_type == "Add" and not any(name in structure.shadow.constants for name in op.inputs)
-    }
+    ]
+    joined = {charged[op.index] for op in added}
+    normalised = {charged[op.index] for op in added if _only_normalised(structure, op)}
     riders: dict[int, list[str]] = {}
     for op in structure.shadow.operations:
         if charged[op.index] != op.index:
             riders.setdefault(charged[op.index], []).append(op.op_type)
     return tuple(
-        _term(structure, op, op.index in joined, sorted(riders.get(op.index, [])))
+        _term(structure, op, op.index in joined, op.index in normalised, sorted(riders.get(op.index, [])))
         for op in structure.shadow.operations
         if charged[op.index] == op.index
     )
@@ -90,7 +92,16 @@ def width(extent_: Extent, kept: Mapping[int, int]) -> int:
     return extent_.fixed + sum(c * math.prod(kept[index] for index in scope) for scope, c in extent_.terms)
 
 
-def _term(structure: Structure, operation: Operation, joined: bool, riders: list[str]) -> CostTerm:
+def _only_normalised(structure: Structure, operation: Operation) -> bool:
+    """Whether nothing but a LayerNormalization reads the sum: the runtime makes one operation of both."""
+    name = operation.outputs[0]
+    readers = [op.op_type for op in structure.shadow.operations if name in op.inputs]
+    return readers == ["LayerNormalization"] and name not in structure.shadow.outputs
+
+
+def _term(
+    structure: Structure, operation: Operation, joined: bool, normalised: bool, riders: list[str]
+) -> CostTerm:
     reads, makes, kind = _widths(structure, operation)
     shapes = structure.shadow.shapes
     described: dict[str, Any] = {"op": operation.op_type, "kind": kind}
@@ -106,6 +117,8 @@ def _term(structure: Structure, operation: Operation, joined: bool, riders: list
         if operation.inputs[1] in structure.shadow.constants:
             described["weight"] = list(shapes[operation.inputs[1]][2:])
         described["add"] = joined
+        if normalised:
+            described["normalised"] = True
     return CostTerm(
         operation.index, json.dumps(described, sort_keys=True, separators=(",", ":")), reads, makes
     )

@@ -51,10 +51,16 @@ class Memory:
 
 
 def megabytes(key: str, a: float, b: float, step: int) -> Megabytes:
-    """Of one layer at the widths ``a`` read and ``b`` made, which are stored in steps."""
-    read, made, weight = _of_a_channel(key)
+    """Of one layer at the widths ``a`` read and ``b`` made, which are stored in steps.
+
+    Where heads are an axis of their own, ``a`` is the width of each and ``b`` their number.
+    """
+    layer = _layer(key)
     reads, makes = _padded(a, step), _padded(b, step)
-    return Megabytes(read * reads + made * makes, weight * reads * makes)
+    if layer.heads:
+        maps = ((layer.read, layer.axes[0]), (layer.made, layer.axes[1]))
+        return Megabytes(sum(mb * (1.0, b, reads * b)[min(axes, 2)] for mb, axes in maps), 0.0)
+    return Megabytes(layer.read * reads + layer.made * makes, layer.weight * reads * makes)
 
 
 def total(layers: Iterable[tuple[str, float, float]], step: int) -> Megabytes:
@@ -67,22 +73,32 @@ def _padded(channels: float, step: int) -> float:
     return channels if channels < step else -(-channels // step) * step
 
 
-@lru_cache(maxsize=4096)
-def _of_a_channel(key: str) -> tuple[float, float, float]:
+class _Layer(NamedTuple):
     """Megabytes of a channel read, of one made, and of the weights between two.
 
     An operation on each channel alone makes as many as it reads, and its key has the width made only.
+    ``axes`` are how many axes of the tensors read and made are widths.
     """
+
+    read: float
+    made: float
+    weight: float
+    heads: bool
+    axes: tuple[int, int]
+
+
+@lru_cache(maxsize=4096)
+def _layer(key: str) -> _Layer:
     try:
         described = json.loads(key)
         shapes = [described.get(name, []) for name in ("in", "out")]
         read, made = (1e-6 * _BYTES * math.prod(abs(size) for size in shape) for shape in shapes)
         weight = 1e-6 * _BYTES * math.prod(described["weight"]) if "weight" in described else 0.0
-        kind = described.get("kind", "")
+        kind, axes = described.get("kind", ""), tuple(shape.count(-1) for shape in shapes)
         if not math.isfinite(read + made + weight):
             raise ValueError("sizes without end")
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise MeasurementError(UNREADABLE) from error
-    if kind in (HEADS, SUMMED_HEADS):
-        return 0.0, 0.0, 0.0
-    return (0.0, read + made, 0.0) if kind in ("depthwise", "moves") else (read, made, weight)
+    if kind in ("depthwise", "moves"):
+        read, made, weight = 0.0, read + made, 0.0
+    return _Layer(read, made, weight, kind in (HEADS, SUMMED_HEADS), (axes[0], axes[1]))

@@ -2,8 +2,8 @@
 
 Single layers say how much a megabyte of weights costs in variants of different size, and whole models how
 much that is together. Of a grid of both numbers, the pair is chosen whose staircases and affine map leave the
-smallest errors: the mean one of whole models, plus that of the layers' times. No price at all is one of them,
-and around the best pair a finer grid is searched.
+smallest errors: the mean one of whole models, plus that of the layers' times, and around it a finer grid is
+searched. What explains hardly more than no price at all is none.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from onnx_mdp.tables.staircases import Staircases, affine, height
 
 __all__ = ["Layer", "fit_memory", "sum_ms"]
 
-_CACHES_MB = (7.0, 10.0, 14.0, 20.0, 28.0, 40.0, 56.0, 80.0, 112.0)
-_FINER = (1.19, 1.09)
-_PRICES = (0.02, 0.03, 0.04, 0.055, 0.075, 0.1, 0.13)  # ms for a megabyte: 50 to 8 GB/s
+_CACHES = (0.05, 0.1, 0.17, 0.27, 0.42, 0.65)  # of what the unpruned model touches
+_FINER = (1.25, 1.12)
+_BETTER, _EXACT = 0.98, 1e-4
+_PRICES = (0.02, 0.04, 0.08, 0.14, 0.22, 0.35)  # of all weights, beside the unpruned latency
 
 Vector = npt.NDArray[np.float64]
 Layer = tuple[str, float, float]  # the key of a term, and the widths that it reads and makes
@@ -45,12 +46,15 @@ def fit_memory(
     ``wholes`` are the layers of models that took ``measured_ms``, the unpruned one first.
     """
     most = total(wholes[0], step)
-    caches = [mb for mb in _CACHES_MB if mb < most.maps + most.weights]
-    grid = [Memory(), *(Memory(mb, price) for mb, price in itertools.product(caches, _PRICES))]
-    drift = staircases.drift()
+    if not most.weights:
+        return Memory()
+    cache_mb, ms_per_mb = most.maps + most.weights, float(measured_ms[0]) / most.weights
+    shares = itertools.product(_CACHES, _PRICES)
+    grid = [Memory(), *(Memory(c * cache_mb, p * ms_per_mb) for c, p in shares)]
 
     @functools.cache
     def errors(memory: Memory) -> float:
+        drift = staircases.drift(memory, rounds=1)
         coefficients = staircases.fit(memory, drift)
         predicted = np.asarray([sum_ms(coefficients, memory, layers, step) for layers in wholes])
         scale, offset = affine(predicted, measured_ms)
@@ -62,4 +66,4 @@ def fit_memory(
         finer = itertools.product((1 / factor, 1.0, factor), repeat=2)
         near = [Memory(best.cache_mb * c, best.ms_per_mb * p) for c, p in finer]
         best = min(near if best.ms_per_mb else [best], key=errors)
-    return best
+    return best if errors(best) < _BETTER * errors(Memory()) - _EXACT else Memory()

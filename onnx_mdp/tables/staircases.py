@@ -7,9 +7,9 @@ For every shape key the time of a term is fitted as
 where ``a`` and ``b`` are the widths read and made and B is the provider's granularity; m and w are the
 megabytes of the feature maps read and made and of the weights. About one stays in the cache of a core: wide
 layers cost up to a third more than their narrow variants say. Where heads are an axis of their own, ``b``
-counts them one by one, the width ``a`` of query and key, which products sum over, counts half blocks, and
-megabytes are left out. The fit is monotone in both widths by construction. What weights cost beyond this
-depends on the whole model, and is taken off before: see `memory`.
+counts them one by one, and the width ``a`` of query and key, which products sum over, counts half blocks.
+The fit is monotone in both widths by construction. What weights cost beyond this depends on the whole model,
+and is taken off before: see `memory`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["COEFFICIENTS", "Staircases", "affine", "features", "fit_runs", "heig
 COEFFICIENTS = 6  # of a shape key
 _CACHED_MB = 1.0
 _PROFILER_LIMIT_MS = 6e-3  # the profiler adds 2 to 5 microseconds to each runtime node
-_RESOLUTION_MS = 6e-3  # it counts whole microseconds, beside what it adds: less is not known better
+_RESOLUTION_MS = 1e-2  # it counts whole microseconds, beside what it adds: less is not known better
 _ROUNDS = 3
 
 Vector = npt.NDArray[np.float64]
@@ -110,10 +110,10 @@ class Staircases:
         """
         return _fits(self._by_key(memory), self.drift(memory) if drift is None else drift)
 
-    def drift(self, memory: Memory = Memory()) -> Vector:  # noqa: B008
-        """By which factor each run was slow."""
+    def drift(self, memory: Memory = Memory(), *, rounds: int = _ROUNDS) -> Vector:  # noqa: B008
+        """By which factor each run was slow; each of the rounds fits once."""
         rows, drift = self._by_key(memory), np.ones(len(self._touched))
-        for _ in range(_ROUNDS):
+        for _ in range(rounds):
             drift = _drift(rows, _fits(rows, drift), len(drift))
         return drift
 
