@@ -39,10 +39,10 @@ from benchmarks.rival_predictions import table_ratios
 from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.importance.scoring import Importance
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.planning.formulation import formulate, to_ns
+from onnx_mdp.planning.formulation import to_ns
+from onnx_mdp.planning.programs import Programs
 from onnx_mdp.planning.solution_plan import plan_from_choice
 from onnx_mdp.planning.width_rules import WidthRules
-from onnx_mdp.solvers import solve
 from onnx_mdp.tables.latency import LatencyTable, build_table, predict_ms
 from onnx_mdp.tables.lut_store import open_store
 from onnx_mdp.tables.variants import full_variant
@@ -84,11 +84,11 @@ def _plans(
     }
     budget = to_ns(ratio * predict_ms(table, structure, full_variant(structure)))
     for what, (rules, solver) in cases.items():
-        formulation = formulate(structure, importance, table, rules)
-        found = solve(formulation.problem, budget, solver)
+        answer = Programs(structure, importance, table, rules).solve(budget, solver)
+        found = answer.solution
         plan, always = None, 0.0
         if found.choice is not None:
-            plan = plan_from_choice(structure, formulation, importance, found.choice)
+            plan = plan_from_choice(structure, answer.formulation, importance, found.choice)
         if rules.exclude:  # a block that cannot go is worth the same in every plan: the problem leaves it out
             always = sum(importance.blocks.values()) / importance.total
         yield what, plan, found.value + always

@@ -23,7 +23,7 @@ from onnx_mdp.importance.gradient_scores import GradientOptions
 from onnx_mdp.importance.scoring import Importance, gradient_criterion, score
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.pipeline import analyze
-from onnx_mdp.planning.formulation import formulate
+from onnx_mdp.planning.programs import Programs
 from onnx_mdp.running.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class CifarNetwork:
         table = table_from_nothing(structure, self._runtime, self._given.seed)
 
         def planner(solver: str, importance: Importance) -> Planner:
-            return Planner(structure, formulate(structure, importance, table), importance, table, solver)
+            return Planner(Programs(structure, importance, table), solver)
 
         pruners: dict[str, Sequence[Pruner]] = {
             method: [planner(solver, importance)] for method, solver in _PLANNED.items()

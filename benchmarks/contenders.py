@@ -18,7 +18,7 @@ from onnx_mdp.errors import UsageError
 from onnx_mdp.importance.scoring import Importance, score
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.pipeline import analyze
-from onnx_mdp.planning.formulation import formulate
+from onnx_mdp.planning.programs import Programs
 from onnx_mdp.running.runtime import Runtime, open_session
 from onnx_mdp.running.timing import random_feeds
 from onnx_mdp.tables.latency import LatencyTable
@@ -122,8 +122,7 @@ class Contest:
         return self._planner("exact", score(self.structure, "refit", self._feeds))
 
     def _planner(self, solver: str, importance: Importance) -> Planner:
-        formulation = formulate(self.structure, importance, self.table)
-        return Planner(self.structure, formulation, importance, self.table, solver)
+        return Planner(Programs(self.structure, importance, self.table), solver)
 
     def _batches(self) -> list[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]]:
         """The calibration images with their labels: more than the others are told."""

@@ -24,12 +24,13 @@ from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.importance.scoring import Importance, score
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.pipeline import analyze
-from onnx_mdp.planning.formulation import formulate, to_ns
+from onnx_mdp.planning.formulation import to_ns
+from onnx_mdp.planning.programs import Programs
 from onnx_mdp.planning.solution_plan import plan_from_choice
 from onnx_mdp.planning.width_rules import WidthRules
 from onnx_mdp.running.runtime import Runtime, open_session
 from onnx_mdp.running.timing import random_feeds
-from onnx_mdp.solvers import SolveLimits, solve
+from onnx_mdp.solvers import SolveLimits
 from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.tables.latency import LatencyTable, predict_ms
 from onnx_mdp.tables.variants import full_variant
@@ -104,11 +105,13 @@ def _best(
     structure: Structure, table: LatencyTable, importance: Importance, rules: WidthRules, target_ms: float
 ) -> tuple[float, Any] | None:
     """The importance that the optimal plan within the rules keeps, and the plan."""
-    formulation = formulate(structure, importance, table, rules)
-    solution = solve(formulation.problem, to_ns(target_ms), limits=SolveLimits(gap=0.0))
+    answer = Programs(structure, importance, table, rules).solve(
+        to_ns(target_ms), limits=SolveLimits(gap=0.0)
+    )
+    solution = answer.solution
     if solution.choice is None:
         return None
-    return solution.value, plan_from_choice(structure, formulation, importance, solution.choice)
+    return solution.value, plan_from_choice(structure, answer.formulation, importance, solution.choice)
 
 
 def _drift(structure: Structure, plan: Any, feeds: Sequence[Any], dense: Sequence[Any]) -> float:

@@ -13,9 +13,9 @@ from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import UsageError
 from onnx_mdp.importance.scoring import Criterion, score
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.planning.formulation import formulate, to_ns
+from onnx_mdp.planning.formulation import to_ns
+from onnx_mdp.planning.programs import Programs
 from onnx_mdp.planning.solution_plan import plan_from_choice
-from onnx_mdp.solvers import solve
 from onnx_mdp.tables.latency import LatencyTable, predict_ms
 from onnx_mdp.tables.variants import full_variant
 
@@ -48,12 +48,13 @@ def solved_plans(
     base_ms = predict_ms(table, structure, full_variant(structure))
     for criterion in criteria:
         importance = score(structure, criterion, feeds)
-        formulation = formulate(structure, importance, table)
+        programs = Programs(structure, importance, table)
         for ratio in ratios:
-            found = solve(formulation.problem, to_ns(ratio * base_ms))
+            answer = programs.solve(to_ns(ratio * base_ms))
+            found = answer.solution
             if found.choice is None:
                 raise UsageError(f"no plan reaches {ratio:g} of the latency; choose a larger ratio")
-            plan = plan_from_choice(structure, formulation, importance, found.choice)
+            plan = plan_from_choice(structure, answer.formulation, importance, found.choice)
             yield Planned(importance.criterion, ratio, plan, found.cost_ns * 1e-6 / base_ms, found.value)
 
 

@@ -22,10 +22,10 @@ from onnx_mdp.errors import UsageError
 from onnx_mdp.files import write_text
 from onnx_mdp.pipeline import analyze
 from onnx_mdp.plan import PruningPlan, kept_count
-from onnx_mdp.planning.formulation import formulate, to_ns
+from onnx_mdp.planning.formulation import to_ns
+from onnx_mdp.planning.programs import Programs
 from onnx_mdp.planning.solution_plan import plan_from_choice
 from onnx_mdp.reports.figures import structure_svg
-from onnx_mdp.solvers import solve
 from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.tables.latency import predict_ms
 from onnx_mdp.tables.variants import full_variant
@@ -93,12 +93,12 @@ def judged(rows: Sequence[Row]) -> Iterator[Row]:
 def _planned(name: str, given: argparse.Namespace) -> tuple[Structure, PruningPlan]:
     contest = Contest(name, given.threads, given.seed)
     structure, importance, table = contest.structure, contest.importance, contest.table
-    formulation = formulate(structure, importance, table)
     whole = predict_ms(table, structure, full_variant(structure))
-    found = solve(formulation.problem, to_ns(given.ratio * whole))
-    if found.choice is None:
+    answer = Programs(structure, importance, table).solve(to_ns(given.ratio * whole))
+    choice = answer.solution.choice
+    if choice is None:
         raise UsageError(f"{name}: no plan reaches {given.ratio:g} of the latency; choose a larger --ratio")
-    return structure, plan_from_choice(structure, formulation, importance, found.choice)
+    return structure, plan_from_choice(structure, answer.formulation, importance, choice)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

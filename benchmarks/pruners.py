@@ -18,11 +18,11 @@ from onnx_mdp.errors import UsageError
 from onnx_mdp.importance.scoring import Feeds, Importance, ranked_rows
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.plan import PruningPlan
-from onnx_mdp.planning.formulation import Formulation, to_ns
+from onnx_mdp.planning.formulation import to_ns
+from onnx_mdp.planning.programs import Programs
 from onnx_mdp.planning.solution_plan import plan_from_choice
 from onnx_mdp.repairing.repair import repair
 from onnx_mdp.running.runtime import Runtime
-from onnx_mdp.solvers import solve
 from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.tables.latency import LatencyTable, predict_ms
 from onnx_mdp.tables.variants import full_variant, measure_models
@@ -86,24 +86,19 @@ def _tried(
 class Planner:
     """The dial is the budget, as a share of the predicted latency of the original."""
 
-    def __init__(
-        self,
-        structure: Structure,
-        formulation: Formulation,
-        importance: Importance,
-        table: LatencyTable,
-        solver: str,
-    ) -> None:
-        self.structure, self.formulation, self.importance = structure, formulation, importance
-        self.solver, self.whole = solver, predict_ms(table, structure, full_variant(structure))
+    def __init__(self, programs: Programs, solver: str) -> None:
+        self.programs, self.solver = programs, solver
+        self.structure = programs.structure
+        self.whole = predict_ms(programs.table, self.structure, full_variant(self.structure))
         self.plans: dict[bytes, PruningPlan] = {}
 
     def __call__(self, dial: float) -> bytes:
         """The original, pruned."""
-        found = solve(self.formulation.problem, to_ns(dial * self.whole), self.solver)
-        if found.choice is None:
+        answer = self.programs.solve(to_ns(dial * self.whole), self.solver)
+        choice = answer.solution.choice
+        if choice is None:
             raise UsageError(f"no plan reaches {dial:.2f} of the latency; choose a smaller speed-up")
-        plan = plan_from_choice(self.structure, self.formulation, self.importance, found.choice)
+        plan = plan_from_choice(self.structure, answer.formulation, self.programs.importance, choice)
         model = model_bytes(rewrite(self.structure, plan))
         self.plans[model] = plan
         return model

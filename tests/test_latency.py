@@ -30,12 +30,12 @@ from onnx_mdp.running.timing import Feeds, Timing, run_times
 from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.tables import granularity as granularity_module
 from onnx_mdp.tables import latency, profiling, staircases
-from onnx_mdp.tables.cost_terms import CostTerm, anchors, cost_terms, width
+from onnx_mdp.tables.cost_terms import HEADS, SUMMED_HEADS, CostTerm, anchors, cost_terms, width
 from onnx_mdp.tables.granularity import granularity, step_of, unit_choices
 from onnx_mdp.tables.latency import Calibration, LatencyTable, build_table, predict_ms, table_key, term_ms
 from onnx_mdp.tables.lut_store import LutStore, Run, Sample, open_store
 from onnx_mdp.tables.profiling import profile_variant
-from onnx_mdp.tables.staircases import affine, fit_runs
+from onnx_mdp.tables.staircases import affine, fit_runs, regime
 from onnx_mdp.tables.variants import (
     Variant,
     full_variant,
@@ -193,6 +193,23 @@ def test_the_profiler_does_not_count_as_work() -> None:
     for key in KEYS[1:5]:
         fitted, true = (true_ms(key, 128, 128, table) for table in (found, small))
         assert fitted == pytest.approx(true, rel=0.03), key
+
+
+def test_each_run_is_relieved_of_what_the_profiler_added_to_it() -> None:
+    small = {key: tuple(0.01 * c for c in coefficients) for key, coefficients in TRUE.items()}
+    parts = [synthetic_runs(np.random.default_rng(8), inflation_ms=ms, scale=0.01) for ms in (0.002, 0.004)]
+    runs = [one if one.variant % 2 else other for one, other in zip(*parts, strict=True)]
+    found = fit_runs(runs, STEP)
+    for key in KEYS[1:5]:
+        fitted, true = (true_ms(key, 128, 128, table) for table in (found, small))
+        assert fitted == pytest.approx(true, rel=0.03), key
+
+
+def test_a_single_head_is_told_apart() -> None:
+    for kind in (HEADS, SUMMED_HEADS):
+        key = f'{{"kind":"{kind}","op":"Transpose"}}'
+        assert regime(key, 64, 1, STEP) != regime(key, 64, 2, STEP) == key
+    assert regime('{"kind":"moves","op":"Transpose"}', 64, 1, STEP) == '{"kind":"moves","op":"Transpose"}'
 
 
 def test_without_the_drift_correction_the_same_runs_are_worse(monkeypatch: pytest.MonkeyPatch) -> None:

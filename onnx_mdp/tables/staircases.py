@@ -30,6 +30,7 @@ __all__ = ["COEFFICIENTS", "Staircases", "affine", "features", "fit_runs", "heig
 COEFFICIENTS = 6  # of a shape key
 _CACHED_MB = 1.0
 _PROFILER_LIMIT_MS = 6e-3  # the profiler adds 2 to 5 microseconds to each runtime node
+_PROFILER_SPREAD_MS = 1.5e-3  # a run in which the machine was slow says nothing of it
 _RESOLUTION_MS = 1e-2  # it counts whole microseconds, beside what it adds: less is not known better
 _ROUNDS = 3
 
@@ -88,15 +89,14 @@ class Staircases:
         Raises:
             MeasurementError: the runs came from another store, and their keys are none of ours.
         """
-        inflation = float(np.median([(run.sum_ms - run.plain_ms) / run.nodes for run in runs]))
-        inflation = min(max(inflation, 0.0), _PROFILER_LIMIT_MS)
+        added = _added_ms(runs)
         self._touched = [total(((s.key, s.a, s.b) for s in run.samples), step) for run in runs]
         self._rows = [
             _Row(
                 number,
                 (sample.key, regime(sample.key, sample.a, sample.b, step)),
                 features(sample.key, sample.a, sample.b, step),
-                max(sample.ms - inflation * sample.count, 0.1 * sample.ms),
+                max(sample.ms - added[number] * sample.count, 0.1 * sample.ms),
                 megabytes(sample.key, sample.a, sample.b, step).weights,
             )
             for number, run in enumerate(runs)
@@ -147,6 +147,14 @@ def fit_runs(runs: Sequence[Run], step: int) -> dict[str, tuple[float, ...]]:
         MeasurementError: the runs came from another store, and their keys are none of ours.
     """
     return Staircases(runs, step).fit()
+
+
+def _added_ms(runs: Sequence[Run]) -> list[float]:
+    """What the profiler added to each node: in each run its own, where that is near the usual."""
+    own = np.asarray([(run.sum_ms - run.plain_ms) / run.nodes for run in runs])
+    usual = min(max(float(np.median(own)), 0.0), _PROFILER_LIMIT_MS)
+    near = max(usual - _PROFILER_SPREAD_MS, 0.0), usual + _PROFILER_SPREAD_MS
+    return [float(ms) for ms in np.clip(own, *near)]
 
 
 def _fits(rows: Mapping[str, Sequence[_Point]], drift: Vector) -> dict[str, tuple[float, ...]]:
