@@ -21,7 +21,7 @@ from onnx_mdp.tables.compiled_profiling import open_window
 from onnx_mdp.tables.cost_terms import CostTerm, width
 from onnx_mdp.tables.latency import LatencyTable, predict_ms, term_ms
 from onnx_mdp.tables.lut_records import Run, Sample
-from onnx_mdp.tables.staircases import fit_runs
+from onnx_mdp.tables.staircases import Staircases
 from onnx_mdp.tables.variants import Variant, full_variant, plan_of_variant, random_variant
 from onnx_mdp.tables.windows import Window, cut_window
 
@@ -91,7 +91,8 @@ def isolated_table(structure: Structure, table: LatencyTable, runtime: Runtime, 
         )
         total = sum(timing.ms)
         runs.append(Run(start, seed, total, total, len(samples), 0.0, samples))
-    return uncalibrated(structure, replace(table, coefficients=fit_runs(runs, table.granularity)))
+    alone = replace(table, coefficients=Staircases(runs, table.granularity).fit())
+    return uncalibrated(structure, replace(alone, calibration=replace(table.calibration, ms_per_mb=0.0)))
 
 
 def _single(structure: Structure, table: LatencyTable, seed: int) -> Iterator[Window]:

@@ -401,6 +401,8 @@ def test_profile_document(story: Story) -> None:
     document = story.outcomes["profile"].document
     assert document.keys() >= PROFILE_KEYS
     assert document["calibration"].keys() >= {"median_error", "worst_error", "noise"}
+    assert document["memory"].keys() == {"cache_mb", "ms_per_mb", "reread"}
+    assert (document["memory"]["cache_mb"] is None) == (document["memory"]["ms_per_mb"] == 0)
     assert document["profiled"] == latency.VARIANTS
     assert document["threads"] == document["batch"] == 1
 

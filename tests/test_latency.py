@@ -35,7 +35,7 @@ from onnx_mdp.tables.granularity import granularity, step_of, unit_choices
 from onnx_mdp.tables.latency import Calibration, LatencyTable, build_table, predict_ms, table_key, term_ms
 from onnx_mdp.tables.lut_store import LutStore, Run, Sample, open_store
 from onnx_mdp.tables.profiling import profile_variant
-from onnx_mdp.tables.staircases import affine, fit_runs, regime
+from onnx_mdp.tables.staircases import Staircases, affine, regime
 from onnx_mdp.tables.variants import (
     Variant,
     full_variant,
@@ -172,7 +172,7 @@ def prediction_errors(coefficients: Mapping[str, Sequence[float]], rng: np.rando
 
 
 def test_clean_runs_give_the_coefficients_back() -> None:
-    coefficients = fit_runs(synthetic_runs(np.random.default_rng(0)), STEP)
+    coefficients = Staircases(synthetic_runs(np.random.default_rng(0)), STEP).fit()
     for key in KEYS[1:5]:
         assert np.allclose(coefficients[key], TRUE[key], atol=1e-6), key
     assert np.abs(prediction_errors(coefficients, np.random.default_rng(1))).max() < 1e-5
@@ -182,14 +182,14 @@ def test_clean_runs_give_the_coefficients_back() -> None:
 def test_noise_drift_and_profiler_inflation_are_removed(seed: int) -> None:
     rng = np.random.default_rng([11, seed])
     runs = synthetic_runs(rng, noise=0.02, drift=0.08, inflation_ms=0.004)
-    errors = prediction_errors(fit_runs(runs, STEP), rng)
+    errors = prediction_errors(Staircases(runs, STEP).fit(), rng)
     assert np.abs(errors).max() < 0.02
 
 
 def test_the_profiler_does_not_count_as_work() -> None:
     small = {key: tuple(0.01 * c for c in coefficients) for key, coefficients in TRUE.items()}
     runs = synthetic_runs(np.random.default_rng(8), inflation_ms=0.004, scale=0.01)
-    found = fit_runs(runs, STEP)
+    found = Staircases(runs, STEP).fit()
     for key in KEYS[1:5]:
         fitted, true = (true_ms(key, 128, 128, table) for table in (found, small))
         assert fitted == pytest.approx(true, rel=0.03), key
@@ -199,7 +199,7 @@ def test_each_run_is_relieved_of_what_the_profiler_added_to_it() -> None:
     small = {key: tuple(0.01 * c for c in coefficients) for key, coefficients in TRUE.items()}
     parts = [synthetic_runs(np.random.default_rng(8), inflation_ms=ms, scale=0.01) for ms in (0.002, 0.004)]
     runs = [one if one.variant % 2 else other for one, other in zip(*parts, strict=True)]
-    found = fit_runs(runs, STEP)
+    found = Staircases(runs, STEP).fit()
     for key in KEYS[1:5]:
         fitted, true = (true_ms(key, 128, 128, table) for table in (found, small))
         assert fitted == pytest.approx(true, rel=0.03), key
@@ -214,9 +214,9 @@ def test_a_single_head_is_told_apart() -> None:
 
 def test_without_the_drift_correction_the_same_runs_are_worse(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = synthetic_runs(np.random.default_rng(3), noise=0.02, drift=0.15)
-    corrected = prediction_errors(fit_runs(runs, STEP), np.random.default_rng(4)).std()
+    corrected = prediction_errors(Staircases(runs, STEP).fit(), np.random.default_rng(4)).std()
     monkeypatch.setattr(staircases, "_drift", lambda rows, fits, count: np.ones(count))
-    assert corrected < prediction_errors(fit_runs(runs, STEP), np.random.default_rng(4)).std()
+    assert corrected < prediction_errors(Staircases(runs, STEP).fit(), np.random.default_rng(4)).std()
 
 
 def test_a_few_preempted_samples_do_little_harm() -> None:
@@ -234,7 +234,7 @@ def test_a_few_preempted_samples_do_little_harm() -> None:
         )
         for run in runs
     ]
-    assert np.abs(prediction_errors(fit_runs(spoilt, STEP), rng)).max() < 0.02
+    assert np.abs(prediction_errors(Staircases(spoilt, STEP).fit(), rng)).max() < 0.02
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -244,7 +244,7 @@ def test_a_table_is_monotone_in_both_widths_whatever_was_measured(seed: int) -> 
         Run(n, 0, 1.0, 1.0, 9, 1.0, tuple(Sample(k, *ab, float(rng.exponential()), 1) for (k, _), ab in w))
         for n, w in enumerate(widths(rng).items() for _ in range(16))
     ]
-    table = table_of(fit_runs(runs, STEP))
+    table = table_of(Staircases(runs, STEP).fit())
     grid = range(STEP, 257, STEP)
     for key in KEYS[1:5]:
         ms = np.asarray([[term_ms(table, term_of(key), a, b) for b in grid] for a in grid])
@@ -259,7 +259,7 @@ def test_a_table_is_monotone_in_both_widths_whatever_was_measured(seed: int) -> 
 def test_keys_of_another_kind_of_store_are_one_sentence(key: str) -> None:
     run = Run(0, 0, 1.0, 1.0, 1, 1.0, (Sample(key, 8, 8, 1.0, 1),))
     with pytest.raises(MeasurementError, match="choose another store"):
-        fit_runs([run], STEP)
+        Staircases([run], STEP).fit()
 
 
 def test_widths_between_two_steps_cost_as_much_as_the_next() -> None:

@@ -18,7 +18,7 @@ from onnx_mdp.plan import load_plan
 from onnx_mdp.reports.documents import analyze_document, profile_document, verify_document
 from onnx_mdp.reports.report import analysis_table, cost_table
 from onnx_mdp.reports.time_shares import operation_ms
-from onnx_mdp.tables.latency import build_table
+from onnx_mdp.tables.latency import LatencyTable, build_table
 from onnx_mdp.tables.lut_store import open_store
 from onnx_mdp.tables.table_file import load_table, table_json
 from onnx_mdp.tables.variants import full_variant
@@ -77,12 +77,20 @@ def run_profile(
         f"{table.context['threads']} thread(s), B={table.granularity} · "
         f"{len(table.coefficients)} shape keys · "
         f"held-out error median {calibration.median_error:.1%}, worst {calibration.worst_error:.1%} · "
-        f"noise F {calibration.noise:.1%} · {source} in {table.seconds:.1f} s"
+        f"noise F {calibration.noise:.1%}{_memory(table)} · {source} in {table.seconds:.1f} s"
     )
     document = profile_document(structure, table) | {"output": None if output is None else str(output)}
     document |= fallback
     options.screen.result(line if output is None else f"{line} → {output}", document)
     return 0
+
+
+def _memory(table: LatencyTable) -> str:
+    calibration = table.calibration
+    if not calibration.ms_per_mb:
+        return ""
+    price = calibration.scale * calibration.ms_per_mb
+    return f" · weights beyond {calibration.cache_mb:.0f} MB of cache {price:.3f} ms/MB"
 
 
 def run_apply(path: Path, plan_path: Path, output: Path, options: Options, *, overwrite: bool) -> int:

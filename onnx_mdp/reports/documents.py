@@ -115,7 +115,11 @@ def analyze_document(structure: Structure, milliseconds: Mapping[int, float] | N
 
 
 def profile_document(structure: Structure, table: LatencyTable) -> dict[str, Any]:
-    """A latency table as ``profile --json`` prints it; errors and noise are relative."""
+    """A latency table as ``profile --json`` prints it; errors and noise are relative.
+
+    ``memory`` is the cache that is left to the model (None where weights cost the same in every model), what
+    a megabyte of weights takes that is not in it, and the share of the unpruned model's for which that holds.
+    """
     calibration = table.calibration
     first = next(iter(structure.shadow.inputs.values()), (1,))
     return {
@@ -134,6 +138,11 @@ def profile_document(structure: Structure, table: LatencyTable) -> dict[str, Any
             "median_error": calibration.median_error,
             "worst_error": calibration.worst_error,
             "noise": calibration.noise,
+        },
+        "memory": {
+            "cache_mb": calibration.cache_mb if calibration.ms_per_mb else None,
+            "ms_per_mb": calibration.scale * calibration.ms_per_mb,
+            "reread": table.reread,
         },
     }
 

@@ -25,7 +25,7 @@ from onnx_mdp.tables.lut_records import Run
 from onnx_mdp.tables.memory import Memory, megabytes, total
 from onnx_mdp.tables.nonnegative import nonnegative_least_squares
 
-__all__ = ["COEFFICIENTS", "Staircases", "affine", "features", "fit_runs", "height", "regime"]
+__all__ = ["COEFFICIENTS", "Staircases", "affine", "features", "height", "regime"]
 
 COEFFICIENTS = 6  # of a shape key
 _CACHED_MB = 1.0
@@ -138,15 +138,6 @@ class Staircases:
             for key in dict.fromkeys(row.keys):
                 found.setdefault(key, []).append((row.run, row.features, ms))
         return found
-
-
-def fit_runs(runs: Sequence[Run], step: int) -> dict[str, tuple[float, ...]]:
-    """Coefficients by key, where weights cost the same in every model.
-
-    Raises:
-        MeasurementError: the runs came from another store, and their keys are none of ours.
-    """
-    return Staircases(runs, step).fit()
 
 
 def _added_ms(runs: Sequence[Run]) -> list[float]:
