@@ -231,13 +231,30 @@ def test_a_front_and_the_cheapest_plan_hold_for_what_they_read(
     def least(problem: PruningProblem) -> Solution:
         return cheapest(problem, front[1].solution.value)
 
-    answer = programs.answer(least, lambda s: -s.cost_ns)
+    answer = programs.answer(least, lambda s: -s.cost_ns, 60.0)
     assert answer.solution.cost_ns <= front[1].solution.cost_ns
     plain = replace(table, calibration=replace(table.calibration, ms_per_mb=0.0))
     alone = Programs(structure, programs.importance, valid_for(plain, structure, full_variant(structure)))
     together = alone.solve_front(budgets)
     assert [a.solution.value for a in together] == [solve(alone.unpruned.problem, b).value for b in budgets]
     assert all(answer.formulation is alone.unpruned for answer in together)
+
+
+def test_no_further_problem_is_begun_when_the_time_is_over(structure: Structure, table: LatencyTable) -> None:
+    programs = Programs(structure, score(structure, "magnitude"), table)
+    budget_ns, asked = to_ns(0.4 * table.base_ms), 0
+
+    def slow(problem: PruningProblem) -> Solution:
+        nonlocal asked
+        asked += 1
+        return replace(solve(problem, budget_ns), seconds=2.0)
+
+    for seconds, most in ((1.0, 1), (3.0, 2), (1e9, 8)):
+        asked = 0
+        answer = programs.answer(slow, lambda s: s.value, seconds)
+        assert asked <= most
+        assert answer.solution.seconds == 2.0 * asked
+        assert answer.solution.cost_ns <= budget_ns
 
 
 def test_a_table_file_keeps_the_memory(structure: Structure, table: LatencyTable, tmp_path: Path) -> None:

@@ -88,7 +88,9 @@ def run_solve(path: Path, table_path: Path, options: Options, wanted: SolveOptio
     case = _case(path, table_path, options, wanted.plan)
     solver, limits, least = wanted.plan.solver, wanted.plan.limits, wanted.min_importance
     if least is not None:
-        answer = case.programs.answer(lambda p: cheapest(p, least, solver, limits), lambda s: -s.cost_ns)
+        answer = case.programs.answer(
+            lambda p: cheapest(p, least, solver, limits), lambda s: -s.cost_ns, limits.seconds
+        )
         budget_ns = answer.solution.cost_ns
     else:
         target_ms = wanted.target_ms or (wanted.target_ratio or 0.0) * case.table.base_ms

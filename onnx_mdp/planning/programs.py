@@ -9,7 +9,7 @@ their problem says count as too slow. Where weights cost the same in every model
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.importance.scoring import Importance
@@ -62,7 +62,7 @@ class Programs:
 
     def solve(self, budget_ns: int, solver: str = "exact", limits: SolveLimits = SolveLimits()) -> Answer:  # noqa: B008
         """The most valuable plan whose latency fits the budget, as `onnx_mdp.solvers.solve` finds it."""
-        return self.answer(lambda problem: solve(problem, budget_ns, solver, limits), lambda s: s.value)
+        return self.answer(lambda p: solve(p, budget_ns, solver, limits), lambda s: s.value, limits.seconds)
 
     def solve_front(
         self,
@@ -77,14 +77,22 @@ class Programs:
         return [self.solve(budget_ns, solver, limits) for budget_ns in budgets_ns]
 
     def answer(
-        self, solver: Callable[[PruningProblem], Solution], worth: Callable[[Solution], float]
+        self,
+        solver: Callable[[PruningProblem], Solution],
+        worth: Callable[[Solution], float],
+        seconds: float,
     ) -> Answer:
-        """What a solver answers to the problem that holds for its own choice; of several the worthiest."""
+        """What a solver answers to the problem that holds for its own choice; of several the worthiest.
+
+        No other problem is begun when ``seconds`` are over. Those of the solution are of all problems.
+        """
         best: Answer | None = None
         low, high, share = self._least(), self._most, self._most
         tried: dict[float, Answer] = {}
-        while share not in tried and len(tried) < _MOST_SOLVES:
+        spent = 0.0
+        while share not in tried and len(tried) < _MOST_SOLVES and spent < seconds:
             found = tried[share] = Answer(self._at(share), solver(self._at(share).problem))
+            spent += found.solution.seconds
             choice = found.solution.choice
             if choice is None:  # at this price; at a lower one?
                 high, own = share, low
@@ -101,7 +109,8 @@ class Programs:
             share = min(max(own, low), high)
             if share in tried and high - low > _CLOSE:
                 share = (low + high) / 2
-        return best or tried.get(self._least(), found)
+        chosen = best or tried.get(self._least(), found)
+        return replace(chosen, solution=replace(chosen.solution, seconds=spent))
 
     def _at(self, share: float) -> Formulation:
         if share not in self._made:
