@@ -165,7 +165,8 @@ def test_the_stages_give_what_the_whole_gives(
     # weights cost may differ a little, for both come to the share that is read again from another side.
     own_ms = predict_ms(table, structure, variant_of_plan(structure, result.plan)) + 1e-5
     plan = onnx_mdp.solve(structure, importance, table, target_ms=own_ms)
-    assert plan.importance_share == pytest.approx(result.plan.importance_share, abs=5e-3)
+    room = 5e-3 if table.calibration.ms_per_mb else 1e-9
+    assert plan.importance_share == pytest.approx(result.plan.importance_share, abs=room)
     slim = onnx_mdp.rewrite(structure, plan)
     assert onnx_mdp.verify(DEMO, slim, plan, IMAGES).verified
     assert not onnx_mdp.verify(DEMO, _damaged(slim), plan).verified

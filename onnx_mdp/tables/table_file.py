@@ -64,7 +64,7 @@ def load_table(path: str | os.PathLike[str], structure: Structure) -> LatencyTab
         raise UsageError(f"{path} was written by a newer onnx-mdp; upgrade")
     if document.schema_version < _SCHEMA_VERSION:
         raise UsageError(
-            f"{path} was written by an older onnx-mdp, which timed models otherwise: write it again with "
+            f"{path} was written by an older onnx-mdp, whose tables mean something else: write it again with "
             "`onnx-mdp profile -o`"
         )
     if any(len(values) != COEFFICIENTS for values in document.coefficients.values()):
