@@ -137,7 +137,7 @@ def by_weights(structure: Structure, loss: object, feed: dict[str, npt.NDArray[n
     return found
 
 
-def means(structure: Structure, feeds: Any, options: GradientOptions = GradientOptions()) -> Vector:  # noqa: B008
+def means(structure: Structure, feeds: Any, options: GradientOptions = GradientOptions()) -> Vector:
     """The mean of |s| of each class, before it is scaled."""
     found: list[Vector] = []
 

@@ -240,7 +240,7 @@ def _anchored(
     return Scores(classes, {name: measured[name] - inner[name] for name in measured})
 
 
-def gradient_criterion(name: str, options: GradientOptions = GradientOptions()) -> Criterion:  # noqa: B008
+def gradient_criterion(name: str, options: GradientOptions = GradientOptions()) -> Criterion:
     """``taylor`` or ``hessian`` with a loss, labels, or a file of scores."""
 
     def criterion(structure: Structure, feeds: Feeds, progress: Progress) -> Scores:

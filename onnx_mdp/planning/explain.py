@@ -65,7 +65,7 @@ def explain(
     solution: Solution,
     *,
     most: int = 5,
-    limits: SolveLimits = SolveLimits(),  # noqa: B008 - a frozen value, safe to share
+    limits: SolveLimits = SolveLimits(),
 ) -> Explanation:
     """Explain a solution of the problem within ``budget_ns``; solves once more for each removed block."""
     assert solution.choice is not None

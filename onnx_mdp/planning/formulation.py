@@ -77,7 +77,7 @@ def formulate(
     structure: Structure,
     importance: Importance,
     table: LatencyTable,
-    rules: WidthRules = WidthRules(),  # noqa: B008 - a frozen value, safe to share
+    rules: WidthRules = WidthRules(),
     caps: Caps = Caps(),
 ) -> Formulation:
     """Build the pruning problem of a model on a device; values are shares of the total importance.

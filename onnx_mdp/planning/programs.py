@@ -45,8 +45,8 @@ class Programs:
         structure: Structure,
         importance: Importance,
         table: LatencyTable,
-        rules: WidthRules = WidthRules(),  # noqa: B008 - a frozen value, safe to share
-        caps: Caps = Caps(),  # noqa: B008
+        rules: WidthRules = WidthRules(),
+        caps: Caps = Caps(),
     ) -> None:
         """Formulate what holds for the unpruned model.
 
@@ -60,7 +60,7 @@ class Programs:
         self._most = self._share(full_variant(structure))
         self.unpruned = self._at(self._most)
 
-    def solve(self, budget_ns: int, solver: str = "exact", limits: SolveLimits = SolveLimits()) -> Answer:  # noqa: B008
+    def solve(self, budget_ns: int, solver: str = "exact", limits: SolveLimits = SolveLimits()) -> Answer:
         """The most valuable plan whose latency fits the budget, as `onnx_mdp.solvers.solve` finds it."""
         return self.answer(lambda p: solve(p, budget_ns, solver, limits), lambda s: s.value, limits.seconds)
 
@@ -68,7 +68,7 @@ class Programs:
         self,
         budgets_ns: Sequence[int],
         solver: str = "exact",
-        limits: SolveLimits = SolveLimits(),  # noqa: B008
+        limits: SolveLimits = SolveLimits(),
     ) -> list[Answer]:
         """As `solve` for each budget; together where one problem holds for all."""
         if not self._most:

@@ -96,7 +96,7 @@ def solve(
     problem: PruningProblem,
     budget_ns: int,
     solver: str | Solver = "exact",
-    limits: SolveLimits = SolveLimits(),  # noqa: B008 - a frozen value, safe to share
+    limits: SolveLimits = SolveLimits(),
 ) -> Solution:
     """Return the most valuable consistent choice whose cost fits `budget_ns` (nanoseconds, inclusive).
 
@@ -126,7 +126,7 @@ def solve(
 def fastest(
     problem: PruningProblem,
     solver: str | Solver = "exact",
-    limits: SolveLimits = SolveLimits(gap=0.0),  # noqa: B008 - a frozen value, safe to share
+    limits: SolveLimits = SolveLimits(gap=0.0),
 ) -> Solution:
     """Return the consistent choice of smallest cost, with `fastest_ns` = `cost_ns`.
 
@@ -147,7 +147,7 @@ def cheapest(
     problem: PruningProblem,
     least_value: float,
     solver: str | Solver = "exact",
-    limits: SolveLimits = SolveLimits(),  # noqa: B008 - a frozen value, safe to share
+    limits: SolveLimits = SolveLimits(),
 ) -> Solution:
     """Return the choice of smallest cost among those worth at least ``least_value``.
 

@@ -16,7 +16,7 @@ def solve_front(
     problem: PruningProblem,
     budgets_ns: Sequence[int],
     solver: str | Solver = "exact",
-    limits: SolveLimits = SolveLimits(),  # noqa: B008 - a frozen value, safe to share
+    limits: SolveLimits = SolveLimits(),
 ) -> tuple[Solution, ...]:
     """Return the best choice within each budget, in the order given; more budget is never worth less.
 

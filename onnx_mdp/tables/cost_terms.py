@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,17 @@ from onnx_mdp.analysis.shadow import Operation
 from onnx_mdp.analysis.structure import Extent, Structure, extent, input_extent
 from onnx_mdp.rules import varying
 
-__all__ = ["CONTRACTIONS", "HEADS", "SUMMED_HEADS", "CostTerm", "anchors", "cost_terms", "width"]
+__all__ = [
+    "CONTRACTIONS",
+    "HEADS",
+    "SUMMED_HEADS",
+    "CostTerm",
+    "Layer",
+    "anchors",
+    "cost_terms",
+    "held",
+    "width",
+]
 
 CONTRACTIONS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 HEADS = "heads"  # the kind of a term that makes heads: these are counted one by one
@@ -85,6 +95,18 @@ def cost_terms(structure: Structure) -> tuple[CostTerm, ...]:
         for op in structure.shadow.operations
         if charged[op.index] == op.index
     )
+
+
+Layer = tuple[str, int, int]  # the key of a term, and the widths that it reads and makes
+
+
+def held(
+    structure: Structure, terms: Sequence[CostTerm], kept: Mapping[int, int], removed: Collection[str]
+) -> list[Layer]:
+    """What a model takes time for that keeps ``kept`` units of each dimension and lacks some blocks."""
+    blocks = [block for block in structure.blocks if block.name in removed]
+    gone = {index for block in blocks for index in (*block.operations, block.joint)}
+    return [(t.key, width(t.reads, kept), width(t.makes, kept)) for t in terms if t.operation not in gone]
 
 
 def width(extent_: Extent, kept: Mapping[int, int]) -> int:

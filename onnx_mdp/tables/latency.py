@@ -25,11 +25,11 @@ from onnx_mdp.running.runtime import InferenceSession, Runtime, context
 from onnx_mdp.running.timing import Feeds, random_feeds
 from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.tables.compiled_profiling import group_count, group_of, profile_group
-from onnx_mdp.tables.cost_terms import CostTerm, cost_terms, width
+from onnx_mdp.tables.cost_terms import CostTerm, Layer, cost_terms, held
 from onnx_mdp.tables.granularity import computed_in, granularity, unit_choices
 from onnx_mdp.tables.lut_store import LutStore, Run
-from onnx_mdp.tables.memory import Megabytes, Memory, megabytes, total
-from onnx_mdp.tables.memory_fit import Layer, fit_memory, sum_ms
+from onnx_mdp.tables.memory import UNPRICED, Megabytes, Memory, megabytes, total
+from onnx_mdp.tables.memory_fit import fit_memory, sum_ms
 from onnx_mdp.tables.profiling import profile_variant, shows_nodes
 from onnx_mdp.tables.related import OWN_VARIANTS, Fit, related_runs
 from onnx_mdp.tables.session import session
@@ -168,9 +168,13 @@ def build_table(
     if missing:
         progress("profile", len(missing), len(missing))
     runs = tuple(run for number, run in sorted(stored.items()) if group_of(number) < count)
-    windows = None if in_place else fit_windows(structure, terms, runs, step)
-    staircases = None if windows else Staircases(runs + (related.runs if related else ()), step)
-    coefficients = windows.coefficients if windows else _own(staircases, terms)
+    windows, staircases = None, None
+    if in_place:
+        staircases = Staircases(runs + (related.runs if related else ()), step)
+        coefficients = _own(staircases, terms)
+    else:
+        windows = fit_windows(structure, terms, runs, step)
+        coefficients = windows.coefficients
     name = fit.name(key, related)
     saved = store.get_calibration(where, name)
     if saved is None or missing or not saved.keys() >= set(Calibration.__slots__):
@@ -196,12 +200,9 @@ def _payload(calibration: Calibration) -> dict[str, Any]:
 
 
 def _own(
-    staircases: Staircases | None,
-    terms: Sequence[CostTerm],
-    memory: Memory = Memory(),  # noqa: B008
+    staircases: Staircases, terms: Sequence[CostTerm], memory: Memory = UNPRICED
 ) -> Mapping[str, tuple[float, ...]]:
     """What is fitted for the layers of a model, whatever a related one has besides."""
-    assert staircases is not None
     keys = {term.key for term in terms}
     return {key: c for key, c in staircases.fit(memory).items() if key.partition("|")[0] in keys}
 
@@ -289,11 +290,7 @@ def predict_ms(table: LatencyTable, structure: Structure, variant: Variant) -> f
 
 
 def _layers(structure: Structure, terms: Sequence[CostTerm], variant: Variant) -> list[Layer]:
-    """The terms that a variant has, with the widths that they read and make."""
-    removed = [block for block in structure.blocks if block.name in variant.removed_blocks]
-    gone = {index for block in removed for index in (*block.operations, block.joint)}
-    kept = variant.kept
-    return [(t.key, width(t.reads, kept), width(t.makes, kept)) for t in terms if t.operation not in gone]
+    return held(structure, terms, variant.kept, variant.removed_blocks)
 
 
 def _of_any_scale(
@@ -324,7 +321,7 @@ def _calibrate(
     picked = list(dict.fromkeys(nearest))  # a small model has few variants
     chosen = [pool[n] for n in (0, *picked)]
     base_ms, ratios, noise = _beside_the_unpruned(structure, chosen[1:], runtime, seed, progress)
-    measured, memory = base_ms * np.asarray([1.0, *ratios]), Memory()
+    measured, memory = base_ms * np.asarray([1.0, *ratios]), UNPRICED
     predicted = expected[[0, *picked]]
     if staircases is not None:
         wholes = [_layers(structure, draft.terms, variant) for variant in chosen]

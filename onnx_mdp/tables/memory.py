@@ -22,7 +22,7 @@ from typing import NamedTuple
 from onnx_mdp.errors import MeasurementError
 from onnx_mdp.tables.cost_terms import HEADS, SUMMED_HEADS
 
-__all__ = ["UNREADABLE", "Megabytes", "Memory", "megabytes", "total"]
+__all__ = ["UNPRICED", "UNREADABLE", "Megabytes", "Memory", "megabytes", "total"]
 
 UNREADABLE = "the store holds measurements of this model that this version cannot read: choose another store"
 _BYTES = 4  # of an element; half as much in float16 moves the thresholds, and the fits with them
@@ -48,6 +48,9 @@ class Memory:
         if not self.ms_per_mb:
             return 0.0
         return -math.expm1(-(((touched.maps + touched.weights) / self.cache_mb) ** _STEEPNESS))
+
+
+UNPRICED = Memory()  # weights cost the same in every model
 
 
 def megabytes(key: str, a: float, b: float, step: int) -> Megabytes:

@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from onnx_mdp.tables.memory import Memory, total
+from onnx_mdp.tables.cost_terms import Layer
+from onnx_mdp.tables.memory import UNPRICED, Memory, total
 from onnx_mdp.tables.staircases import Staircases, affine, height
 
-__all__ = ["Layer", "fit_memory", "sum_ms"]
+__all__ = ["fit_memory", "sum_ms"]
 
 _CACHES = (0.05, 0.1, 0.17, 0.27, 0.42, 0.65)  # of what the unpruned model touches
 _FINER = (1.25, 1.12)
@@ -26,7 +27,6 @@ _BETTER, _EXACT = 0.98, 1e-4
 _PRICES = (0.02, 0.04, 0.08, 0.14, 0.22, 0.35)  # of all weights, beside the unpruned latency
 
 Vector = npt.NDArray[np.float64]
-Layer = tuple[str, float, float]  # the key of a term, and the widths that it reads and makes
 
 
 def sum_ms(
@@ -47,10 +47,10 @@ def fit_memory(
     """
     most = total(wholes[0], step)
     if not most.weights:
-        return Memory()
+        return UNPRICED
     cache_mb, ms_per_mb = most.maps + most.weights, float(measured_ms[0]) / most.weights
     shares = itertools.product(_CACHES, _PRICES)
-    grid = [Memory(), *(Memory(c * cache_mb, p * ms_per_mb) for c, p in shares)]
+    grid = [UNPRICED, *(Memory(c * cache_mb, p * ms_per_mb) for c, p in shares)]
 
     @functools.cache
     def errors(memory: Memory) -> float:
@@ -66,4 +66,4 @@ def fit_memory(
         finer = itertools.product((1 / factor, 1.0, factor), repeat=2)
         near = [Memory(best.cache_mb * c, best.ms_per_mb * p) for c, p in finer]
         best = min(near if best.ms_per_mb else [best], key=errors)
-    return best if errors(best) < _BETTER * errors(Memory()) - _EXACT else Memory()
+    return best if errors(best) < _BETTER * errors(UNPRICED) - _EXACT else UNPRICED

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from onnx_mdp.tables.cost_terms import HEADS, SUMMED_HEADS
 from onnx_mdp.tables.lut_records import Run
-from onnx_mdp.tables.memory import Memory, megabytes, total
+from onnx_mdp.tables.memory import UNPRICED, Memory, megabytes, total
 from onnx_mdp.tables.nonnegative import nonnegative_least_squares
 
 __all__ = ["COEFFICIENTS", "Staircases", "affine", "features", "height", "regime"]
@@ -103,14 +103,14 @@ class Staircases:
             for sample in run.samples
         ]
 
-    def fit(self, memory: Memory = Memory(), drift: Vector | None = None) -> dict[str, tuple[float, ...]]:  # noqa: B008
+    def fit(self, memory: Memory = UNPRICED, drift: Vector | None = None) -> dict[str, tuple[float, ...]]:
         """Coefficients by key, without what weights take that are read again.
 
         ``drift`` says how slow the machine was in each run; by default it is found for this memory.
         """
         return _fits(self._by_key(memory), self.drift(memory) if drift is None else drift)
 
-    def drift(self, memory: Memory = Memory(), *, rounds: int = _ROUNDS) -> Vector:  # noqa: B008
+    def drift(self, memory: Memory = UNPRICED, *, rounds: int = _ROUNDS) -> Vector:
         """By which factor each run was slow; each of the rounds fits once."""
         rows, drift = self._by_key(memory), np.ones(len(self._touched))
         for _ in range(rounds):

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import MeasurementError
-from onnx_mdp.tables.cost_terms import CostTerm, width
+from onnx_mdp.tables.cost_terms import CostTerm, Layer, held
 from onnx_mdp.tables.lut_records import Run
 from onnx_mdp.tables.memory import UNREADABLE
 from onnx_mdp.tables.nonnegative import nonnegative_least_squares
@@ -67,8 +67,8 @@ def _fit(structure: Structure, terms: Sequence[CostTerm], runs: Sequence[Run], s
     whole = np.asarray(["kept" in run.payload for run in runs])
     design = np.zeros((len(runs), COEFFICIENTS * len(keys) + len(borders) + 2))
     for row, run in zip(design, runs, strict=True):
-        held = _held(structure, terms, run.payload) if "kept" in run.payload else run.payload["terms"]
-        for key, a, b in held:
+        layers = _whole(structure, terms, run.payload) if "kept" in run.payload else run.payload["terms"]
+        for key, a, b in layers:
             if key in keys:
                 row[keys[key] : keys[key] + COEFFICIENTS] += features(key, a, b, step)
         for name, channels in run.payload.get("borders", ()):
@@ -80,14 +80,10 @@ def _fit(structure: Structure, terms: Sequence[CostTerm], runs: Sequence[Run], s
     return WindowFit(coefficients, float(found[-1]), (design @ found)[whole], ms[whole])
 
 
-def _held(
-    structure: Structure, terms: Sequence[CostTerm], payload: Mapping[str, Any]
-) -> list[tuple[str, int, int]]:
-    """The terms of a whole variant."""
+def _whole(structure: Structure, terms: Sequence[CostTerm], payload: Mapping[str, Any]) -> list[Layer]:
+    """The layers of a whole variant."""
     kept = {int(index): int(units) for index, units in payload["kept"].items()}
-    removed = set(payload.get("removed", ()))
-    gone = {i for b in structure.blocks if b.name in removed for i in (*b.operations, b.joint)}
-    return [(t.key, width(t.reads, kept), width(t.makes, kept)) for t in terms if t.operation not in gone]
+    return held(structure, terms, kept, set(payload.get("removed", ())))
 
 
 def _solve(design: npt.NDArray[np.float64], ms: Vector, whole: npt.NDArray[np.bool_]) -> Vector:
