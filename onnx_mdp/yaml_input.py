@@ -22,6 +22,7 @@ __all__ = ["read_tree", "yaml_text"]
 _MOST_BYTES = 2**18
 _MOST_DEPTH = 16
 _PREFIX = "tag:yaml.org,2002:"
+_LINE_BREAKS = "\x85\u2028\u2029"
 _SCALARS: Mapping[str, tuple[str, str, Callable[[str], Any]]] = {
     "null": (r"~|null|Null|NULL|", "~nN", lambda text: None),
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF", lambda text: text.lower() == "true"),
@@ -128,7 +129,13 @@ def _constructor(read: Callable[[str], Any]) -> Callable[[_Loader, yaml.Node], A
 class _Dumper(yaml.SafeDumper):
     """Quotes every text that a reader of YAML 1.1 or 1.2 would take for something else."""
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Double quotes for what breaks lines beside the newline: single ones would not keep it."""
+        style = '"' if any(mark in data for mark in _LINE_BREAKS) else None
+        return self.represent_scalar(f"{_PREFIX}str", data, style=style)
 
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 for _name, (_pattern, _first, _read) in _SCALARS.items():
     for _kind in (_Loader, _Dumper):
         _kind.add_implicit_resolver(f"{_PREFIX}{_name}", re.compile(f"(?:{_pattern})$"), [*_first, ""])

@@ -13,7 +13,7 @@ import pytest
 import typer.main
 import yaml
 from command_line import Run, is_refused
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_planning import DEMO, made_up_table
 from zoo import analyse
@@ -167,6 +167,7 @@ TREES = st.recursive(
 
 
 @settings(max_examples=50, deadline=None)
+@example(tree={"\x85": "a\u2028b", "c": ["\u2029", "d\ne"]})
 @given(tree=TREES)
 def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory, tree: Any) -> None:
     path = tmp_path_factory.mktemp("yaml") / "tree.yaml"
