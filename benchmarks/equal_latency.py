@@ -7,8 +7,9 @@ ours is slower than asked.
 
 Each pruner's dial is turned until its file, measured beside the original in one interleaved run, takes the
 wanted share of its time. `mdp`, `greedy`, `linear` (HALP's latency model) and `uniform` rank units by
-``drift`` on 64 unlabelled inputs; `mdp_refit`, where these are images, by what a refit leaves of it;
-Torch-Pruning takes magnitudes, or gradients with the labels of the same inputs; onnxsim takes magnitudes.
+``drift`` on 64 unlabelled inputs; `mdp_refit`, which must be asked for and needs images, by what a refit
+leaves of it; Torch-Pruning takes magnitudes, or gradients with the labels of the same inputs; onnxsim takes
+magnitudes.
 Widths of `uniform` are those of the table, of Torch-Pruning multiples of 8, or any where these do not reach
 the latency. ``kept`` is the share of squared weights that is left, a criterion that belongs to none of them.
 ResNet-50, DeiT and YOLO have random weights: there it is about the search. Each attempt has a process of its
@@ -125,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit code."""
     parser = arguments(__doc__, _MODELS)
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.8, 0.6])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    standing = [method for method in METHODS if method != FOR_REFIT]
+    parser.add_argument("--methods", nargs="+", default=standing, choices=METHODS)
     parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     parser.add_argument("--inside", action="store_true", help="in this process, a line of JSON for each")
     given = parser.parse_args(argv)
