@@ -6,6 +6,7 @@ no repair.
 
 Images and their split are those of `benchmarks.accuracy_before_finetuning`. Repairs are those of ``onnx-mdp
 repair --repair``; several in one are applied in their order. Plans by ``refit`` are for ``lstsq`` alone.
+All tables are measured first, so that only the first minutes need a quiet machine.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from onnx_mdp.pipeline import analyze
 from onnx_mdp.repairing.repair import parse_methods, repair
 from onnx_mdp.running.runtime import Runtime
 from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.tables.latency import LatencyTable
 
 __all__ = ["Result", "main"]
 
@@ -79,20 +81,25 @@ class Result:
         return "pass" if self.accuracy >= max(self.unrepaired, self.bar or 0.0) else "fail"
 
 
-def _results(name: str, given: argparse.Namespace) -> Iterator[Result]:
-    note(f"{name}: table and plans")
-    model = load_model(model_path(name))
-    structure = analyze(model, {})
+def _tables(given: argparse.Namespace) -> dict[str, tuple[Structure, LatencyTable]]:
+    """The structure and the table of each model."""
+    found = {}
+    for name in given.models:
+        note(f"{name}: table")
+        structure = analyze(load_model(model_path(name)), {})
+        found[name] = structure, table_from_nothing(structure, Runtime(threads=given.threads), given.seed)
+    return found
+
+
+def _results(
+    name: str, structure: Structure, table: LatencyTable, given: argparse.Namespace
+) -> Iterator[Result]:
+    note(f"{name}: plans")
     # Plans do not change with the number of inputs that a repair takes.
-    planned = solved_plans(
-        structure,
-        table_from_nothing(structure, Runtime(threads=given.threads), given.seed),
-        samples_for(name, 1).calibration,
-        given.criteria,
-        given.ratios,
-    )
+    feeds = samples_for(name, 1).calibration
+    planned = solved_plans(structure, table, feeds, given.criteria, given.ratios)
     data = samples_for(name, given.images, given.samples)
-    dense = top1(model_bytes(model), data, given.threads)
+    dense = top1(model_bytes(load_model(model_path(name))), data, given.threads)
     for found in planned:
         yield from _repairs(name, structure, found, data, dense, given)
 
@@ -139,8 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, help="evaluate on the first of them only (default: all)")
     given = parser.parse_args(argv)
     results: list[Result] = []
-    for name in given.models:
-        results.extend(_results(name, given))
+    for name, (structure, table) in _tables(given).items():
+        results.extend(_results(name, structure, table, given))
     columns = {
         "model": lambda r: r.model,
         "planned by": lambda r: r.criterion,
@@ -154,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "s": lambda r: f"{r.seconds:.0f}",
         "verdict": lambda r: r.verdict,
     }
-    table = print_table("top-1 after repair", columns, results)
+    printed = print_table("top-1 after repair", columns, results)
     told = [r for r in results if r.bar is not None] or [r for r in results if r.repair == "lstsq"]
     parts = (f"{r.model} at {r.ratio:g} by {r.criterion} {r.unrepaired:.1%} → {r.accuracy:.1%}" for r in told)
     summary = " · ".join(parts)
@@ -166,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results,
     )
     verdict = combined([r.verdict for r in results])
-    return publish(__file__, given, results, table, verdict, summary, overview)
+    return publish(__file__, given, results, printed, verdict, summary, overview)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from benchmarks.measuring import Ratios, measured_ratios
+from benchmarks.measuring import GROUP_S, Ratios, measured_ratios
 from benchmarks.model_files import model_path
 from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.model_io import load_model, model_bytes
@@ -19,7 +19,13 @@ from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.tables.granularity import unit_choices
 from onnx_mdp.tables.variants import Variant, full_variant, plan_of_variant
 
-__all__ = ["heterogeneous_variant", "measured_configurations", "opened_variants"]
+__all__ = [
+    "configuration_choices",
+    "drawn_configurations",
+    "heterogeneous_variant",
+    "measured_configurations",
+    "opened_variants",
+]
 
 _LEVELS = (0.25, 0.5, 0.8)
 _STAGE_FACTORS = (0.3, 0.6, 1.0, 1.6, 2.0)
@@ -27,31 +33,43 @@ _DROPS = (0.0, 0.3, 0.6)
 _MOST_CHOICES = 16
 
 
+def configuration_choices(structure: Structure, step: int) -> dict[int, tuple[int, ...]]:
+    """The widths of each dimension that configurations are drawn from."""
+    return {i: unit_choices(structure.dimensions[i], step, _MOST_CHOICES) for i in structure.prunable}
+
+
+def drawn_configurations(
+    structure: Structure, choices: Mapping[int, Sequence[int]], count: int, seed: int
+) -> list[Variant]:
+    """Configurations that no table was fitted to."""
+    rng = np.random.default_rng([seed, 7])
+    return [heterogeneous_variant(structure, choices, rng) for _ in range(count)]
+
+
 def measured_configurations(
     structure: Structure,
-    choices: Mapping[int, Sequence[int]],
+    variants: Sequence[Variant],
     runtime: Runtime,
-    count: int,
     seed: int,
+    *,
+    budget_s: float = GROUP_S,
     on_group: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[list[Variant], Ratios]:
-    """Draw configurations, and measure each beside the unpruned model, all with their projections split.
+) -> Ratios:
+    """Measure configurations beside the unpruned model, all with their projections split.
 
     The file that a prune writes has them fused again wherever a plan allows it, which changes its latency by
     up to 3 % in either direction; that is left to the closed loop.
     """
-    rng = np.random.default_rng([seed, 7])
-    variants = [heterogeneous_variant(structure, choices, rng) for _ in range(count)]
-    ratios = measured_ratios(
+    return measured_ratios(
         model_bytes(rewrite(structure, PruningPlan(keep={}), split=True)),
         structure,
         [plan_of_variant(structure, variant) for variant in variants],
         runtime,
         seed=seed,
+        budget_s=budget_s,
         split=True,
         on_group=on_group,
     )
-    return variants, ratios
 
 
 def opened_variants(
@@ -59,8 +77,7 @@ def opened_variants(
 ) -> list[tuple[InferenceSession, Feeds]]:
     """Sessions and feeds of an unpruned model and of ``count`` random variants in multiples of ``step``."""
     structure = analyze(load_model(model_path(name)), {})
-    rng = np.random.default_rng(seed)
-    choices = {i: unit_choices(structure.dimensions[i], step, _MOST_CHOICES) for i in structure.prunable}
+    rng, choices = np.random.default_rng(seed), configuration_choices(structure, step)
     variants = [heterogeneous_variant(structure, choices, rng) for _ in range(count)]
     plans = [PruningPlan(keep={}), *(plan_of_variant(structure, variant) for variant in variants)]
     shapes = structure.shadow.inputs

@@ -20,8 +20,9 @@ from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.tables.latency import LatencyTable, build_table
 from onnx_mdp.tables.lut_store import open_store
 
-__all__ = ["Ratios", "measured_ratios", "table_from_nothing"]
+__all__ = ["GROUP_S", "Ratios", "measured_ratios", "table_from_nothing"]
 
+GROUP_S = 15.0  # of measuring, for each group of plans
 _TOGETHER = 12  # sessions of ResNet-50 hold 0.1 to 0.3 GB each
 
 
@@ -32,6 +33,18 @@ class Ratios:
     values: tuple[float, ...]
     noise: float
     base_ms: float
+
+    def joined(self, later: Ratios) -> Ratios:
+        """The mean of two measurements of the same plans.
+
+        F is at least how far the two are apart: the halves of one measurement cannot tell what the machine
+        did to all of it.
+        """
+        first, second = np.asarray(self.values), np.asarray(later.values)
+        mean = (first + second) / 2
+        apart = float(np.median(np.abs(second - first) / mean))
+        base_ms = (self.base_ms + later.base_ms) / 2
+        return Ratios(tuple(mean.tolist()), max(self.noise, later.noise, apart), base_ms)
 
 
 def table_from_nothing(structure: Structure, runtime: Runtime, seed: int) -> LatencyTable:
@@ -51,7 +64,7 @@ def measured_ratios(
     runtime: Runtime,
     *,
     seed: int = 0,
-    budget_s: float = 15.0,
+    budget_s: float = GROUP_S,
     split: bool = False,
     on_group: Callable[[int, int], None] = lambda done, total: None,
 ) -> Ratios:

@@ -14,9 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from benchmarks.configurations import measured_configurations
+from benchmarks.configurations import drawn_configurations, measured_configurations
 from benchmarks.harness import (
     Verdict,
     arguments,
@@ -27,16 +25,15 @@ from benchmarks.harness import (
     publish,
     run_main,
 )
-from benchmarks.measuring import Ratios, table_from_nothing
+from benchmarks.measuring import table_from_nothing
 from benchmarks.model_files import model_path
-from benchmarks.rival_predictions import table_ratios
+from benchmarks.rival_predictions import table_errors
 from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.model_io import load_model
 from onnx_mdp.pipeline import analyze
 from onnx_mdp.running.runtime import Runtime
 from onnx_mdp.tables.latency import LatencyTable, build_table
 from onnx_mdp.tables.lut_store import open_store
-from onnx_mdp.tables.variants import Variant
 
 __all__ = ["Relation", "main"]
 
@@ -71,8 +68,12 @@ def _relation(first: str, then: str, given: argparse.Namespace) -> Relation:
     related = _related_table(one, two, runtime, given.seed)
     note(f"{then} alone")
     alone = table_from_nothing(two, runtime, given.seed)
-    variants, ratios = measured_configurations(two, alone.choices, runtime, given.configs, given.seed)
-    errors = (_errors(two, related, variants, ratios), _errors(two, alone, variants, ratios))
+    variants = drawn_configurations(two, alone.choices, given.configs, given.seed)
+    ratios = measured_configurations(two, variants, runtime, given.seed)
+    errors = (
+        table_errors(two, related, variants, ratios.values),
+        table_errors(two, alone, variants, ratios.values),
+    )
     holds = related.shared >= 0.8 and errors[0][0] <= errors[1][0] + 0.01
     return Relation(
         first,
@@ -84,13 +85,6 @@ def _relation(first: str, then: str, given: argparse.Namespace) -> Relation:
         ratios.noise,
         judge(holds, ratios.noise),
     )
-
-
-def _errors(
-    structure: Structure, table: LatencyTable, variants: Sequence[Variant], ratios: Ratios
-) -> tuple[float, float]:
-    errors = np.abs(np.asarray(table_ratios(structure, table, variants)) / np.asarray(ratios.values) - 1)
-    return float(np.median(errors)), float(errors.max())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from onnx_mdp.tables.staircases import Staircases
 from onnx_mdp.tables.variants import Variant, full_variant, plan_of_variant, random_variant
 from onnx_mdp.tables.windows import Window, cut_window
 
-__all__ = ["isolated_table", "linear_ratios", "macs_ratios", "table_ratios", "uncalibrated"]
+__all__ = ["isolated_table", "linear_ratios", "macs_ratios", "table_errors", "table_ratios", "uncalibrated"]
 
 _VARIANTS = 10
 _WIDTHS = 6  # measured for each shape key
@@ -35,6 +35,14 @@ _TOGETHER = 24
 def table_ratios(structure: Structure, table: LatencyTable, variants: Sequence[Variant]) -> list[float]:
     """What a table predicts, as shares of the unpruned latency that it was calibrated by."""
     return [predict_ms(table, structure, variant) / table.base_ms for variant in variants]
+
+
+def table_errors(
+    structure: Structure, table: LatencyTable, variants: Sequence[Variant], measured: Sequence[float]
+) -> tuple[float, float]:
+    """The median and the worst relative error of a table, of shares of the unpruned latency."""
+    errors = np.abs(np.asarray(table_ratios(structure, table, variants)) / np.asarray(measured) - 1)
+    return float(np.median(errors)), float(errors.max())
 
 
 def uncalibrated(structure: Structure, table: LatencyTable) -> LatencyTable:

@@ -16,7 +16,7 @@ from benchmarks.samples import samples_for, save_training_images
 from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import UsageError
 from onnx_mdp.importance.gradient_scores import GRADIENT_CRITERIA
-from onnx_mdp.importance.scoring import CRITERIA, Feeds, gradient_criterion
+from onnx_mdp.importance.scoring import CRITERIA, Criterion, Feeds, Progress, Scores, gradient_criterion
 from onnx_mdp.model_io import load_model, model_bytes
 from onnx_mdp.pipeline import analyze, prune
 from onnx_mdp.planning.closed_loop import Request
@@ -39,6 +39,7 @@ class StagedNetwork:
         self._name, self._given, self._kept, self._folder = name, given, kept, folder
         self._model = load_model(model_path(name))
         self.base = model_bytes(self._model)
+        self._criteria: dict[str, Criterion] = {}
 
     @cached_property
     def _structure(self) -> Structure:
@@ -85,9 +86,7 @@ class StagedNetwork:
         request = Request(
             target_ratio=ratio,
             runtime=Runtime(threads=self._given.threads),
-            criterion=gradient_criterion(criterion)
-            if criterion in GRADIENT_CRITERIA
-            else CRITERIA[criterion],
+            criterion=self._criteria.setdefault(criterion, _scored_once(criterion)),
             seed=self._given.seed,
         )
         ranked = self._feeds[:: _UNLABELLED // _RANKED_BY][:_RANKED_BY]
@@ -114,6 +113,20 @@ class StagedNetwork:
         asked = {"steps": given.steps, "batch": given.batch, "lr": given.lr, "weights": "last"}
         # By KL divergence the network forgets the classes that no image is of; logits tell of all.
         return FinetuneRequest(recipe("default", asked), options, distances="mse")
+
+
+def _scored_once(name: str) -> Criterion:
+    """A criterion that is always asked about the same model and inputs."""
+    criterion = gradient_criterion(name) if name in GRADIENT_CRITERIA else CRITERIA[name]
+    found: list[Scores] = []
+
+    def scored(structure: Structure, feeds: Feeds, progress: Progress) -> Scores:
+        if not found:
+            found.append(criterion(structure, feeds, progress))
+        return found[0]
+
+    scored.__name__ = name
+    return scored
 
 
 def _never() -> Made:

@@ -166,10 +166,10 @@ def test_a_table_of_windows_is_resumed_where_it_stopped(
 
         monkeypatch.setattr(latency, "profile_group", stops)
         with pytest.raises(KeyboardInterrupt):
-            build_table(structure, runtime(), store, variants=2)
+            build_table(structure, runtime(), store, variants=1)
         monkeypatch.setattr(latency, "profile_group", profile_group)
-        first = build_table(structure, runtime(), store, variants=2)
-        again = build_table(structure, runtime(), store, variants=2)
+        first = build_table(structure, runtime(), store, variants=1)
+        again = build_table(structure, runtime(), store, variants=1)
         numbers = [run.variant for run in store.runs(first.context, first.key)]
     assert (first.measured, again.measured) == (1, 0)
     assert again.coefficients == first.coefficients

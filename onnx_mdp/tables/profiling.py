@@ -32,7 +32,6 @@ from onnx_mdp.tables.lut_store import Run, Sample
 __all__ = ["profile_variant", "shows_nodes"]
 
 _TAG = re.compile(r"mdp(\d+)(?!\d)")
-_QUANTILE = 40  # of the runs kept; below the median, because disturbances only ever add time
 _CHARGED_SHARE = 0.98
 _ADDS_UP = 0.25  # how far the times of nodes and of the whole may differ
 _BLOCK = 6  # most runs in a row that count, after those that re-warm the caches
@@ -88,26 +87,30 @@ def profile_variant(
     keep = np.arange(wall.shape[1]) % in_a_row >= warm_up
     keep[keep] = _kept_runs(wall[:, keep], runtime)
     totals, counts = _charge(structure, events, wall.shape[1])
-    samples = tuple(_sample(t, kept, totals, counts, keep) for t in terms if t.operation in totals)
     everything = np.sum([event.ms for event in events], axis=0)
+    keep = _calm(everything, keep)
+    samples = tuple(_sample(t, kept, totals, counts, keep) for t in terms if t.operation in totals)
     charged = sum(float(ms.sum()) for ms in totals.values()) / float(np.sum(everything))
     if charged < _CHARGED_SHARE:
         raise MeasurementError(
             f"only {charged:.0%} of the profiled time could be charged to operations of the model; "
             "please report this model"
         )
-    total = float(np.percentile(everything[keep], _QUANTILE))
     quiet = np.concatenate(walls["plain"], axis=1)
-    plain_ms = float(np.percentile(quiet[0][_kept_runs(quiet, runtime)], _QUANTILE))
-    nodes = sum(counts.values())
-    spent = time.perf_counter() - started
     return Run(
-        variant, seed, plain_ms, total, nodes, spent, samples, {"kept": {str(k): v for k, v in kept.items()}}
+        variant,
+        seed,
+        plain_ms=float(quiet[0][_calm(quiet[0], _kept_runs(quiet, runtime))].mean()),
+        sum_ms=float(everything[keep].mean()),
+        nodes=sum(counts.values()),
+        seconds=time.perf_counter() - started,
+        samples=samples,
+        payload={"kept": {str(k): v for k, v in kept.items()}},
     )
 
 
 def _runs(ms: float) -> int:
-    """How many runs of so many milliseconds give a steady quantile."""
+    """How many runs of so many milliseconds give a steady mean of the faster half."""
     return 8 if ms > 25 else 16 if ms > 8 else 24
 
 
@@ -144,6 +147,14 @@ def _kept_runs(times: npt.NDArray[np.float64], runtime: Runtime) -> npt.NDArray[
     quiet = undisturbed(times[0], times[1])
     seen = runtime.threads == 1 and runtime.on_cpu and quiet.sum() >= 3
     return quiet if seen else np.ones(times.shape[1], np.bool_)
+
+
+def _calm(ms: npt.NDArray[np.float64], kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """The faster half of the runs kept, because disturbances only ever add time.
+
+    Means over them add up, and resolve the fractions of the microseconds that the profiler counts.
+    """
+    return kept & (ms <= np.median(ms[kept]))
 
 
 def _events(document: Iterable[Mapping[str, Any]]) -> list[_Event]:
@@ -239,6 +250,6 @@ def _sample(
     counts: Mapping[int, int],
     keep: npt.NDArray[np.bool_],
 ) -> Sample:
-    ms = float(np.percentile(totals[term.operation][keep], _QUANTILE))
+    ms = float(totals[term.operation][keep].mean())
     a, b = width(term.reads, kept), width(term.makes, kept)
     return Sample(term.key, float(a), float(b), ms, counts[term.operation])
