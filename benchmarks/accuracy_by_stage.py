@@ -128,9 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.9, 0.8, 0.7])
     parser.add_argument("--criteria", nargs="+", default=["taylor", "refit", "magnitude"], metavar="NAME")
     parser.add_argument("--trained", nargs="*", default=["taylor"], metavar="NAME", help="to distil")
-    parser.add_argument("--steps", type=int, default=40, help="of the distillation (default: 40)")
+    parser.add_argument("--steps", type=int, default=120, help="of the distillation (default: 120)")
     parser.add_argument("--batch", type=int, default=25, help="images of a step (default: 25)")
-    parser.add_argument("--lr", type=float, default=3e-5)
+    parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument(
         "--kept", type=Path, metavar="DIR", help="of pruned and trained models, to go on from"
     )
