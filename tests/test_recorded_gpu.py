@@ -3,7 +3,8 @@
 ``recordings/cuda_h200_resnet50_fp16_batch64.jsonl.gz`` is what ``profile`` measured on an NVIDIA H200 (ONNX
 Runtime 1.31.1, driver 580.159.04), as ``lut export`` writes it: 24 whole variants, 144 windows of them, the
 calibration. The model had random weights, on which latency does not depend. Its calibration has since been
-given the two numbers that calibrations have now, as they are where whole models are timed: weights unpriced.
+given the two numbers that calibrations have now, as they are where whole models are timed: weights unpriced;
+and the name that it has now, of a table of 8 variants, for which 24 of this device stand.
 """
 
 from __future__ import annotations
