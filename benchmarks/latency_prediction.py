@@ -1,15 +1,17 @@
 """How well the latency table predicts pruned models that it never saw.
 
 Claim: over at least 20 heterogeneous configurations of each model, as ratios to the unpruned model, the
-table's error has a median of at most 2 % and a maximum of at most 6 % on the CPU provider, and of 4 % and
-12 % on one that compiles (``--ep openvino``). Fused projections are split in the unpruned model, as in all others.
+table's error has a median of at most 2 % and a maximum of at most 6 % on the CPU provider, and of 4 % and 12
+% on one that compiles (``--ep openvino``). Fused projections are split in the unpruned model, as in all
+others.
 
 The configurations are a hard set: every stage (resolution) of the network has its own factor, so that no
 common scale describes the model, and up to 60 % of the blocks are gone. They are measured twice, before the
 table and after it, for what one model loses to a busy machine beside another changes within minutes: their
 mean is what is predicted, and F, which allows nothing, is at least how far the two are apart. The table is
-built from nothing in a temporary store. Beside it stand its error without the affine calibration (the sum of the terms, scaled by the
-unpruned model alone), and those of three rivals: a linear model, sums of isolated layers, and MACs.
+built from nothing in a temporary store. Beside it stand its error without the affine calibration (the sum of
+the terms, scaled by the unpruned model alone), and those of three rivals: a linear model, sums of isolated
+layers, and MACs.
 """
 
 from __future__ import annotations
