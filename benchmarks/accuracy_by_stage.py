@@ -1,8 +1,8 @@
 """ImageNet accuracy after each stage, without labels, at equal measured latency: pruned, repaired, distilled.
 
 Claim: at 0.9, 0.8 and 0.7 of the measured latency each stage raises the top-1 of the stage before, whether
-units were ranked by ``taylor`` or by ``refit``, and those ranked by ``taylor`` give a higher top-1, as pruned,
-than those ranked by ``magnitude``.
+units were ranked by ``taylor`` or by ``refit``, and those ranked by ``taylor`` give a higher top-1, as
+pruned, than those ranked by ``magnitude``.
 
 Each model is pruned by the closed loop of ``onnx-mdp prune`` until it measures what was asked, its units
 ranked on 64 unlabelled images. ``lstsq`` refits its layers on 500 of them; then it is trained to give the
