@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from onnx_mdp.concurrency import usable_cpus
 from onnx_mdp.running.runtime import device_name
 
 __all__ = ["Extra", "Machine", "extras", "flavours", "machine", "versions"]
@@ -55,18 +56,12 @@ def machine() -> Machine:
     """What the processor and the system say."""
     return Machine(
         cpu=device_name(),
-        usable_cpus=_usable_cpus(),
+        usable_cpus=usable_cpus(),
         governor=_governor(),
         turbo=_turbo(),
         load=_load(),
         memory_gb=_memory_gb(),
     )
-
-
-def _usable_cpus() -> int:
-    with suppress(AttributeError, OSError):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _governor() -> str | None:

@@ -24,6 +24,7 @@ ORDER = (
     "files",
     "untrusted",
     "supervision",
+    "concurrency",
     "json_input",
     "yaml_input",
     "document_forms",

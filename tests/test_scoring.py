@@ -12,6 +12,7 @@ import pytest
 from onnx import numpy_helper
 from zoo import analyse, run, text_model
 
+from onnx_mdp import concurrency
 from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import UsageError
 from onnx_mdp.importance.gradient_scores import GRADIENT_CRITERIA
@@ -365,6 +366,21 @@ def test_a_block_is_worth_less_once_the_layers_behind_it_are_refitted() -> None:
         found = score(structure, criterion, feeds)
         worth[criterion] = found.blocks[block.name] + sum(found.units[i].sum() for i in inside)
     assert 0 < worth["refit"] < 0.7 * worth["drift"]
+
+
+@pytest.mark.parametrize("criterion", ["drift", "refit"])
+def test_scores_are_the_same_bits_on_any_number_of_processors(
+    criterion: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    structure = analyse(edited())[1]
+    found = []
+    for count in (1, 4):
+        monkeypatch.setattr(concurrency, "usable_cpus", lambda count=count: count)
+        found.append(score(structure, criterion, [*FEEDS, *FEEDS[::-1]]))
+    alone, shared = found
+    assert alone.blocks == shared.blocks
+    for index, worth in alone.units.items():
+        np.testing.assert_array_equal(worth, shared.units[index])
 
 
 def test_a_refit_needs_inputs_to_hold_out() -> None:

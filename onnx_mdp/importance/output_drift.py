@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ import onnx_ir as ir
 
 from onnx_mdp.analysis.states import kept_feeds, kept_part
 from onnx_mdp.analysis.structure import Structure
+from onnx_mdp.concurrency import in_order
 from onnx_mdp.large_models import for_session
 from onnx_mdp.numerics.precision import in_float32, widened
 from onnx_mdp.plan import PruningPlan, removed_classes
@@ -56,19 +58,20 @@ def unit_steps(
     ``order``, ``int64[rows, count]``, ranks the units of each dimension, the most important first; the units
     of equal rank in different heads share a step.
     """
-    drift = _Drift(structure, feeds, refitted)
+    cuts = [(index, kept) for index, rank in order.items() for kept in _widths(rank.shape[1])]
+    plans = []
+    for index, kept in cuts:
+        units = tuple(sorted(order[index][:, :kept].reshape(-1).tolist()))
+        plans.append(PruningPlan(keep={structure.dimensions[index].name: units}))
+    drifts = _drifts(_Drift(structure, feeds, refitted), plans, partial(progress, "score"))
+    curves = {index: {rank.shape[1]: 0.0} for index, rank in order.items()}
+    for (index, kept), drift in zip(cuts, drifts, strict=True):
+        curves[index][kept] = drift
     steps: dict[int, Vector] = {}
-    for done, (index, rank) in enumerate(order.items()):
-        progress("score", done, len(order))
-        name, (rows, count) = structure.dimensions[index].name, rank.shape
-        curve = {count: 0.0}
-        for kept in sorted({max(1, round(share * count)) for share in _SHARES} - {count}):
-            units = tuple(sorted(rank[:, :kept].reshape(-1).tolist()))
-            curve[kept] = drift.of(PruningPlan(keep={name: units}))
-        by_rank = _steps(curve)
+    for index, rank in order.items():
+        rows, count = rank.shape
         steps[index] = np.empty(rows * count)
-        steps[index][rank] = by_rank * (1.0 - _TIE * np.arange(count) / count) / rows
-    progress("score", len(order), len(order))
+        steps[index][rank] = _steps(curves[index]) * (1.0 - _TIE * np.arange(count) / count) / rows
     return steps
 
 
@@ -76,12 +79,10 @@ def block_drifts(
     structure: Structure, feeds: Feeds, progress: Progress, *, refitted: bool = False
 ) -> dict[str, float]:
     """D of the model without each removable block."""
-    drift, drifts = _Drift(structure, feeds, refitted), dict[str, float]()
-    for done, block in enumerate(structure.blocks):
-        progress("score blocks", done, len(structure.blocks))
-        drifts[block.name] = drift.of(PruningPlan(keep={}, removed_blocks=(block.name,)))
-    progress("score blocks", len(drifts), len(drifts))
-    return drifts
+    names = [block.name for block in structure.blocks]
+    plans = [PruningPlan(keep={}, removed_blocks=(name,)) for name in names]
+    drifts = _drifts(_Drift(structure, feeds, refitted), plans, partial(progress, "score blocks"))
+    return dict(zip(names, drifts, strict=True))
 
 
 def model_drift(
@@ -90,6 +91,21 @@ def model_drift(
     """D of each of several models that have the shapes that a plan leaves, whatever their weights."""
     drift = _Drift(structure, feeds)
     return tuple(drift.between(model, removed_classes(plan, structure)) for model in models)
+
+
+def _widths(count: int) -> list[int]:
+    """The widths at which a dimension of so many units is measured."""
+    return sorted({max(1, round(share * count)) for share in _SHARES} - {count})
+
+
+def _drifts(drift: _Drift, plans: Sequence[PruningPlan], progress: Callable[[int, int], None]) -> list[float]:
+    """D of each plan."""
+    found = []
+    progress(0, len(plans))
+    for each in in_order(drift.of, plans):
+        found.append(each)
+        progress(len(found), len(plans))
+    return found
 
 
 def _steps(curve: Mapping[int, float]) -> Vector:
