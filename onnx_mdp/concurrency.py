@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from typing import TypeVar
+from contextlib import AbstractContextManager, suppress
+from typing import Any, TypeVar
 
-__all__ = ["in_order", "usable_cpus"]
+__all__ = ["in_order", "matrix_threads", "usable_cpus"]
 
 _MOST = 8  # pieces of work that are in memory at the same time
 _Item = TypeVar("_Item")
@@ -25,14 +26,29 @@ def usable_cpus() -> int:
 def in_order(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
     """The result for each item; threads help where the function leaves Python, as ONNX Runtime and NumPy do.
 
-    After an error, or an interruption, what has not begun is not begun.
+    Matrix products take one thread meanwhile, so that results do not depend on how many run beside each
+    other. After an error, or an interruption, what has not begun is not begun.
     """
     workers = min(usable_cpus(), _MOST)
-    if workers == 1:
-        yield from map(function, items)
-        return
-    pool = ThreadPoolExecutor(workers)
-    try:
-        yield from pool.map(function, items)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with matrix_threads(1):
+        if workers == 1:
+            yield from map(function, items)
+            return
+        pool = ThreadPoolExecutor(workers)
+        try:
+            yield from pool.map(function, items)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def matrix_threads(most: int | None) -> AbstractContextManager[Any]:
+    """Limit the threads of one matrix product: on busy cores, those of small ones mostly wait."""
+    limit: AbstractContextManager[Any] = _libraries().limit(limits=most, user_api="blas")
+    return limit
+
+
+@functools.cache
+def _libraries() -> Any:
+    import threadpoolctl  # a board may lack it, and neither ranks nor repairs
+
+    return threadpoolctl.ThreadpoolController()

@@ -14,10 +14,9 @@ from zoo import CNNS, analyse, random_plan, zoo_path, zoo_structure
 
 from onnx_mdp.analysis import shadow
 from onnx_mdp.analysis.structure import Structure
-from onnx_mdp.cli.options import PlanOptions
 from onnx_mdp.cli.plan_commands import parse_targets
 from onnx_mdp.errors import MissingBackendError, UsageError
-from onnx_mdp.importance.scoring import score
+from onnx_mdp.importance.scoring import default_criterion, score
 from onnx_mdp.model_io import load_model
 from onnx_mdp.plan import load_plan
 from onnx_mdp.planning.explain import explain
@@ -364,7 +363,8 @@ def load_params() -> int:
     return sum(v.const_value.size for v in load_model(DEMO).graph.initializers.values() if v.const_value)
 
 
-def test_the_criterion_follows_the_data() -> None:
-    assert PlanOptions().ranking == "magnitude"
-    assert PlanOptions(data=Path("x.npz")).ranking == "drift"
-    assert PlanOptions(data=Path("x.npz"), criterion="activation").ranking == "activation"
+def test_the_criterion_follows_the_data_and_the_repair() -> None:
+    assert default_criterion(0) == default_criterion(0, ("lstsq",)) == "magnitude"
+    assert default_criterion(1) == default_criterion(64, ("bn",)) == "drift"
+    assert default_criterion(3, ("lstsq",)) == "drift", "a refit holds inputs out"
+    assert default_criterion(4, ("lstsq",)) == default_criterion(64, ("bn", "lstsq")) == "refit"

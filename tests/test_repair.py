@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -319,7 +320,7 @@ def test_prune_repairs_once_the_law_was_verified(run: Callable[..., Outcome], tm
     refused = run(*command[:-2], "--criterion", "refit", "--data", "inputs.npz")
     assert refused.code == 2
     assert "pass --repair lstsq too" in refused.err
-    pruned = patiently(lambda: run(*command, "--data", "inputs.npz", "--json"))
+    pruned = patiently(lambda: run(*command, "--criterion", "drift", "--data", "inputs.npz", "--json"))
     assert pruned.code == 0, pruned.err
     before, after = pruned.document["repair"]["output_drifts"]
     assert after < before
@@ -327,9 +328,10 @@ def test_prune_repairs_once_the_law_was_verified(run: Callable[..., Outcome], tm
     asked = (str(DEMO), "plain.onnx", "slim.plan.json", "--data", "inputs.npz", "-o", "again.onnx")
     assert run("repair", *asked, "--repair", "lstsq").code == 0
     assert Path("again.onnx").read_bytes() == Path("slim.onnx").read_bytes()
-    asked = (*command, "--criterion", "refit", "--data", "inputs.npz", "--overwrite", "--json")
-    planned = patiently(lambda: run(*asked))
+    planned = patiently(lambda: run(*command, "--data", "inputs.npz", "--overwrite", "--json"))
     assert planned.code == 0, planned.err
+    assert "units are ranked by what the repair leaves" in planned.err
+    assert json.loads(Path("slim.plan.json").read_text())["provenance"]["criterion"] == "refit"
     assert planned.document["repair"]["output_drifts"][-1] < 1.2 * after
 
 

@@ -94,11 +94,12 @@ def prune(
     if data is not None:
         shapes, types = structure.shadow.inputs, input_types(original)
         inputs = read_data(data, shapes, types, preprocess=preprocess, samples=samples, labels=labels)
+    methods = repairing.parse_methods(",".join(repair) or "none")
     request = Request(
         target_ms=target_ms,
         target_ratio=target_ratio,
         runtime=chosen_runtime(ep, threads, store),
-        criterion=chosen_criterion(criterion, inputs, loss=loss, scores=scores, seed=seed),
+        criterion=chosen_criterion(criterion, inputs, repair=methods, loss=loss, scores=scores, seed=seed),
         solver=solver,
         limits=limits or SolveLimits(),
         max_choices=choices,
@@ -106,7 +107,7 @@ def prune(
         rules=chosen_rules(original, structure, rules, ignored),
         caps=caps or Caps(),
         rescale_attention=rescale_attention,
-        repair=repairing.parse_methods(",".join(repair) or "none"),
+        repair=methods,
     )
     feeds = inputs.feeds if inputs else ()
     if table is not None:

@@ -253,13 +253,14 @@ def chosen_criterion(
     criterion: str | scoring.Criterion | None,
     data: CalibrationData | None,
     *,
+    repair: Sequence[str] = (),
     loss: str | Callable[..., object] = "auto",
     scores: str | os.PathLike[str] | None = None,
     seed: int = 0,
 ) -> str | scoring.Criterion:
-    """A criterion for these inputs: by default ``drift``, and ``magnitude`` without any."""
+    """A criterion for these inputs and the repair that follows; without a name, the best that they allow."""
     if criterion is None:
-        return "magnitude" if data is None else "drift"
+        return scoring.default_criterion(0 if data is None else len(data.feeds), repair)
     if not isinstance(criterion, str) or criterion not in GRADIENT_CRITERIA:
         return criterion
     from onnx_mdp.training.loaders import load_function

@@ -122,11 +122,6 @@ class PlanOptions:
         """What one solve may spend."""
         return SolveLimits(self.time_limit, self.gap)
 
-    @property
-    def ranking(self) -> str:
-        """The criterion, by default the best one that the inputs allow."""
-        return self.criterion or ("drift" if self.data is not None else "magnitude")
-
     def check(self, *, labelled: bool = False) -> None:
         """Refuse wrong options before minutes of measuring; training and reports take labels too."""
         if self.solver not in SOLVERS:
@@ -157,9 +152,11 @@ class PlanOptions:
         if self.scores is None or not self.scores.exists():
             require_torch(f"criterion {self.criterion!r}")
 
-    def scorer(self, data: CalibrationData | None, seed: int) -> str | Criterion:
+    def scorer(self, data: CalibrationData | None, seed: int, repair: Sequence[str] = ()) -> str | Criterion:
         """The criterion, with the loss, the labels and the file of those that are made of gradients."""
-        return chosen_criterion(self.criterion, data, loss=self.loss, scores=self.scores, seed=seed)
+        return chosen_criterion(
+            self.criterion, data, repair=repair, loss=self.loss, scores=self.scores, seed=seed
+        )
 
     def rules(self) -> WidthRules:
         """The widths that the options allow."""

@@ -103,7 +103,10 @@ Data = Annotated[
 Preprocess = Annotated[str | None, typer.Option(help="How images become inputs, such as imagenet.")]
 Criterion = Annotated[
     str | None,
-    typer.Option(help="magnitude, activation, drift, refit, taylor or hessian; default: drift with --data."),
+    typer.Option(
+        help="magnitude, activation, drift, refit, taylor or hessian; default with --data: drift, or refit "
+        "for --repair lstsq."
+    ),
 ]
 Loss = Annotated[
     str,

@@ -31,6 +31,7 @@ from onnx_mdp.data.calibration import CalibrationData
 from onnx_mdp.errors import UsageError
 from onnx_mdp.files import Content, check_output, write_files
 from onnx_mdp.handover import bench_hint, open_handover
+from onnx_mdp.importance.scoring import criterion_name
 from onnx_mdp.pipeline import PruneResult, prune
 from onnx_mdp.planning.closed_loop import Request
 from onnx_mdp.repairing.repair import parse_methods
@@ -105,11 +106,12 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
     rules = width_rules(model, structure, wanted.plan, options)
     fallback = accepted_fallback(model, structure, options)
     data = calibration(structure, model, wanted.plan, options, labelled=wanted.report)
+    repair = parse_methods(wanted.repair)
     request = Request(
         target_ms=wanted.target_ms,
         target_ratio=wanted.target_ratio,
         runtime=options.runtime(),
-        criterion=wanted.plan.scorer(data, options.seed),
+        criterion=wanted.plan.scorer(data, options.seed, repair),
         solver=wanted.plan.solver,
         limits=wanted.plan.limits,
         max_choices=wanted.choices,
@@ -118,8 +120,10 @@ def run_prune(path: Path, options: Options, wanted: PruneOptions) -> int:
         rules=rules,
         caps=wanted.plan.caps(structure),
         rescale_attention=wanted.plan.rescales(structure),
-        repair=parse_methods(wanted.repair),
+        repair=repair,
     )
+    if wanted.plan.criterion is None and request.criterion == "refit":
+        options.screen.note("units are ranked by what the repair leaves of them; --criterion drift is faster")
     recipe: dict[Path, Content] = {}
     if wanted.parameters is not None:
         recipe[recipe_file] = recipe_text(wanted.parameters, structure.shadow.source).encode()
@@ -183,7 +187,7 @@ def _circumstances(
         output=output,
         runtime=request.runtime,
         command=request.command,
-        criterion=wanted.plan.ranking,
+        criterion=criterion_name(request.criterion),
         data=data,
         data_name=None if wanted.plan.data is None else wanted.plan.data.resolve().name,
         then=() if trained is None else (trained.line,),

@@ -42,6 +42,8 @@ __all__ = [
     "Importance",
     "Scores",
     "activation",
+    "criterion_name",
+    "default_criterion",
     "drift",
     "gradient_criterion",
     "hessian",
@@ -103,13 +105,12 @@ def score(
     Raises:
         UsageError: an unknown criterion, or one that needs data without data.
     """
+    name = criterion_name(criterion)
     if isinstance(criterion, str):
         if criterion not in CRITERIA:
-            raise UsageError(f"unknown criterion {criterion!r}; choose one of {', '.join(sorted(CRITERIA))}")
-        function, name = CRITERIA[criterion], criterion
-    else:
-        function, name = criterion, getattr(criterion, "__name__", "custom")
-    scores = function(structure, feeds, progress)
+            raise UsageError(f"unknown criterion {name!r}; choose one of {', '.join(sorted(CRITERIA))}")
+        criterion = CRITERIA[name]
+    scores = criterion(structure, feeds, progress)
     classes = scores.classes
     if classes.shape != (structure.graph.classes,) or not np.isfinite(classes).all():
         raise UsageError(f"criterion {name!r} must return one finite number for each index class")
@@ -238,6 +239,18 @@ def _anchored(
             inner[dimension.block] += float(np.maximum(values, 0.0).sum())
     measured = block_drifts(structure, feeds, progress, refitted=refitted)
     return Scores(classes, {name: measured[name] - inner[name] for name in measured})
+
+
+def criterion_name(criterion: str | Criterion) -> str:
+    """What plans and reports call a criterion."""
+    return criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "custom")
+
+
+def default_criterion(inputs: int, repair: Sequence[str] = ()) -> str:
+    """The best criterion that so many inputs allow, for weights that are repaired by these methods."""
+    if "lstsq" in repair and inputs >= _LEAST_TO_REFIT:
+        return "refit"
+    return "drift" if inputs else "magnitude"
 
 
 def gradient_criterion(name: str, options: GradientOptions = GradientOptions()) -> Criterion:

@@ -23,7 +23,10 @@ def parameters() -> dict[str, PassConfigParam]:
     return {
         "target_ms": _searched(float, "Latency to reach, in milliseconds."),
         "target_ratio": _searched(float, "Instead: latency to reach, relative to the input model's."),
-        "criterion": _searched(str, "How units are ranked; by default drift, or magnitude without data."),
+        "criterion": _searched(
+            str,
+            "How units are ranked; by default drift, refit for the repair lstsq, or magnitude without data.",
+        ),
         "data_config": _given(_DATA, None, "Calibration inputs that units are ranked by."),
         "samples": _given(int, 64, "Of the calibration inputs, at most so many."),
         "input_shapes": _given(dict[str, list[int]], None, "Shapes of inputs that are symbolic in the file."),

@@ -11,7 +11,6 @@ steps of majorisation fit ``y₀``, there replaced by what the layer gives, or b
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnx_mdp.concurrency import matrix_threads
 from onnx_mdp.repairing.layer_samples import inputs_at, outputs_at, store_matrix, weight_matrix
 from onnx_mdp.repairing.linear_layers import Layer, LayerRepair, shift
 from onnx_mdp.repairing.stepwise import Walk
@@ -116,17 +116,8 @@ def refit(model: ir.Model, layer: Layer, dense: Walk, slim: Walk) -> LayerRepair
     reason = _why_not(layer, dense)
     if reason is not None:
         return LayerRepair("lstsq", layer.name, kept=reason)
-    threads = None if weight_matrix(layer).shape[2] >= _LARGE else 1
-    with _libraries().limit(limits=threads, user_api="blas"):
+    with matrix_threads(None if weight_matrix(layer).shape[2] >= _LARGE else 1):
         return _refit(model, layer, dense, slim)
-
-
-@functools.cache
-def _libraries() -> Any:
-    """The matrix libraries: on busy cores, threads of small products mostly wait for each other."""
-    import threadpoolctl  # a board may lack it, and repairs nothing
-
-    return threadpoolctl.ThreadpoolController()
 
 
 def _refit(model: ir.Model, layer: Layer, dense: Walk, slim: Walk) -> LayerRepair:
