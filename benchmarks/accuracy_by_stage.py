@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -33,7 +33,7 @@ from benchmarks.harness import (
     side_by_side,
 )
 from benchmarks.kept_models import Kept
-from benchmarks.samples import samples_for, top1
+from benchmarks.samples import divergence, hits, logits, samples_for
 from benchmarks.staged_networks import StagedNetwork
 
 __all__ = ["Result", "main"]
@@ -44,6 +44,7 @@ class Result:
     """One model pruned by one criterion to one measured ratio; accuracies are top-1 shares of ``images``.
 
     ``distilled`` is missing where the criterion was not trained; ``seconds`` are those of the training.
+    ``divergences`` from the original, in nats, are those of each stage.
     """
 
     model: str
@@ -57,6 +58,7 @@ class Result:
     repaired: float
     distilled: float | None
     seconds: float
+    divergences: Mapping[str, float]
     verdict: Verdict = "inconclusive"
 
     @property
@@ -76,13 +78,14 @@ def _results(name: str, given: argparse.Namespace, kept: Kept, folder: Path) -> 
     chosen = list(product(given.criteria, given.ratios))
     for criterion, ratio in chosen:
         network.pruned(criterion, ratio)
-    dense = top1(network.base, data, given.threads)
+    wanted = logits(network.base, data, given.threads)
     for criterion, ratio in chosen:
         slim, numbers = network.pruned(criterion, ratio)
-        distilled, seconds = None, 0.0
+        models, seconds = {"pruned": slim, "lstsq": network.refitted(criterion, ratio)}, 0.0
         if criterion in given.trained:
-            trained, seconds = network.distilled(criterion, ratio)
-            distilled = top1(trained, data, given.threads)
+            models["distilled"], seconds = network.distilled(criterion, ratio)
+        scores = {stage: logits(model, data, given.threads) for stage, model in models.items()}
+        accuracies = {stage: hits(found, data) for stage, found in scores.items()}
         yield Result(
             model=name,
             criterion=criterion,
@@ -90,11 +93,12 @@ def _results(name: str, given: argparse.Namespace, kept: Kept, folder: Path) -> 
             measured=numbers["measured"],
             noise=numbers["noise"],
             images=len(data.labels),
-            dense=dense,
-            pruned=top1(slim, data, given.threads),
-            repaired=top1(network.refitted(criterion, ratio), data, given.threads),
-            distilled=distilled,
+            dense=hits(wanted, data),
+            pruned=accuracies["pruned"],
+            repaired=accuracies["lstsq"],
+            distilled=accuracies.get("distilled"),
             seconds=seconds,
+            divergences={stage: divergence(wanted, found) for stage, found in scores.items()},
         )
 
 
@@ -111,14 +115,14 @@ def _judged(results: Sequence[Result]) -> Iterator[Result]:
 def _overview(results: Sequence[Result]) -> Printed:
     cells = [(result, stage, accuracy) for result in results for stage, accuracy in result.stages.items()]
     return side_by_side(
-        "top-1 by plan and stage",
+        "top-1 by plan and stage, and KL divergence from the original",
         {
             "model": lambda c: c[0].model,
             "asked": lambda c: f"{c[0].ratio:g}",
             "original": lambda c: f"{c[0].dense:.1%}",
         },
         lambda c: f"{c[0].criterion}, {c[1]}",
-        lambda c: f"{c[2]:.1%}",
+        lambda c: f"{c[2]:.1%} ({c[0].divergences[c[1]]:.2f})",
         cells,
     )
 

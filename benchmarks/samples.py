@@ -22,7 +22,16 @@ from onnx_mdp.data.images import PREPROCESSINGS
 from onnx_mdp.errors import UsageError
 from onnx_mdp.running.runtime import Runtime, open_session
 
-__all__ = ["CALIBRATION", "Samples", "samples_for", "save_training_images", "top1"]
+__all__ = [
+    "CALIBRATION",
+    "Samples",
+    "divergence",
+    "hits",
+    "logits",
+    "samples_for",
+    "save_training_images",
+    "top1",
+]
 
 Images = npt.NDArray[np.float32]
 
@@ -72,14 +81,28 @@ def save_training_images(name: str, path: Path) -> tuple[Path, str]:
     return path, _TASKS[name][1]
 
 
+def logits(model: bytes, samples: Samples, threads: int = 1) -> Images:
+    """The first output of a classifier for each sample, ``float32[n, classes]``."""
+    session = open_session(model, Runtime(threads=threads))
+    name = session.get_inputs()[0].name
+    batches = [session.run(None, {name: samples.load(batch)})[0] for batch in _batches(len(samples.labels))]
+    return np.concatenate(batches)
+
+
 def top1(model: bytes, samples: Samples, threads: int = 1) -> float:
     """The share of the samples whose largest output is that of their label."""
-    session = open_session(model, Runtime(threads=threads))
-    name, hits = session.get_inputs()[0].name, 0
-    for batch in _batches(len(samples.labels)):
-        scores = session.run(None, {name: samples.load(batch)})[0]
-        hits += int((scores.argmax(1) == samples.labels[batch]).sum())
-    return hits / len(samples.labels)
+    return hits(logits(model, samples, threads), samples)
+
+
+def hits(scores: Images, samples: Samples) -> float:
+    """The share of the samples whose largest score, of ``float32[n, classes]``, is that of their label."""
+    return float((scores.argmax(1) == samples.labels).mean())
+
+
+def divergence(wanted: Images, given: Images) -> float:
+    """KL divergence of the classes by the logits of one model from those by another's: nats, mean of samples."""
+    ours, theirs = (scores - np.logaddexp.reduce(scores, 1, keepdims=True) for scores in (given, wanted))
+    return float((np.exp(theirs) * (theirs - ours)).sum(1, dtype=np.float64).mean())
 
 
 def _batches(count: int) -> Iterator[slice]:

@@ -46,7 +46,7 @@ from benchmarks.metered import Metered, run_metered
 from benchmarks.model_files import model_path
 from benchmarks.prediction_figure import prediction_svg
 from benchmarks.rival_predictions import linear_ratios, macs_ratios, table_ratios
-from benchmarks.samples import samples_for, top1
+from benchmarks.samples import divergence, samples_for, top1
 from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import MeasurementError, UsageError, VerificationError
 from onnx_mdp.model_io import load_model, parameter_count
@@ -371,6 +371,15 @@ def test_two_measurements_that_disagree_are_noisy_however_quiet_each_was() -> No
     assert found.noise == pytest.approx(0.02 / 0.51)
     assert found.base_ms == 4.5
     assert Ratios((0.5,), 0.003, 4.0).joined(Ratios((0.5,), 0.002, 4.0)).noise == 0.003
+
+
+def test_the_divergence_is_that_of_the_classes() -> None:
+    draw = np.random.default_rng(0)
+    wanted, given = (draw.standard_normal((7, 5)).astype(np.float32) for _ in range(2))
+    assert divergence(wanted, wanted + 3) == pytest.approx(0.0, abs=1e-6)
+    p, q = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True) for logits in (wanted, given))
+    assert divergence(wanted, given) == pytest.approx((p * np.log(p / q)).sum(1).mean(), rel=1e-5)
+    assert divergence(wanted, given) > 0
 
 
 @pytest.mark.zoo
