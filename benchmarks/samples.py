@@ -100,7 +100,7 @@ def hits(scores: Images, samples: Samples) -> float:
 
 
 def divergence(wanted: Images, given: Images) -> float:
-    """KL divergence of the classes by the logits of one model from those by another's: nats, mean of samples."""
+    """KL divergence of the classes that one model gives from another's, by logits; mean nats of a sample."""
     ours, theirs = (scores - np.logaddexp.reduce(scores, 1, keepdims=True) for scores in (given, wanted))
     return float((np.exp(theirs) * (theirs - ours)).sum(1, dtype=np.float64).mean())
 
