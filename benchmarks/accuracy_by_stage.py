@@ -5,11 +5,12 @@ units were ranked by ``taylor`` or by ``refit``, and those ranked by ``taylor`` 
 pruned, than those ranked by ``magnitude``.
 
 Each model is pruned by the closed loop of ``onnx-mdp prune`` until it measures what was asked, its units
-ranked on 64 unlabelled images. ``lstsq`` refits its layers on 500 of them; then it is trained to give the
-original's logits, on crops of these. Images are those of the zoo, mostly of the training set: look at
-differences. Those of even classes rank, refit and distil, those of odd classes test, so no class that is
-tested was seen. All measuring of a model comes before its training, so only its first minutes need a quiet
-machine; with ``--kept``, another machine goes on from there.
+ranked on 64 unlabelled images. ``lstsq`` refits its layers on 500 of them; then plans of ``refit``, which
+are made for that repair, are trained to give the original's logits, on crops of these. Images are those of
+the zoo, mostly of the training set: look at differences. Those of even classes rank, refit and distil, those
+of odd classes test, so no class that is tested was seen. Beside the top-1 of so few images stands the KL
+divergence from the original, which tells smaller steps apart. All measuring of a model comes before its
+training, so only its first minutes need a quiet machine; with ``--kept``, another machine goes on from there.
 """
 
 from __future__ import annotations
@@ -103,10 +104,10 @@ def _results(name: str, given: argparse.Namespace, kept: Kept, folder: Path) -> 
 
 
 def _judged(results: Sequence[Result]) -> Iterator[Result]:
-    """The claim is made of what was trained, row by row, and of ``taylor`` against ``magnitude``."""
+    """The claim is made of ``taylor`` and ``refit``, row by row, and of the one against ``magnitude``."""
     for one in results:
         others = [r for r in results if (r.model, r.ratio) == (one.model, one.ratio)]
-        holds = one.distilled is None or one.rising
+        holds = one.criterion == "magnitude" or one.rising
         if one.criterion == "taylor":
             holds = holds and all(one.pruned > r.pruned for r in others if r.criterion == "magnitude")
         yield replace(one, verdict=judge(holds, max(r.noise for r in others)))
@@ -132,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__, ("mobilenet_v2", "efficientnet_lite0"))
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.9, 0.8, 0.7])
     parser.add_argument("--criteria", nargs="+", default=["taylor", "refit", "magnitude"], metavar="NAME")
-    parser.add_argument("--trained", nargs="*", default=["taylor", "refit"], metavar="NAME", help="to distil")
+    parser.add_argument("--trained", nargs="*", default=["refit"], metavar="NAME", help="to distil")
     parser.add_argument("--steps", type=int, default=300, help="of the distillation (default: 300)")
     parser.add_argument("--batch", type=int, default=25, help="images of a step (default: 25)")
     parser.add_argument("--lr", type=float, default=1e-4)
