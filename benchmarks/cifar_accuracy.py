@@ -8,8 +8,9 @@ difference on the test images, one is neither shown nor refuted.
 Every pruner of benchmarks/pruners.py is turned until its file, measured beside the original, is as
 fast as asked. Then all are trained alike by `onnx_mdp.training`: labels and the original as teacher,
 BatchNorm inserted and folded away again, SGD, random crops and flips, the same seed and number of steps, on
-45,000 training images; the last weights are tested on the 10,000 test images. (Not those that are best on the
-other 5,000 training images: the original learned from these, which flatters weights that resemble it.)
+45,000 training images (``--whole``: on all, as the original was); the last weights are tested on the 10,000
+test images. (Not those that are best on the other 5,000 training images: the original learned from these,
+which flatters weights that resemble it.)
 All measuring comes before all training, so only the first minutes need a quiet machine; with ``--kept``,
 another machine goes on from there, or several processes that each are given one method, and a training that
 was interrupted is resumed. The training
@@ -111,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1500, help="(default: 1500)")
     parser.add_argument("--batch", type=int, default=BATCH, help=f"images of a step (default: {BATCH})")
     parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--whole", action="store_true", help="train on all 50,000 images")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--kept", type=Path, metavar="DIR", help="of pruned and trained models, to go on from"

@@ -21,7 +21,10 @@ _RANKED_BY = 1024
 
 
 class Cifar:
-    """CIFAR-10 from the archive that the zoo's script writes."""
+    """CIFAR-10 from the archive that the zoo's script writes.
+
+    ``archive`` are all training images in a random order, ``sample`` those of them that units are ranked by.
+    """
 
     def __init__(self, path: Path, folder: Path, seed: int) -> None:
         if not path.is_file():
@@ -30,11 +33,12 @@ class Cifar:
             self.train, labels = held["train_x"], held["train_y"]
             self.test, self.test_labels = held["test_x"], held["test_y"]
         order = np.random.default_rng(seed).permutation(len(labels))
-        self.archive = folder / "train.npz"
-        written = folder / f"train-{os.getpid()}.npz"  # others may read the archive
-        np.savez(written, input=self.train[order], labels=labels[order])
-        written.replace(self.archive)
         some = order[:_RANKED_BY]
+        self.archive, self.sample = folder / "train.npz", folder / "sample.npz"
+        for archive, rows in ((self.archive, order), (self.sample, some)):
+            written = archive.with_name(f"{archive.stem}-{os.getpid()}.npz")  # others may read the archive
+            np.savez(written, input=self.train[rows], labels=labels[rows])
+            written.replace(archive)
         self.ranked, self.ranked_labels = self.inputs(self.train[some]), labels[some]
 
     @staticmethod

@@ -68,6 +68,7 @@ class CifarNetwork:
             return trained, {"seconds": seconds}
 
         setting = f"{given.steps}x{given.batch}-{given.lr:g}-{given.precision}-{given.seed}"
+        setting += "-whole" * given.whole
         label = f"{self._label(method, speedup)}-{setting}"
         model, numbers = self._kept.made(label, train)
         return model, numbers["seconds"]
@@ -124,6 +125,7 @@ class CifarNetwork:
         given = self._given
         options = DataOptions(
             str(self._images.archive),
+            validation=str(self._images.sample) if given.whole else None,
             preprocess=PREPROCESSING,
             augment="crop",
             seed=given.seed,
