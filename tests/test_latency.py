@@ -33,6 +33,7 @@ from onnx_mdp.tables import latency, profiling, staircases
 from onnx_mdp.tables.cost_terms import HEADS, SUMMED_HEADS, CostTerm, anchors, cost_terms, width
 from onnx_mdp.tables.granularity import granularity, step_of, unit_choices
 from onnx_mdp.tables.latency import Calibration, LatencyTable, build_table, predict_ms, table_key, term_ms
+from onnx_mdp.tables.lut_records import SMALLEST
 from onnx_mdp.tables.lut_store import LutStore, Run, Sample, open_store
 from onnx_mdp.tables.profiling import profile_variant
 from onnx_mdp.tables.staircases import Staircases, affine, regime
@@ -144,7 +145,9 @@ def synthetic_runs(
             observed = ms * np.exp(noise * rng.standard_normal()) + inflation_ms * count
             samples.append(Sample(key, a, b, float(observed), count))
         nodes = sum(s.count for s in samples)
-        runs.append(Run(number, 0, plain, plain + inflation_ms * nodes, nodes, 1.0, tuple(samples)))
+        # Random widths, as the variants behind the unpruned and the smallest have.
+        place = SMALLEST + 1 + number
+        runs.append(Run(place, 0, plain, plain + inflation_ms * nodes, nodes, 1.0, tuple(samples)))
     return runs
 
 
@@ -184,6 +187,24 @@ def test_noise_drift_and_profiler_inflation_are_removed(seed: int) -> None:
     runs = synthetic_runs(rng, noise=0.02, drift=0.08, inflation_ms=0.004)
     errors = prediction_errors(Staircases(runs, STEP).fit(), rng)
     assert np.abs(errors).max() < 0.02
+
+
+def test_what_the_smallest_variant_takes_is_no_drift(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layers are faster than the same ones elsewhere, and small models are to be predicted so."""
+    least = {layer: (min(a, 8), 8) for layer, (a, _) in widths(np.random.default_rng(0)).items()}
+    samples = tuple(Sample(key, a, b, 0.9 * true_ms(key, a, b), 1) for (key, _), (a, b) in least.items())
+    total = sum(sample.ms for sample in samples)
+    smallest = Run(SMALLEST, 0, total, total, len(samples), 1.0, samples)
+    runs = [*synthetic_runs(np.random.default_rng(3), drift=0.08), smallest]
+    shares, drifts = [], []
+    for limit in (staircases._SMALLEST_DRIFT, np.inf):
+        monkeypatch.setattr(staircases, "_SMALLEST_DRIFT", limit)
+        fitted = Staircases(runs, STEP)
+        shares.append(sum(true_ms(s.key, s.a, s.b, fitted.fit()) for s in samples) / (total / 0.9))
+        drifts.append(fitted.drift())
+    assert shares[0] < shares[1] - 0.015
+    np.testing.assert_allclose(drifts[0][:-1], drifts[1][:-1], rtol=0.03, err_msg="that of others counts")
+    assert np.ptp(drifts[0][:-1]) > 0.2
 
 
 def test_the_profiler_does_not_count_as_work() -> None:

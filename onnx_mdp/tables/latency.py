@@ -27,13 +27,14 @@ from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.tables.compiled_profiling import group_count, group_of, profile_group
 from onnx_mdp.tables.cost_terms import CostTerm, Layer, cost_terms, held
 from onnx_mdp.tables.granularity import computed_in, granularity, unit_choices
+from onnx_mdp.tables.lut_records import SMALLEST
 from onnx_mdp.tables.lut_store import LutStore, Run
 from onnx_mdp.tables.memory import UNPRICED, Megabytes, Memory, megabytes, total
 from onnx_mdp.tables.memory_fit import fit_memory, sum_ms
 from onnx_mdp.tables.profiling import profile_variant, shows_nodes
 from onnx_mdp.tables.related import OWN_VARIANTS, Fit, related_runs
 from onnx_mdp.tables.session import session
-from onnx_mdp.tables.staircases import Staircases, affine, height
+from onnx_mdp.tables.staircases import METHOD, Staircases, affine, height
 from onnx_mdp.tables.variants import (
     LEAST_LEVEL,
     Variant,
@@ -144,7 +145,7 @@ def build_table(
     terms = cost_terms(structure)
     key = table_key(structure)
     in_place = _in_place(structure, terms, runtime, store)
-    fit = Fit(seed, variants)
+    fit = Fit(seed, variants, METHOD if in_place else 0)
     related = related_runs(store, where, key, terms, fit) if in_place else None
     if related is not None:
         count = min(OWN_VARIANTS, variants)
@@ -246,11 +247,11 @@ def _profile(
     number: int,
     seed: int,
 ) -> Run:
-    """Profile variant ``number``: 0 is the unpruned model, 1 the smallest, the others are random."""
+    """Profile variant ``number``: 0 is the unpruned model, one the smallest, the others are random."""
     rng = np.random.default_rng([seed, number])
     if number == 0:
         variant = full_variant(structure)
-    elif number == 1:
+    elif number == SMALLEST:
         variant = random_variant(structure, choices, rng, low=0.0, high=1e-9)
     else:
         variant = random_variant(structure, choices, rng)

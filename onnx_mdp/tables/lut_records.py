@@ -17,6 +17,7 @@ __all__ = [
     "FORMAT",
     "RUN_FIELDS",
     "SAMPLE_FIELDS",
+    "SMALLEST",
     "Run",
     "Sample",
     "canonical",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 FORMAT = {"format": "onnx-mdp-lut", "schema_version": 1}
+SMALLEST = 1  # the number of the smallest variant; 0 is the unpruned model
 _REMEDY = "write the file with `onnx-mdp lut export`"
 _MOST = 1e12  # milliseconds, widths, nodes
 

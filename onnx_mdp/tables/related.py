@@ -21,14 +21,19 @@ OWN_VARIANTS = 4  # the unpruned model, the smallest, and two at random
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What a calibration belongs to, beside its model: other seeds or variants have other coefficients."""
+    """What a calibration belongs to, beside its model: other seeds or variants have other coefficients.
+
+    ``method`` numbers the ways in which coefficients were found by one version after another.
+    """
 
     seed: int
     variants: int
+    method: int = 0
 
     def name(self, key: str, related: Related | None) -> str:
         """The name under which the calibration is kept."""
-        return f"{key}.{self.seed}.{self.variants}" + (f".{related.model_hash}" if related else "")
+        method = f".fit{self.method}" if self.method else ""
+        return f"{key}.{self.seed}.{self.variants}{method}" + (f".{related.model_hash}" if related else "")
 
 
 @dataclass(frozen=True, slots=True)
