@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ def usable_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def in_order(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
+def in_order(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Generator[_Result, None, None]:
     """The result for each item; threads help where the function leaves Python, as ONNX Runtime and NumPy do.
 
     Matrix products take one thread meanwhile, so that results do not depend on how many run beside each

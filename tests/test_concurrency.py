@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
+from typing import Any
 
 import pytest
 
@@ -19,11 +19,16 @@ def cpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
 
 
 def test_results_come_in_the_order_of_the_work(cpus: int) -> None:
-    def slower_first(number: int) -> int:
-        time.sleep(0.01 * (4 - number % 5))
+    later = threading.Event()
+
+    def first_last(number: int) -> int:
+        if number == 0 and cpus > 1:
+            assert later.wait(20)
+        if number == 1:
+            later.set()
         return number**2
 
-    assert list(in_order(slower_first, range(12))) == [number**2 for number in range(12)]
+    assert list(in_order(first_last, range(12))) == [number**2 for number in range(12)]
 
 
 def test_as_many_run_at_a_time_as_there_are_processors(cpus: int) -> None:
@@ -34,31 +39,50 @@ def test_as_many_run_at_a_time_as_there_are_processors(cpus: int) -> None:
     )
 
 
-def test_what_has_not_begun_when_one_fails_is_not_begun(cpus: int) -> None:
+@pytest.fixture
+def canceling(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set once nothing that waits can begin any more."""
+    event, map_ = threading.Event(), concurrency.ThreadPoolExecutor.map
+
+    def mapped(pool: Any, function: Any, items: Any) -> Any:
+        results = map_(pool, function, items)
+        try:
+            yield from results
+        finally:
+            results.close()  # which cancels the rest
+            event.set()
+
+    monkeypatch.setattr(concurrency.ThreadPoolExecutor, "map", mapped)
+    return event
+
+
+def test_what_has_not_begun_when_one_fails_is_not_begun(cpus: int, canceling: threading.Event) -> None:
     begun = []
 
     def fails(number: int) -> int:
         begun.append(number)
-        time.sleep(0.02)
+        if number:
+            assert canceling.wait(20)
         raise ValueError(f"number {number}")
 
     with pytest.raises(ValueError, match="number 0"):
         list(in_order(fails, range(100)))
-    assert len(begun) < 20
+    assert len(begun) <= 1 + cpus
 
 
-def test_a_reader_that_stops_stops_the_work(cpus: int) -> None:
+def test_a_reader_that_stops_stops_the_work(cpus: int, canceling: threading.Event) -> None:
     begun = []
 
     def noted(number: int) -> int:
         begun.append(number)
-        time.sleep(0.02)
+        if number:
+            assert canceling.wait(20)
         return number
 
     results = in_order(noted, range(100))
     assert next(results) == 0
-    results.close()  # type: ignore[attr-defined]
-    assert len(begun) < 20
+    results.close()
+    assert len(begun) <= 1 + cpus
 
 
 def test_there_is_at_least_one_processor() -> None:
