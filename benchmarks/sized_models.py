@@ -11,9 +11,10 @@ from onnx import TensorProto, helper, numpy_helper
 from benchmarks.harness import ROOT
 from benchmarks.model_files import model_path
 from onnx_mdp.analysis.structure import Structure
+from onnx_mdp.tables.calibrating import Calibration
 from onnx_mdp.tables.cost_terms import cost_terms
 from onnx_mdp.tables.granularity import unit_choices
-from onnx_mdp.tables.latency import Calibration, LatencyTable, table_key
+from onnx_mdp.tables.latency import LatencyTable, table_key
 
 __all__ = ["detector_with_heads", "made_up_table", "sized_model"]
 

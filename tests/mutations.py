@@ -33,9 +33,10 @@ from onnx_mdp.planning.formulation import formulate, to_ns
 from onnx_mdp.planning.solution_plan import plan_from_solution
 from onnx_mdp.solvers import solve
 from onnx_mdp.surgery.verification import verify
+from onnx_mdp.tables.calibrating import Calibration
 from onnx_mdp.tables.cost_terms import cost_terms
 from onnx_mdp.tables.granularity import unit_choices
-from onnx_mdp.tables.latency import Calibration, LatencyTable, table_key
+from onnx_mdp.tables.latency import LatencyTable, table_key
 from onnx_mdp.tables.table_file import load_table, table_json
 
 __all__ = ["SECONDS", "work"]

@@ -22,6 +22,7 @@ from onnx_mdp.running.runtime import Runtime, open_session, runtime
 from onnx_mdp.running.timing import random_feeds
 from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.tables import compiled_profiling, latency
+from onnx_mdp.tables.calibrating import Calibration
 from onnx_mdp.tables.compiled_profiling import group_of, profile_group
 from onnx_mdp.tables.cost_terms import cost_terms, width
 from onnx_mdp.tables.latency import LatencyTable, build_table, predict_ms
@@ -113,7 +114,7 @@ def synthetic(
 
 
 def table_of(structure: Structure, coefficients: dict[str, tuple[float, ...]]) -> LatencyTable:
-    identity = latency.Calibration(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    identity = Calibration(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     return LatencyTable({}, "", STEP, cost_terms(structure), coefficients, identity, {}, 0, 0.0)
 
 
@@ -154,7 +155,7 @@ def test_a_table_of_windows_is_resumed_where_it_stopped(
     structure = net()
     monkeypatch.setattr(latency, "_in_place", lambda *_: False)
     monkeypatch.setattr(compiled_profiling, "_ROUNDS", (4, 4))
-    monkeypatch.setattr(latency, "_calibrate", lambda *_: latency.Calibration(1.0, 0.0, 1.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(latency, "calibrate_windows", lambda *_: Calibration(1.0, 0.0, 1.0, 0.0, 0.0, 0.0))
     with open_store(tmp_path / "store.sqlite") as store:
         done: list[int] = []
 

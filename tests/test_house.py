@@ -157,6 +157,7 @@ ORDER = (
     "tables.windows",
     "tables.compiled_profiling",
     "tables.window_fit",
+    "tables.calibrating",
     "tables.latency",
     "planning",
     "planning.problem",

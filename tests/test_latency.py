@@ -30,9 +30,10 @@ from onnx_mdp.running.timing import Feeds, Timing, run_times
 from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.tables import granularity as granularity_module
 from onnx_mdp.tables import latency, profiling, staircases
+from onnx_mdp.tables.calibrating import Calibration
 from onnx_mdp.tables.cost_terms import HEADS, SUMMED_HEADS, CostTerm, anchors, cost_terms, width
 from onnx_mdp.tables.granularity import granularity, step_of, unit_choices
-from onnx_mdp.tables.latency import Calibration, LatencyTable, build_table, predict_ms, table_key, term_ms
+from onnx_mdp.tables.latency import LatencyTable, build_table, predict_ms, table_key, term_ms
 from onnx_mdp.tables.lut_records import SMALLEST
 from onnx_mdp.tables.lut_store import LutStore, Run, Sample, open_store
 from onnx_mdp.tables.profiling import profile_variant
@@ -609,7 +610,7 @@ def test_what_was_measured_is_not_measured_again(
     measured: LatencyTable, store: LutStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(latency, "_profile", None)
-    monkeypatch.setattr(latency, "_calibrate", None)
+    monkeypatch.setattr(latency, "calibrate_in_place", None)
     again = build_table(net()[1], runtime(), store, variants=VARIANTS)
     assert again.measured == 0
     assert again.coefficients == measured.coefficients
@@ -620,7 +621,7 @@ def test_a_calibration_belongs_to_its_seed(
     measured: LatencyTable, store: LutStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = Calibration(7.0, 7.0, 7.0, 7.0, 7.0, 7.0)
-    monkeypatch.setattr(latency, "_calibrate", lambda *_: other)
+    monkeypatch.setattr(latency, "calibrate_in_place", lambda *_: other)
     assert build_table(net()[1], runtime(), store, variants=2, seed=1).calibration == other
     again = build_table(net()[1], runtime(), store, variants=VARIANTS)
     assert again.calibration == measured.calibration

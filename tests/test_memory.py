@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from zoo import analyse, zoo_structure
 
 from onnx_mdp.analysis.structure import Structure
-from onnx_mdp.errors import UsageError
+from onnx_mdp.errors import MeasurementError, UsageError
 from onnx_mdp.importance.scoring import score
 from onnx_mdp.planning.formulation import formulate, to_ns
 from onnx_mdp.planning.problem import PruningProblem, Solution
 from onnx_mdp.planning.programs import Programs
 from onnx_mdp.planning.solution_plan import variant_from_choice
 from onnx_mdp.reports.time_shares import operation_ms
+from onnx_mdp.running.runtime import runtime
 from onnx_mdp.solvers import cheapest, solve
+from onnx_mdp.tables import calibrating
+from onnx_mdp.tables.calibrating import Calibration, Subject, calibrate_in_place, own_coefficients
 from onnx_mdp.tables.cost_terms import CostTerm, cost_terms, width
 from onnx_mdp.tables.granularity import unit_choices
 from onnx_mdp.tables.latency import (
-    Calibration,
     LatencyTable,
     predict_ms,
     table_key,
@@ -35,7 +39,7 @@ from onnx_mdp.tables.memory import Megabytes, Memory, megabytes, total
 from onnx_mdp.tables.memory_fit import fit_memory, sum_ms
 from onnx_mdp.tables.staircases import Staircases, height
 from onnx_mdp.tables.table_file import load_table, table_json
-from onnx_mdp.tables.variants import Variant, full_variant, random_variant
+from onnx_mdp.tables.variants import Variant, full_variant, random_variant, variant_of_run
 
 DEMO = Path(__file__).resolve().parents[1] / "onnx_mdp" / "demo_model" / "shapes_resnet.onnx"
 STEP = 8
@@ -146,6 +150,56 @@ def test_the_fit_finds_the_memory_that_made_the_times(
 
     assert bool(found.ms_per_mb) == bool(cached)
     assert worst(found) < (0.5 * worst(Memory()) if cached else 0.001)
+
+
+@pytest.mark.parametrize("slow", [(1, 1.4), (3, 1.4), (0, 1.4), (1, 0.7)], ids=str)
+def test_a_machine_that_was_slow_in_one_profile_leaves_the_table_as_it_is(
+    structure: Structure, table: LatencyTable, monkeypatch: pytest.MonkeyPatch, slow: tuple[int, float]
+) -> None:
+    """Whole models, measured beside each other, say how slow it was, even in the smallest variant."""
+    number, factor = slow
+    least = Variant({**full_variant(structure).kept, **{i: c[0] for i, c in table.choices.items()}})
+    variants = [full_variant(structure), least, *random_variants(structure, table, 6)]
+    runs = [
+        replace(
+            measured_run(structure, table, Memory(), n, variant),
+            payload={"kept": {str(i): units for i, units in variant.kept.items()}},
+        )
+        for n, variant in enumerate(variants)
+    ]
+    runs[number] = slowed(runs[number], factor)
+
+    def true_ms(variant: Variant) -> float:
+        return sum_ms(table.coefficients, Memory(), layers(structure, table, variant), STEP)
+
+    def beside(_: Subject, them: Sequence[Variant]) -> tuple[float, list[float], float]:
+        base = true_ms(full_variant(structure))
+        return base, [true_ms(variant) / base for variant in them], 0.0
+
+    monkeypatch.setattr(calibrating, "_beside_the_unpruned", beside)
+    subject = Subject(structure, table.terms, table.choices, STEP, runtime(), 0, lambda *_: None)
+    calibration = calibrate_in_place(subject, runs, ())
+    assert calibration.shares == pytest.approx([true_ms(v) / true_ms(variants[0]) for v in variants])
+    staircases = Staircases(runs, STEP, calibration.shares)
+    coefficients = own_coefficients(staircases, table.terms, calibration.memory)
+    for variant in (*variants, *random_variants(structure, table, 12)):
+        ms = sum_ms(coefficients, calibration.memory, layers(structure, table, variant), STEP)
+        assert calibration.scale * ms + calibration.offset_ms == pytest.approx(true_ms(variant), rel=0.01)
+    drift = Staircases(runs, STEP).drift()
+    assert number != 1 or abs(drift[1] / factor - 1) > 0.2, "without shares that of the smallest is unknown"
+
+
+def slowed(run: Run, factor: float) -> Run:
+    samples = tuple(replace(sample, ms=factor * sample.ms) for sample in run.samples)
+    return replace(run, samples=samples, plain_ms=factor * run.plain_ms, sum_ms=factor * run.sum_ms)
+
+
+@pytest.mark.parametrize(
+    "payload", [{}, {"kept": 3}, {"kept": {}}, {"kept": {"0": 0}}, {"kept": {"0": 10**9}}, {"kept": {"x": 1}}]
+)
+def test_a_run_of_another_model_is_refused(structure: Structure, payload: dict[str, Any]) -> None:
+    with pytest.raises(MeasurementError, match="choose another store"):
+        variant_of_run(structure, Run(2, 0, 1.0, 1.0, 1, 1.0, (), payload))
 
 
 def test_the_terms_of_a_variant_sum_to_its_prediction(structure: Structure, table: LatencyTable) -> None:

@@ -26,9 +26,10 @@ from onnx_mdp.planning.closed_loop import Request, tolerance
 from onnx_mdp.running.runtime import runtime
 from onnx_mdp.running.timing import Timing
 from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.tables.calibrating import Calibration
 from onnx_mdp.tables.cost_terms import cost_terms
 from onnx_mdp.tables.granularity import unit_choices
-from onnx_mdp.tables.latency import Calibration, LatencyTable
+from onnx_mdp.tables.latency import LatencyTable
 from onnx_mdp.tables.lut_store import LutStore, open_store
 
 NET = """

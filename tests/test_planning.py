@@ -26,9 +26,10 @@ from onnx_mdp.planning.solution_plan import plan_from_choice
 from onnx_mdp.planning.width_rules import WidthRules
 from onnx_mdp.reports.documents import plan_totals
 from onnx_mdp.solvers import SolveLimits, cheapest, solve
+from onnx_mdp.tables.calibrating import Calibration
 from onnx_mdp.tables.cost_terms import cost_terms, width
 from onnx_mdp.tables.granularity import unit_choices
-from onnx_mdp.tables.latency import Calibration, LatencyTable, predict_ms, table_key
+from onnx_mdp.tables.latency import LatencyTable, predict_ms, table_key
 from onnx_mdp.tables.table_file import load_table, table_json
 from onnx_mdp.tables.variants import Variant, full_variant, variant_of_plan
 

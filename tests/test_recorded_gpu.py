@@ -29,6 +29,7 @@ from onnx_mdp.planning.solution_plan import variant_from_choice
 from onnx_mdp.running.runtime import runtime
 from onnx_mdp.solvers import solve
 from onnx_mdp.tables import compiled_profiling, granularity, latency, variants
+from onnx_mdp.tables.calibrating import Calibration
 from onnx_mdp.tables.compiled_profiling import group_of
 from onnx_mdp.tables.cost_terms import cost_terms
 from onnx_mdp.tables.latency import build_table, predict_ms
@@ -105,7 +106,7 @@ def test_variants_that_were_left_out_are_predicted(structure: Structure, store: 
         bare = latency.replace(
             table,
             coefficients=fit.coefficients,
-            calibration=latency.Calibration(scale, offset + scale * fit.call_ms, 0.0, 0.0, 0.0, 0.0),
+            calibration=Calibration(scale, offset + scale * fit.call_ms, 0.0, 0.0, 0.0, 0.0),
         )
         errors += [
             abs(predict_ms(bare, structure, variant(run)) / run.plain_ms - 1)

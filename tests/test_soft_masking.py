@@ -26,9 +26,10 @@ from onnx_mdp.plan import PruningPlan, removed_classes
 from onnx_mdp.planning.closed_loop import Request
 from onnx_mdp.shapes_data import shapes
 from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.tables.calibrating import Calibration
 from onnx_mdp.tables.cost_terms import cost_terms
 from onnx_mdp.tables.granularity import unit_choices
-from onnx_mdp.tables.latency import Calibration, LatencyTable, predict_ms
+from onnx_mdp.tables.latency import LatencyTable, predict_ms
 from onnx_mdp.tables.variants import full_variant, variant_of_plan
 
 torch = pytest.importorskip("torch")

@@ -30,9 +30,10 @@ from onnx_mdp.reports.documents import analyze_document, plan_totals
 from onnx_mdp.running.timing import Timing
 from onnx_mdp.solvers import SolveLimits, solve
 from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.tables.calibrating import Calibration
 from onnx_mdp.tables.cost_terms import HEADS, SUMMED_HEADS, cost_terms, width
 from onnx_mdp.tables.granularity import unit_choices
-from onnx_mdp.tables.latency import Calibration, LatencyTable, predict_ms, table_key
+from onnx_mdp.tables.latency import LatencyTable, predict_ms, table_key
 from onnx_mdp.tables.lut_store import open_store
 from onnx_mdp.tables.variants import full_variant, plan_of_variant, random_variant, variant_of_plan
 

@@ -1,54 +1,57 @@
 """Structure to latency table: profile random variants in place, fit staircases, calibrate on whole models.
 
 The table is the fit evaluated at every choice: full in both widths, and monotone by construction. An affine
-map, fitted to the unpruned model and eight held-out variants, turns sums of terms into milliseconds. What
-weights cost that are read from memory again depends on the whole model: a table holds for one share of them.
+map, fitted to whole models, turns sums of terms into milliseconds. What weights cost that are read from
+memory again depends on the whole model: a table holds for one share of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from onnx_mdp.analysis.structure import Structure
-from onnx_mdp.large_models import LargeModel, for_session
 from onnx_mdp.model_io import topology_hash
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.running.placement import open_placed
 from onnx_mdp.running.runtime import InferenceSession, Runtime, context
 from onnx_mdp.running.timing import Feeds, random_feeds
 from onnx_mdp.surgery.rewriting import rewrite
+from onnx_mdp.tables.calibrating import (
+    Calibration,
+    Progress,
+    Subject,
+    calibrate_in_place,
+    calibrate_windows,
+    own_coefficients,
+    whole_model,
+)
 from onnx_mdp.tables.compiled_profiling import group_count, group_of, profile_group
 from onnx_mdp.tables.cost_terms import CostTerm, Layer, cost_terms, held
 from onnx_mdp.tables.granularity import computed_in, granularity, unit_choices
 from onnx_mdp.tables.lut_records import SMALLEST
 from onnx_mdp.tables.lut_store import LutStore, Run
-from onnx_mdp.tables.memory import UNPRICED, Megabytes, Memory, megabytes, total
-from onnx_mdp.tables.memory_fit import fit_memory, sum_ms
+from onnx_mdp.tables.memory import Megabytes, megabytes, total
+from onnx_mdp.tables.memory_fit import sum_ms
 from onnx_mdp.tables.profiling import profile_variant, shows_nodes
 from onnx_mdp.tables.related import OWN_VARIANTS, Fit, related_runs
 from onnx_mdp.tables.session import session
-from onnx_mdp.tables.staircases import METHOD, Staircases, affine, height
+from onnx_mdp.tables.staircases import METHOD, Staircases, height
 from onnx_mdp.tables.variants import (
-    LEAST_LEVEL,
     Variant,
     full_variant,
-    measure_models,
     plan_of_variant,
     random_variant,
-    spread_variant,
 )
-from onnx_mdp.tables.window_fit import WindowFit, fit_windows
+from onnx_mdp.tables.window_fit import fit_windows
 
 __all__ = [
     "VARIANTS",
-    "Calibration",
     "LatencyTable",
     "build_table",
     "predict_ms",
@@ -60,37 +63,6 @@ __all__ = [
 ]
 
 VARIANTS = 8  # twice as many predict no better: what is left is one factor of the machine
-# Of the unpruned latency, of variants to calibrate with: relative errors are largest where little is left.
-_SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.45, 0.6, 0.8)
-_DRAWN = 200  # to find variants of these shares among
-_CALIBRATION_S = 10.0
-_GROUPS = 2
-
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """The affine map to whole-model milliseconds and how well it was known.
-
-    ``median_error`` and ``worst_error`` are relative errors on the held-out variants when only the unpruned
-    model sets the scale; ``noise`` is the split-half error F of their measurement. ``cache_mb`` and
-    ``ms_per_mb`` (before the map) are those of `Memory`.
-    """
-
-    scale: float
-    offset_ms: float
-    base_ms: float
-    median_error: float
-    worst_error: float
-    noise: float
-    cache_mb: float = 1.0
-    ms_per_mb: float = 0.0
-
-    @property
-    def memory(self) -> Memory:
-        """Where weights are read from."""
-        return Memory(self.cache_mb, self.ms_per_mb)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,43 +141,35 @@ def build_table(
     if missing:
         progress("profile", len(missing), len(missing))
     runs = tuple(run for number, run in sorted(stored.items()) if group_of(number) < count)
-    windows, staircases = None, None
-    if in_place:
-        staircases = Staircases(runs + (related.runs if related else ()), step)
-        coefficients = _own(staircases, terms)
-    else:
-        windows = fit_windows(structure, terms, runs, step)
-        coefficients = windows.coefficients
+    windows = None if in_place else fit_windows(structure, terms, runs, step)
+    others = related.runs if related else ()
     name = fit.name(key, related)
-    saved = store.get_calibration(where, name)
-    if saved is None or missing or not saved.keys() >= set(Calibration.__slots__):
-        call = replace(_IDENTITY, offset_ms=windows.call_ms if windows else 0.0)
-        draft = LatencyTable(where, key, step, terms, coefficients, call, choices, len(missing), 0.0)
-        calibration = _calibrate(structure, draft, runtime, seed, progress, windows, staircases)
-        store.put_calibration(where, name, _payload(calibration) | {"session": session()})
+    calibration = None if missing else _saved(store.get_calibration(where, name))
+    if calibration is None:
+        subject = Subject(structure, terms, choices, step, runtime, seed, progress)
+        if windows is None:
+            calibration = calibrate_in_place(subject, runs, others)
+        else:
+            calibration = calibrate_windows(subject, windows)
+        store.put_calibration(where, name, asdict(calibration) | {"session": session()})
+    if windows is None:
+        staircases = Staircases((*runs, *others), step, calibration.shares)
+        coefficients = own_coefficients(staircases, terms, calibration.memory)
     else:
-        calibration = Calibration(**{name: float(saved[name]) for name in Calibration.__slots__})
-    if staircases is not None:
-        coefficients = _own(staircases, terms, calibration.memory)
+        coefficients = windows.coefficients
     spent = time.perf_counter() - started
     found = (where, key, step, terms, coefficients, calibration, choices, len(missing), spent)
     table = LatencyTable(*found, related.share if related else 0.0)
     return valid_for(table, structure, full_variant(structure))
 
 
-_IDENTITY = Calibration(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-
-
-def _payload(calibration: Calibration) -> dict[str, Any]:
-    return {name: getattr(calibration, name) for name in Calibration.__slots__}
-
-
-def _own(
-    staircases: Staircases, terms: Sequence[CostTerm], memory: Memory = UNPRICED
-) -> Mapping[str, tuple[float, ...]]:
-    """What is fitted for the layers of a model, whatever a related one has besides."""
-    keys = {term.key for term in terms}
-    return {key: c for key, c in staircases.fit(memory).items() if key.partition("|")[0] in keys}
+def _saved(payload: Mapping[str, Any] | None) -> Calibration | None:
+    """A calibration of the store; None where there is none, or one of an older version."""
+    names = set(Calibration.__slots__) - {"shares"}
+    if payload is None or not payload.keys() >= names:
+        return None
+    shares = tuple(float(share) for share in payload.get("shares", ()))
+    return Calibration(**{name: float(payload[name]) for name in names}, shares=shares)
 
 
 def table_key(structure: Structure) -> str:
@@ -234,7 +198,7 @@ def _in_place(structure: Structure, terms: Sequence[CostTerm], runtime: Runtime,
 
 def _opened(structure: Structure, runtime: Runtime, seed: int) -> tuple[InferenceSession, Feeds]:
     """A session of the unpruned model and its feeds."""
-    model = _for_session(structure, PruningPlan(keep={}))
+    model = whole_model(structure, PruningPlan(keep={}))
     session = open_placed(model, runtime, structure.shadow.inputs)
     return session, random_feeds(session, structure.shadow.inputs, seed)
 
@@ -292,93 +256,3 @@ def predict_ms(table: LatencyTable, structure: Structure, variant: Variant) -> f
 
 def _layers(structure: Structure, terms: Sequence[CostTerm], variant: Variant) -> list[Layer]:
     return held(structure, terms, variant.kept, variant.removed_blocks)
-
-
-def _of_any_scale(
-    structure: Structure, choices: Mapping[int, Sequence[int]], rng: np.random.Generator
-) -> Variant:
-    """A variant that takes from a few percent to nearly all of the unpruned latency."""
-    level = float(np.exp(rng.uniform(np.log(LEAST_LEVEL), 0.0)))
-    return spread_variant(structure, choices, rng, level, rng.choice([0.0, 0.3, 0.6]))
-
-
-def _calibrate(
-    structure: Structure,
-    draft: LatencyTable,
-    runtime: Runtime,
-    seed: int,
-    progress: Progress,
-    windows: WindowFit | None,
-    staircases: Staircases | None,
-) -> Calibration:
-    """Measure the unpruned model and eight held-out variants, and fit memory and affine map.
-
-    The whole variants of ``windows`` count as well, for they were not seen through a profiler.
-    """
-    rng = np.random.default_rng([seed, 2**31])
-    pool = [full_variant(structure), *(_of_any_scale(structure, draft.choices, rng) for _ in range(_DRAWN))]
-    expected = np.asarray([predict_ms(draft, structure, variant) for variant in pool])
-    nearest = [int(np.abs(expected[1:] / expected[0] - share).argmin()) + 1 for share in _SHARES]
-    picked = list(dict.fromkeys(nearest))  # a small model has few variants
-    chosen = [pool[n] for n in (0, *picked)]
-    base_ms, ratios, noise = _beside_the_unpruned(structure, chosen[1:], runtime, seed, progress)
-    measured, memory = base_ms * np.asarray([1.0, *ratios]), UNPRICED
-    predicted = expected[[0, *picked]]
-    if staircases is not None:
-        wholes = [_layers(structure, draft.terms, variant) for variant in chosen]
-        memory = fit_memory(staircases, wholes, measured, draft.granularity)
-        settled = replace(
-            draft,
-            coefficients=_own(staircases, draft.terms, memory),
-            calibration=replace(draft.calibration, cache_mb=memory.cache_mb, ms_per_mb=memory.ms_per_mb),
-        )
-        predicted = np.asarray([predict_ms(settled, structure, variant) for variant in chosen])
-    errors = np.abs(predicted[1:] / measured[1:] * (measured[0] / predicted[0]) - 1.0)
-    if windows is None:
-        scale, offset = affine(predicted, measured)
-    else:
-        now = measured[0] / windows.measured[0]
-        scale, offset = affine(
-            np.concatenate([predicted, windows.predicted]), np.concatenate([measured, now * windows.measured])
-        )
-    return Calibration(
-        scale=scale,
-        offset_ms=offset + scale * draft.calibration.offset_ms,
-        base_ms=base_ms,
-        median_error=float(np.median(errors)),
-        worst_error=float(errors.max()),
-        noise=noise,
-        cache_mb=memory.cache_mb,
-        ms_per_mb=memory.ms_per_mb,
-    )
-
-
-def _beside_the_unpruned(
-    structure: Structure, variants: Sequence[Variant], runtime: Runtime, seed: int, progress: Progress
-) -> tuple[float, list[float], float]:
-    """The unpruned latency, that of each variant as a share of it, and the largest noise of a group.
-
-    The groups are small, for all models of one are in memory at the same time.
-    """
-    base, ratios, timings = _for_session(structure, PruningPlan(keep={})), [0.0] * len(variants), []
-    for number in range(min(_GROUPS, len(variants))):
-        plans = [plan_of_variant(structure, variant) for variant in variants[number::_GROUPS]]
-        timing = measure_models(
-            [base, *(_for_session(structure, plan) for plan in plans)],
-            structure.shadow.inputs,
-            runtime,
-            seed=seed + number,
-            budget_s=_CALIBRATION_S / _GROUPS,
-            on_round=partial(_tell, progress, number),
-        )
-        ratios[number::_GROUPS] = [ms / timing.ms[0] for ms in timing.ms[1:]]
-        timings.append(timing)
-    return timings[0].ms[0], ratios, max(timing.noise for timing in timings)
-
-
-def _tell(progress: Progress, group: int, done: int, total: int) -> None:
-    progress("calibrate", group * total + done, _GROUPS * total)
-
-
-def _for_session(structure: Structure, plan: PruningPlan) -> bytes | LargeModel:
-    return for_session(rewrite(structure, plan, split=True))

@@ -28,7 +28,7 @@ from onnx_mdp.tables.nonnegative import nonnegative_least_squares
 __all__ = ["COEFFICIENTS", "METHOD", "Staircases", "affine", "features", "height", "regime"]
 
 COEFFICIENTS = 6  # of a shape key
-METHOD = 1  # of fitting; a calibration that belongs to another is not used any more
+METHOD = 2  # of fitting; a calibration that belongs to another is not used any more
 _CACHED_MB = 1.0
 _PROFILER_LIMIT_MS = 6e-3  # the profiler adds 2 to 5 microseconds to each runtime node
 _PROFILER_SPREAD_MS = 1.5e-3  # a run in which the machine was slow says nothing of it
@@ -85,13 +85,22 @@ class _Row:
 class Staircases:
     """What several runs measured, to be fitted for any memory."""
 
-    def __init__(self, runs: Sequence[Run], step: int) -> None:
+    def __init__(self, runs: Sequence[Run], step: int, shares: Sequence[float] = ()) -> None:
         """Take off what the profiler added.
+
+        ``shares`` are the latencies of the first runs' variants as shares of one of them, measured beside
+        each other and without the profiler.
 
         Raises:
             MeasurementError: the runs came from another store, and their keys are none of ours.
         """
         added = _added_ms(runs)
+        self._seen = np.asarray(
+            [
+                (run.sum_ms - ms * run.nodes) / share
+                for run, ms, share in zip(runs, added, shares, strict=False)
+            ]
+        )
         self._limit = np.asarray([_SMALLEST_DRIFT if run.variant == SMALLEST else np.inf for run in runs])
         self._touched = [total(((s.key, s.a, s.b) for s in run.samples), step) for run in runs]
         self._rows = [
@@ -114,15 +123,21 @@ class Staircases:
         return _fits(self._by_key(memory), self.drift(memory) if drift is None else drift)
 
     def drift(self, memory: Memory = UNPRICED, *, rounds: int = _ROUNDS) -> Vector:
-        """By which factor each run was slow; each of the rounds fits once.
+        """By which factor each run was slow: measured where shares are known, else fitted in some rounds.
 
         In the smallest variant every layer finds its inputs in the nearest cache, whenever it is measured: as
-        drift this would be missing in all small models, so that little of it is believed.
+        drift this would be missing in all small models, so that little of it is believed where it is fitted.
         """
-        rows, drift = self._by_key(memory), np.ones(len(self._touched))
+        known = len(self._seen)
+        drift = np.ones(len(self._touched))
+        drift[:known] = self._seen / np.median(self._seen) if known else 1.0
+        if known == len(drift):
+            return drift
+        rows = self._by_key(memory)
         for _ in range(rounds):
             found = _drift(rows, _fits(rows, drift), len(drift))
-            drift = np.clip(found, 1.0 - self._limit, 1.0 + self._limit)
+            found /= np.median(found[:known] / drift[:known]) if known else np.median(found)
+            drift[known:] = np.clip(found, 1.0 - self._limit, 1.0 + self._limit)[known:]
         return drift
 
     def error(self, fits: Mapping[str, tuple[float, ...]], memory: Memory, drift: Vector) -> float:
@@ -185,8 +200,7 @@ def _drift(
         for number, row, ms in found:
             fitted = float(np.dot(fits[key], row))
             pairs[number].append((ms / max(fitted, 1e-9), fitted))
-    factors = np.asarray([_weighted_median(found) for found in pairs])
-    return np.asarray(factors / np.median(factors))
+    return np.asarray([_weighted_median(found) for found in pairs])
 
 
 def _weighted_median(pairs: Sequence[tuple[float, float]]) -> float:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import UsageError
 from onnx_mdp.files import write_text
+from onnx_mdp.tables.calibrating import Calibration
 from onnx_mdp.tables.cost_terms import cost_terms
-from onnx_mdp.tables.latency import Calibration, LatencyTable, table_key, valid_for
+from onnx_mdp.tables.latency import LatencyTable, table_key, valid_for
 from onnx_mdp.tables.staircases import COEFFICIENTS
 from onnx_mdp.tables.variants import full_variant
 
@@ -34,7 +35,7 @@ def table_json(structure: Structure, table: LatencyTable) -> str:
         "key": table.key,
         "granularity": table.granularity,
         "coefficients": {key: list(values) for key, values in table.coefficients.items()},
-        "calibration": {name: getattr(calibration, name) for name in Calibration.__slots__},
+        "calibration": {n: getattr(calibration, n) for n in Calibration.__slots__ if n != "shares"},
         "choices": {structure.dimensions[i].name: list(widths) for i, widths in table.choices.items()},
     }
     return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_mdp.analysis.structure import Structure
+from onnx_mdp.errors import MeasurementError
 from onnx_mdp.large_models import LargeModel
 from onnx_mdp.plan import PruningPlan, kept_count
 from onnx_mdp.running.placement import open_placed
 from onnx_mdp.running.runtime import Runtime
 from onnx_mdp.running.timing import Timing, measure, random_feeds
+from onnx_mdp.tables.lut_records import Run
+from onnx_mdp.tables.memory import UNREADABLE
 
 __all__ = [
     "LEAST_LEVEL",
@@ -23,6 +26,7 @@ __all__ = [
     "random_variant",
     "spread_variant",
     "variant_of_plan",
+    "variant_of_run",
 ]
 
 LEAST_LEVEL = 0.05  # of the widths of a variant
@@ -100,6 +104,23 @@ def variant_of_plan(structure: Structure, plan: PruningPlan) -> Variant:
     """The widths and blocks of a plan."""
     kept = {i: kept_count(plan, structure, i) for i in range(len(structure.dimensions))}
     return Variant(kept, frozenset(plan.removed_blocks))
+
+
+def variant_of_run(structure: Structure, run: Run) -> Variant:
+    """The variant that a run measured.
+
+    Raises:
+        MeasurementError: the run came from another store, and describes none of this model.
+    """
+    try:
+        kept = {int(index): int(units) for index, units in run.payload["kept"].items()}
+        removed = frozenset(map(str, run.payload.get("removed", ())))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MeasurementError(UNREADABLE) from error
+    counts = {index: dimension.count for index, dimension in enumerate(structure.dimensions)}
+    if kept.keys() != counts.keys() or not all(0 < kept[i] <= counts[i] for i in counts):
+        raise MeasurementError(UNREADABLE)
+    return Variant(kept, removed)
 
 
 def measure_models(

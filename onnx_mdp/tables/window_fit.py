@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +24,7 @@ from onnx_mdp.tables.lut_records import Run
 from onnx_mdp.tables.memory import UNREADABLE
 from onnx_mdp.tables.nonnegative import nonnegative_least_squares
 from onnx_mdp.tables.staircases import COEFFICIENTS, features
+from onnx_mdp.tables.variants import variant_of_run
 
 __all__ = ["WindowFit", "fit_windows"]
 
@@ -67,7 +67,7 @@ def _fit(structure: Structure, terms: Sequence[CostTerm], runs: Sequence[Run], s
     whole = np.asarray(["kept" in run.payload for run in runs])
     design = np.zeros((len(runs), COEFFICIENTS * len(keys) + len(borders) + 2))
     for row, run in zip(design, runs, strict=True):
-        layers = _whole(structure, terms, run.payload) if "kept" in run.payload else run.payload["terms"]
+        layers = _whole(structure, terms, run) if "kept" in run.payload else run.payload["terms"]
         for key, a, b in layers:
             if key in keys:
                 row[keys[key] : keys[key] + COEFFICIENTS] += features(key, a, b, step)
@@ -80,10 +80,10 @@ def _fit(structure: Structure, terms: Sequence[CostTerm], runs: Sequence[Run], s
     return WindowFit(coefficients, float(found[-1]), (design @ found)[whole], ms[whole])
 
 
-def _whole(structure: Structure, terms: Sequence[CostTerm], payload: Mapping[str, Any]) -> list[Layer]:
+def _whole(structure: Structure, terms: Sequence[CostTerm], run: Run) -> list[Layer]:
     """The layers of a whole variant."""
-    kept = {int(index): int(units) for index, units in payload["kept"].items()}
-    return held(structure, terms, kept, set(payload.get("removed", ())))
+    variant = variant_of_run(structure, run)
+    return held(structure, terms, variant.kept, variant.removed_blocks)
 
 
 def _solve(design: npt.NDArray[np.float64], ms: Vector, whole: npt.NDArray[np.bool_]) -> Vector:
