@@ -631,7 +631,7 @@ def test_a_second_prune_profiles_nothing_and_replaces_on_request(
         raise AssertionError("profiled again")
 
     monkeypatch.setattr(latency, "profile_variant", refuse)
-    monkeypatch.setattr(latency, "_calibrate", refuse)
+    monkeypatch.setattr(latency, "calibrate_in_place", refuse)
     Path("slim model.onnx").write_text("old")
     np.savez("data.npz", anything=np.random.default_rng(0).standard_normal((6, 3, 32, 32)).astype(np.float32))
     outcome = kit(

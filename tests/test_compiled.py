@@ -153,7 +153,7 @@ def test_a_table_of_windows_is_resumed_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     structure = net()
-    monkeypatch.setattr(latency, "_in_place", lambda *_: False)
+    monkeypatch.setattr(latency, "_way", lambda *_: "windows")
     monkeypatch.setattr(compiled_profiling, "_ROUNDS", (4, 4))
     monkeypatch.setattr(latency, "calibrate_windows", lambda *_: Calibration(1.0, 0.0, 1.0, 0.0, 0.0, 0.0))
     with open_store(tmp_path / "store.sqlite") as store:

@@ -154,6 +154,8 @@ ORDER = (
     "tables.staircases",
     "tables.memory_fit",
     "tables.related",
+    "tables.primitive_worker",
+    "tables.primitives",
     "tables.windows",
     "tables.compiled_profiling",
     "tables.window_fit",

@@ -63,7 +63,8 @@ class Calibration:
     ``median_error`` and ``worst_error`` are relative errors on the held-out variants when only the unpruned
     model sets the scale; ``noise`` is the split-half error F of their measurement. ``cache_mb`` and
     ``ms_per_mb`` (before the map) are those of `Memory`. ``shares`` are the latencies of the profiled
-    variants, the unpruned one first, as shares of its; none where no layers were profiled.
+    variants, or of their primitives, as shares of the unpruned one's, which is first; none where no layers
+    were profiled.
     """
 
     scale: float
@@ -107,7 +108,7 @@ def calibrate_in_place(subject: Subject, runs: Sequence[Run], related: Sequence[
     )
     profiled = [variant_of_run(subject.structure, run) for run in runs[1:]]
     base_ms, ratios, noise = _beside_the_unpruned(subject, held_out + profiled)
-    shares = (1.0, *ratios[len(held_out) :])
+    shares = _of_primitives(runs) or (1.0, *ratios[len(held_out) :])
     staircases = Staircases((*runs, *related), subject.step, shares)
     wholes = [subject.layers(v) for v in (full_variant(subject.structure), *held_out, *profiled)]
     measured = base_ms * np.asarray([1.0, *ratios])
@@ -117,6 +118,13 @@ def calibrate_in_place(subject: Subject, runs: Sequence[Run], related: Sequence[
     scale, offset_ms = affine(predicted, measured)
     errors = _errors(predicted, measured, len(held_out))
     return Calibration(scale, offset_ms, base_ms, *errors, noise, memory.cache_mb, memory.ms_per_mb, shares)
+
+
+def _of_primitives(runs: Sequence[Run]) -> tuple[float, ...]:
+    """Shares that were measured with the primitives themselves, which are not all of a model."""
+    shares = [run.payload.get("share") for run in runs]
+    known = [float(share) for share in shares if isinstance(share, (int, float)) and share > 0]
+    return tuple(known) if len(known) == len(runs) else ()
 
 
 def calibrate_windows(subject: Subject, fit: WindowFit) -> Calibration:

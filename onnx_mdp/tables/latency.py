@@ -38,6 +38,7 @@ from onnx_mdp.tables.lut_records import SMALLEST
 from onnx_mdp.tables.lut_store import LutStore, Run
 from onnx_mdp.tables.memory import Megabytes, megabytes, total
 from onnx_mdp.tables.memory_fit import sum_ms
+from onnx_mdp.tables.primitives import profile_primitives, shows_primitives
 from onnx_mdp.tables.profiling import profile_variant, shows_nodes
 from onnx_mdp.tables.related import OWN_VARIANTS, Fit, related_runs
 from onnx_mdp.tables.session import session
@@ -62,6 +63,7 @@ __all__ = [
     "valid_for",
 ]
 
+_NODES, _PRIMITIVES, _WINDOWS = "nodes", "primitives", "windows"
 VARIANTS = 8  # twice as many predict no better: what is left is one factor of the machine
 
 
@@ -116,34 +118,36 @@ def build_table(
     choices = {i: unit_choices(structure.dimensions[i], step, max_choices) for i in structure.prunable}
     terms = cost_terms(structure)
     key = table_key(structure)
-    in_place = _in_place(structure, terms, runtime, store)
+    way = _way(structure, terms, runtime, store)
+    in_place = way != _WINDOWS
+    runs_key = f"{key}.{way}" if way == _PRIMITIVES else key
     fit = Fit(seed, variants, METHOD if in_place else 0)
-    related = related_runs(store, where, key, terms, fit) if in_place else None
+    related = related_runs(store, where, runs_key, terms, fit) if in_place else None
     if related is not None:
         count = min(OWN_VARIANTS, variants)
     else:
         count = variants if in_place else group_count(variants, runtime.provider)
-    stored = {run.variant: run for run in store.runs(where, key) if run.seed == seed}
+    stored = {run.variant: run for run in store.runs(where, runs_key) if run.seed == seed}
     missing = [v for v in range(count) if v not in stored]
     base = None if in_place or not missing else _opened(structure, runtime, seed)
     for done, number in enumerate(missing):
         progress("profile", done, len(missing))
         if base is None:
-            measured: tuple[Run, ...] = (_profile(structure, terms, choices, runtime, number, seed),)
+            measured: tuple[Run, ...] = (_profile(structure, terms, choices, runtime, number, seed, way),)
         else:
             base_ms = stored[0].plain_ms if number else None
             measured = profile_group(
                 structure, terms, choices, runtime, base, group=number, seed=seed, base_ms=base_ms
             )
         for run in measured:
-            store.add_run(where, key, replace(run, payload={**run.payload, "session": session()}))
+            store.add_run(where, runs_key, replace(run, payload={**run.payload, "session": session()}))
             stored[run.variant] = run
     if missing:
         progress("profile", len(missing), len(missing))
     runs = tuple(run for number, run in sorted(stored.items()) if group_of(number) < count)
     windows = None if in_place else fit_windows(structure, terms, runs, step)
     others = related.runs if related else ()
-    name = fit.name(key, related)
+    name = fit.name(runs_key, related)
     calibration = None if missing else _saved(store.get_calibration(where, name))
     if calibration is None:
         subject = Subject(structure, terms, choices, step, runtime, seed, progress)
@@ -180,20 +184,26 @@ def table_key(structure: Structure) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _in_place(structure: Structure, terms: Sequence[CostTerm], runtime: Runtime, store: LutStore) -> bool:
-    """Whether the profiler shows the times of single operations; asked once for each model and device.
+def _way(structure: Structure, terms: Sequence[CostTerm], runtime: Runtime, store: LutStore) -> str:
+    """How the times of single layers are found; asked once for each model and device.
 
-    Providers that compile show one node, and others the time that it takes to start a node.
+    The profiler shows nodes, of providers that compile a single one, and of others the time that it takes to
+    start a node. Of some the primitives are printed. What shows neither is measured by windows.
     """
     if runtime.provider == "CPUExecutionProvider":
-        return True
+        return _NODES
     where, record = context(runtime), f"{table_key(structure)}.profiler"
-    known = store.get_calibration(where, record)
-    if known is None:
-        model, kept = rewrite(structure, PruningPlan(keep={}), split=True), full_variant(structure).kept
-        known = {"in_place": shows_nodes(structure, terms, model, kept, runtime)}
-        store.put_calibration(where, record, known)
-    return bool(known.get("in_place"))
+    known = store.get_calibration(where, record) or {}
+    way = known.get("way")
+    if way not in (_NODES, _PRIMITIVES, _WINDOWS):
+        nodes = known.get("in_place")
+        if nodes is None:
+            model, kept = rewrite(structure, PruningPlan(keep={}), split=True), full_variant(structure).kept
+            nodes = shows_nodes(structure, terms, model, kept, runtime)
+        primitives = not nodes and shows_primitives(structure, terms, runtime)
+        way = _NODES if nodes else _PRIMITIVES if primitives else _WINDOWS
+        store.put_calibration(where, record, {"way": way})
+    return str(way)
 
 
 def _opened(structure: Structure, runtime: Runtime, seed: int) -> tuple[InferenceSession, Feeds]:
@@ -210,6 +220,7 @@ def _profile(
     runtime: Runtime,
     number: int,
     seed: int,
+    way: str,
 ) -> Run:
     """Profile variant ``number``: 0 is the unpruned model, one the smallest, the others are random."""
     rng = np.random.default_rng([seed, number])
@@ -219,6 +230,8 @@ def _profile(
         variant = random_variant(structure, choices, rng, low=0.0, high=1e-9)
     else:
         variant = random_variant(structure, choices, rng)
+    if way == _PRIMITIVES:
+        return profile_primitives(structure, terms, variant, runtime, number=number, seed=seed)
     model = rewrite(structure, plan_of_variant(structure, variant), split=True)
     return profile_variant(structure, terms, model, variant.kept, runtime, variant=number, seed=seed)
 
