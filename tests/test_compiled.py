@@ -182,15 +182,17 @@ def test_a_table_of_windows_is_resumed_where_it_stopped(
 
 
 @pytest.mark.openvino
-def test_openvino_is_profiled_by_windows_and_pruned_to_its_target(
-    run: Callable[..., Outcome], tmp_path: Path
+@pytest.mark.parametrize("primitives", [True, False], ids=["primitives", "windows"])
+def test_openvino_is_profiled_and_pruned_to_its_target(
+    run: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, primitives: bool
 ) -> None:
     needs("OpenVINOExecutionProvider")
+    monkeypatch.setattr(latency, "shows_primitives", lambda *_: primitives)
     model = str(Path(onnx_mdp.__file__).parent / "demo_model" / "shapes_resnet.onnx")
     table = run("profile", model, "--ep", "openvino", "--json", "-o", "table.json")
     assert table.code == 0, table.err
     assert table.document["provider"] == "OpenVINOExecutionProvider"
-    assert table.document["profiled"] == 24
+    assert table.document["profiled"] == (8 if primitives else 24)
     solved = run("solve", model, "table.json", "--target-ratio", "0.7", "--json")
     assert solved.code == 0, solved.err
     pruned = run("prune", model, "--ep", "openvino", "--target-ratio", "0.7", "--json", "-o", "slim.onnx")

@@ -186,6 +186,7 @@ def test_runs_of_primitives_are_kept_apart_and_not_measured_again(
         assert len(store.runs(context(runtime()), f"{tables[0].key}.primitives")) == 2
 
 
+@pytest.mark.openvino
 def test_openvino_shows_the_convolutions_of_a_network() -> None:
     needs("OpenVINOExecutionProvider")
     structure = zoo_structure("cifar10/resnet20.onnx")[1]

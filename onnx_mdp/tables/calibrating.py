@@ -15,10 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_mdp.analysis.structure import Structure
-from onnx_mdp.large_models import LargeModel, for_session
 from onnx_mdp.plan import PruningPlan
 from onnx_mdp.running.runtime import Runtime
-from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.tables.cost_terms import CostTerm, Layer, held
 from onnx_mdp.tables.lut_records import Run
 from onnx_mdp.tables.memory import UNPRICED, Memory
@@ -32,6 +30,7 @@ from onnx_mdp.tables.variants import (
     plan_of_variant,
     spread_variant,
     variant_of_run,
+    whole_model,
 )
 from onnx_mdp.tables.window_fit import WindowFit
 
@@ -42,7 +41,6 @@ __all__ = [
     "calibrate_in_place",
     "calibrate_windows",
     "own_coefficients",
-    "whole_model",
 ]
 
 # Of the unpruned latency, of variants to calibrate with: relative errors are largest where little is left.
@@ -152,11 +150,6 @@ def own_coefficients(
     """What is fitted for the layers of a model, whatever a related one has besides."""
     keys = {term.key for term in terms}
     return {key: c for key, c in staircases.fit(memory).items() if key.partition("|")[0] in keys}
-
-
-def whole_model(structure: Structure, plan: PruningPlan) -> bytes | LargeModel:
-    """A model as the table sees it: fused projections are split."""
-    return for_session(rewrite(structure, plan, split=True))
 
 
 def _held_out(

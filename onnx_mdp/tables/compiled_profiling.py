@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from onnx_mdp.analysis.structure import Structure
-from onnx_mdp.large_models import for_session
 from onnx_mdp.running.placement import open_placed
 from onnx_mdp.running.provider_options import compiles_slowly
 from onnx_mdp.running.runtime import InferenceSession, Runtime
@@ -28,6 +27,7 @@ from onnx_mdp.tables.variants import (
     plan_of_variant,
     random_variant,
     spread_variant,
+    whole_model,
 )
 from onnx_mdp.tables.windows import Window, cut_window
 
@@ -90,8 +90,8 @@ def profile_group(
     ]
     pairs = [base, *(pair for _, pair in opened)]
     if group:
-        model = rewrite(structure, plan_of_variant(structure, variant), split=True)
-        session = open_placed(for_session(model), runtime, structure.shadow.inputs)
+        model = whole_model(structure, plan_of_variant(structure, variant))
+        session = open_placed(model, runtime, structure.shadow.inputs)
         pairs.append((session, random_feeds(session, structure.shadow.inputs, seed)))
     first = measure([base[0]], [base[1]], rounds=4, threads=runtime.threads, on_cpu=runtime.on_cpu).ms[0]
     timing = measure(

@@ -29,7 +29,6 @@ from onnx_mdp.tables.calibrating import (
     calibrate_in_place,
     calibrate_windows,
     own_coefficients,
-    whole_model,
 )
 from onnx_mdp.tables.compiled_profiling import group_count, group_of, profile_group
 from onnx_mdp.tables.cost_terms import CostTerm, Layer, cost_terms, held
@@ -48,6 +47,7 @@ from onnx_mdp.tables.variants import (
     full_variant,
     plan_of_variant,
     random_variant,
+    whole_model,
 )
 from onnx_mdp.tables.window_fit import fit_windows
 

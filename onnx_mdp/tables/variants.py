@@ -9,11 +9,12 @@ import numpy as np
 
 from onnx_mdp.analysis.structure import Structure
 from onnx_mdp.errors import MeasurementError
-from onnx_mdp.large_models import LargeModel
+from onnx_mdp.large_models import LargeModel, for_session
 from onnx_mdp.plan import PruningPlan, kept_count
 from onnx_mdp.running.placement import open_placed
 from onnx_mdp.running.runtime import Runtime
 from onnx_mdp.running.timing import Timing, measure, random_feeds
+from onnx_mdp.surgery.rewriting import rewrite
 from onnx_mdp.tables.lut_records import Run
 from onnx_mdp.tables.memory import UNREADABLE
 
@@ -27,6 +28,7 @@ __all__ = [
     "spread_variant",
     "variant_of_plan",
     "variant_of_run",
+    "whole_model",
 ]
 
 LEAST_LEVEL = 0.05  # of the widths of a variant
@@ -98,6 +100,11 @@ def plan_of_variant(structure: Structure, variant: Variant) -> PruningPlan:
         if variant.kept[i] < d.count
     }
     return PruningPlan(keep=keep, removed_blocks=tuple(sorted(variant.removed_blocks)))
+
+
+def whole_model(structure: Structure, plan: PruningPlan) -> bytes | LargeModel:
+    """A model as the table sees it: fused projections are split."""
+    return for_session(rewrite(structure, plan, split=True))
 
 
 def variant_of_plan(structure: Structure, plan: PruningPlan) -> Variant:
