@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -625,6 +625,27 @@ def test_a_calibration_belongs_to_its_seed(
     assert build_table(net()[1], runtime(), store, variants=2, seed=1).calibration == other
     again = build_table(net()[1], runtime(), store, variants=VARIANTS)
     assert again.calibration == measured.calibration
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"shares": [0.0]},
+        {"shares": [-1]},
+        {"shares": 3},
+        {"shares": ["x"]},
+        {"shares": [None]},
+        {"scale": "x"},
+    ],
+    ids=str,
+)
+def test_a_calibration_without_sense_is_none(spoilt: dict[str, object]) -> None:
+    good = asdict(Calibration(1.0, 0.0, 1.0, 0.0, 0.0, 0.0, shares=(1.0, 0.5)))
+    assert latency._saved(good) == Calibration(1.0, 0.0, 1.0, 0.0, 0.0, 0.0, shares=(1.0, 0.5))
+    assert latency._saved({**good, **spoilt}) is None
+    del good["shares"]
+    assert latency._saved(good) == Calibration(1.0, 0.0, 1.0, 0.0, 0.0, 0.0)
+    assert latency._saved(None) is None
 
 
 def profiled(variant: Variant) -> tuple[Run, Structure]:

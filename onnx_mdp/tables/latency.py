@@ -8,6 +8,7 @@ memory again depends on the whole model: a table holds for one share of them.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -168,12 +169,14 @@ def build_table(
 
 
 def _saved(payload: Mapping[str, Any] | None) -> Calibration | None:
-    """A calibration of the store; None where there is none, or one of an older version."""
+    """A calibration of the store; None where there is none, one of an older version, or no sense in it."""
     names = set(Calibration.__slots__) - {"shares"}
-    if payload is None or not payload.keys() >= names:
+    try:
+        shares = tuple(float(share) for share in (payload or {}).get("shares", ()))
+        found = Calibration(**{name: float((payload or {})[name]) for name in names}, shares=shares)
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
-    shares = tuple(float(share) for share in payload.get("shares", ()))
-    return Calibration(**{name: float(payload[name]) for name in names}, shares=shares)
+    return found if all(0 < share < math.inf for share in shares) else None
 
 
 def table_key(structure: Structure) -> str:

@@ -97,7 +97,7 @@ class Staircases:
         added = _added_ms(runs)
         self._seen = np.asarray(
             [
-                (run.sum_ms - ms * run.nodes) / share
+                max(run.sum_ms - ms * run.nodes, 0.1 * run.sum_ms, 1e-9) / share
                 for run, ms, share in zip(runs, added, shares, strict=False)
             ]
         )
